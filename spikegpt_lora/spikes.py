@@ -1,0 +1,112 @@
+"""Leaky integrate-and-fire (LIF) neurons over the tokens of a sentence, with the membrane in and out.
+
+    h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau      charge   (without the division of x if decay_input is False)
+    s[t] = 1[h[t] >= v_threshold]                          fire     (backward: ATan surrogate)
+    v[t] = h[t] where s[t] = 0, v_reset where s[t] = 1     reset    (v_reset None: h[t] - s[t] * v_threshold)
+
+The neuron is spikingjelly's `LIFNode`; this file adds the model's layout, the mask and the explicit membrane.
+Source: SpikeGPT (Zhu, Zhao & Eshraghian 2023, section 3.2), upstream `src/model.py`.
+"""
+
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+from torch import Tensor
+
+
+class LIF(neuron.LIFNode):
+    """spikingjelly's `LIFNode` on `(B, T, C)` input whose membrane never outlives a call.
+
+    `forward` returns the spikes alone, so spikingjelly's monitors and plain forward hooks see what they expect;
+    `step` returns the membrane too. `functional.reset_net` finds nothing to reset.
+    """
+
+    def __init__(
+        self,
+        tau: float = 2.0,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        decay_input: bool = True,
+        detach_reset: bool = False,
+        surrogate_alpha: float = 2.0,
+    ):
+        super().__init__(
+            tau=float(tau),
+            decay_input=decay_input,
+            v_threshold=float(v_threshold),
+            v_reset=v_reset,
+            surrogate_function=surrogate.ATan(surrogate_alpha),
+            detach_reset=detach_reset,
+            step_mode="m",
+        )
+
+    def step(self, x: Tensor, membrane: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run the neuron over a stretch of tokens.
+
+        Args:
+            x: input current `(B, T, C)`, floating point.
+            membrane: `(B, C)`, the membrane after the previous stretch; None means at rest.
+            mask: bool `(B, T)`; where False the time step does not exist: no spike, membrane carried, no gradient.
+
+        Returns:
+            spikes `(B, T, C)` in x's dtype, membrane `(B, C)` after the last real step (float32, or float64 for
+            float64 input).
+
+        Raises:
+            ValueError: x is not `(B, T, C)` with T >= 1, or membrane or mask does not fit it.
+        """
+        carry = [membrane]
+        spikes = self(x, carry, mask)  # through __call__: hooks and monitors must see these spikes
+        return spikes, carry[0]
+
+    def forward(self, x: Tensor, carry: list | None = None, mask: Tensor | None = None) -> Tensor:
+        """Spikes `(B, T, C)` for the current `(B, T, C)`; `carry` is the one-element list in which `step` hands over
+        the membrane and takes it back."""
+        membrane = self._membrane_before(x, carry[0] if carry else None, mask)
+        if mask is None:
+            spikes, membrane, _ = self._run(x, membrane, store_v_seq=False)
+        else:
+            spikes, membrane = self._run_real_steps(x, membrane, mask)
+        if carry is not None:
+            carry[0] = membrane
+        return spikes.to(x.dtype)
+
+    def _membrane_before(self, x, membrane, mask):
+        if x.dim() != 3 or x.shape[1] == 0:
+            raise ValueError(f"LIF input must be (B, T, C) with T >= 1, got {tuple(x.shape)}")
+        B, T, C = x.shape
+        if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
+            raise ValueError(f"LIF mask must be bool {(B, T)}, got {mask.dtype} {tuple(mask.shape)}")
+        state_dtype = torch.promote_types(x.dtype, torch.float32)
+        if membrane is None:
+            return x.new_full((B, C), self.v_reset or 0.0, dtype=state_dtype)
+        if membrane.shape != (B, C):
+            raise ValueError(f"LIF membrane must be {(B, C)}, got {tuple(membrane.shape)}")
+        return membrane.to(state_dtype)
+
+    def _run_real_steps(self, x, membrane, mask):
+        # The real steps are moved to the front, where the ones behind them cannot disturb them; then moved back.
+        order = mask.logical_not().long().argsort(dim=1, stable=True)  # (B, T)
+        spikes, _, trace = self._run(_take(x, order), membrane, store_v_seq=True)
+        count = mask.sum(dim=1)  # (B,)
+        rows = torch.arange(len(count), device=x.device)
+        after = torch.cat([membrane[None], trace])[count, rows]  # count 0: the membrane as it came
+        return _take(spikes, order.argsort(dim=1)) * mask[..., None], after
+
+    def _run(self, x, membrane, store_v_seq):
+        spikes, membrane, trace = functional.lif_multi_step(
+            x.to(membrane.dtype).transpose(0, 1).contiguous(),  # spikingjelly's layout: (T, B, C)
+            membrane,
+            self.tau,
+            self.decay_input,
+            self.v_threshold,
+            self.v_reset,
+            self.surrogate_function,
+            self.detach_reset,
+            store_v_seq,
+        )
+        return spikes.transpose(0, 1), membrane, trace
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of x `(B, T, C)` in the order `(B, T)`."""
+    return x.gather(1, order[..., None].expand_as(x))

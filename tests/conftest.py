@@ -1,0 +1,44 @@
+"""What the tests share: small models with lively weights (upstream's initial values are mostly 0: nothing fires)."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, and none may wait for it
+
+import pytest
+import torch
+
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification
+
+SIZES = {"vocab_size": 37, "n_embd": 12, "n_layer": 3}
+
+
+def lively(model, seed=0):
+    """`model` in float64 and evaluation mode, every parameter moved so far that all populations fire."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+@pytest.fixture
+def lm():
+    return lively(SpikeGPTForCausalLM(SpikeGPTConfig(**SIZES)))
+
+
+@pytest.fixture
+def classifier():
+    return lively(SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES, pooling="last_mean", pad_token_id=0)))
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, SIZES["vocab_size"], (4, 9), generator=torch.Generator().manual_seed(1))
+
+
+def largest_difference(a, b):
+    """The largest difference between two tensors or two tuples of tensors."""
+    if isinstance(a, torch.Tensor):
+        return (a - b).abs().max().item()
+    return max(largest_difference(x, y) for x, y in zip(a, b, strict=True))

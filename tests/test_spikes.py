@@ -1,0 +1,125 @@
+"""LIF against spikingjelly's LIFNode, and the mask's meaning."""
+
+import pytest
+import torch
+from conftest import largest_difference
+from spikingjelly.activation_based import functional, monitor, neuron, surrogate
+
+from spikegpt_lora.spikes import LIF
+
+NEURONS = [
+    {},
+    {"tau": 3.0, "v_threshold": 0.7, "detach_reset": True},
+    {"v_reset": None},
+    {"v_reset": -0.2, "decay_input": False, "surrogate_alpha": 4.0},
+]
+
+
+def current(*shape, dtype=torch.float64, scale=2.0):
+    return scale * torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def spikingjelly_node(settings):
+    settings = dict(settings)
+    alpha = settings.pop("surrogate_alpha", 2.0)
+    return neuron.LIFNode(surrogate_function=surrogate.ATan(alpha), step_mode="m", **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("settings", NEURONS, ids=str)
+def test_spikes_and_gradient_equal_spikingjelly(settings, dtype):
+    x, y = (current(3, 17, 5, dtype=dtype).requires_grad_() for _ in range(2))
+    ours = LIF(**settings)(x)
+    theirs = spikingjelly_node(settings)(y.transpose(0, 1)).transpose(0, 1)
+    weight = current(3, 17, 5, dtype=dtype)
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+    assert 0.05 < ours.mean() < 0.95
+    assert torch.equal(ours, theirs)
+    assert largest_difference(x.grad, y.grad) < 1e-6
+
+
+@pytest.mark.parametrize("settings", NEURONS, ids=str)
+def test_masked_steps_do_not_exist(settings):
+    lif, x = LIF(**settings), current(4, 11, 3)
+    mask = torch.rand(4, 11, generator=torch.Generator().manual_seed(2)) < 0.6
+    mask[2] = False
+    spikes, membrane = lif.step(x, None, mask)
+    assert torch.equal(spikes[~mask], torch.zeros_like(spikes[~mask]))
+    for row in (0, 1, 3):
+        alone, membrane_alone = lif.step(x[row][mask[row]][None])
+        assert torch.equal(spikes[row][mask[row]], alone[0])
+        assert torch.equal(membrane[row], membrane_alone[0])
+    assert torch.equal(membrane[2], torch.full((3,), settings.get("v_reset", 0.0) or 0.0, dtype=torch.float64))
+
+
+def test_masked_steps_get_no_gradient():
+    x = current(2, 6, 3).requires_grad_()
+    mask = torch.tensor([[1, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 1]]).bool()
+    spikes, membrane = LIF().step(x, None, mask)
+    (spikes.sum() + membrane.sum()).backward()
+    assert torch.equal(x.grad[~mask], torch.zeros_like(x.grad[~mask]))
+    assert (x.grad[mask] != 0).any()
+
+
+@pytest.mark.parametrize("cut", [1, 4, 10])
+def test_chunks_with_the_membrane_carried_equal_the_whole(cut):
+    lif, x = LIF(), current(2, 11, 3)
+    whole, end = lif.step(x)
+    first, membrane = lif.step(x[:, :cut])
+    second, membrane = lif.step(x[:, cut:], membrane)
+    assert torch.equal(torch.cat([first, second], 1), whole)
+    assert torch.equal(membrane, end)
+
+
+def test_the_gradient_of_the_membrane_reaches_earlier_chunks():
+    lif, x = LIF(detach_reset=True), current(1, 6, 2, scale=0.3).requires_grad_()
+    _, membrane = lif.step(x[:, :3])
+    spikes, _ = lif.step(x[:, 3:], membrane)
+    (in_chunks,) = torch.autograd.grad(spikes.sum(), x)
+    (whole,) = torch.autograd.grad(lif(x)[:, 3:].sum(), x)
+    assert (whole[:, :3] != 0).any()
+    assert largest_difference(in_chunks, whole) < 1e-12
+
+
+def test_a_membrane_exactly_at_the_threshold_fires():
+    x = torch.full((1, 1, 1), 2.0)  # charge x / tau = 1.0
+    assert LIF()(x).item() == 1.0
+    assert LIF()(torch.nextafter(x, torch.zeros(1))).item() == 0.0
+
+
+def test_nothing_survives_a_call():
+    lif, x = LIF(), current(2, 5, 3)
+    first = lif(x)
+    assert torch.equal(lif(x), first)
+    assert lif.v == 0.0
+    functional.reset_net(lif)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_input_keeps_a_float32_membrane(dtype):
+    spikes, membrane = LIF().step(current(2, 5, 3, dtype=torch.float32).to(dtype))
+    assert spikes.dtype == dtype and membrane.dtype == torch.float32
+
+
+def test_spikingjellys_output_monitor_sees_the_spikes():
+    lif, x = LIF(), current(2, 5, 3, dtype=torch.float32)
+    net = torch.nn.Sequential(torch.nn.Identity(), lif)
+    with monitor.OutputMonitor(net, neuron.LIFNode) as seen:
+        spikes, _ = lif.step(x)
+    assert len(seen.records) == 1 and torch.equal(seen.records[0], spikes)
+
+
+@pytest.mark.parametrize(
+    "x, membrane, mask, message",
+    [
+        (torch.zeros(2, 3), None, None, r"\(B, T, C\)"),
+        (torch.zeros(2, 0, 3), None, None, "T >= 1"),
+        (torch.zeros(2, 4, 3), torch.zeros(3), None, r"membrane must be \(2, 3\), got \(3,\)"),
+        (torch.zeros(2, 4, 3), None, torch.ones(2, 3).bool(), r"mask must be bool \(2, 4\)"),
+        (torch.zeros(2, 4, 3), None, torch.ones(2, 4), "float32"),
+    ],
+)
+def test_wrong_arguments_are_named(x, membrane, mask, message):
+    with pytest.raises(ValueError, match=message):
+        LIF().step(x, membrane, mask)
