@@ -1,0 +1,96 @@
+"""SpikeGPTConfig: the sizes and the neuron of a SpikeGPT. Defaults are the published 216M model's."""
+
+from transformers import GenerationConfig, PretrainedConfig
+
+POOLINGS = ("last", "mean", "last_mean")
+
+# What transformers itself passes to a config beside its fields (saved by older versions, or set by `from_pretrained`).
+_KNOWN_TO_TRANSFORMERS = {
+    "model_type",
+    "num_labels",
+    "torch_dtype",
+    "name_or_path",
+    "output_attentions",
+    "attn_implementation",
+    "experts_implementation",
+}
+
+
+class SpikeGPTConfig(PretrainedConfig):
+    """Configuration of every SpikeGPT model class.
+
+    Args:
+        vocab_size: rows of the token embedding.
+        n_embd, n_layer: width and depth; `hidden_size` and `num_hidden_layers` are accepted as their names too.
+        n_ffn: hidden width of SRFFN; None means 4 * n_embd, as upstream.
+        context_length: length the model was trained at. Information only: no length is refused.
+        layer_norm_eps: epsilon of every LayerNorm.
+        dropout: dropout probability after each block (upstream: 0.03), and only there.
+        lif_tau: membrane time constant in tokens, > 1.
+        lif_v_threshold: a neuron fires at membrane >= this value.
+        lif_v_reset: membrane after a spike; None subtracts the threshold instead (soft reset).
+        lif_decay_input: the input current is divided by tau too.
+        lif_detach_reset: no gradient through the reset.
+        lif_surrogate_alpha: sharpness of the ATan surrogate gradient, of the LIFs and of the embedding's spikes.
+        pooling: what the classifier reads: "last" real token, "mean" over real tokens, or both ("last_mean").
+        use_cache: return the state by default when not training (language model only).
+
+    Raises:
+        ValueError: an unknown key or a value out of range; one message lists every problem.
+    """
+
+    model_type = "spikegpt"
+    attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "intermediate_size": "n_ffn"}
+    keys_to_ignore_at_inference = ["state"]
+
+    vocab_size: int = 50277
+    n_embd: int = 768
+    n_layer: int = 18
+    n_ffn: int | None = None
+    context_length: int = 1024
+    layer_norm_eps: float = 1e-5
+    dropout: float = 0.03
+    lif_tau: float = 2.0
+    lif_v_threshold: float = 1.0
+    lif_v_reset: float | None = 0.0
+    lif_decay_input: bool = True
+    lif_detach_reset: bool = False
+    lif_surrogate_alpha: float = 2.0
+    pooling: str = "last"
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        kwargs = {self.attribute_map.get(key, key): value for key, value in kwargs.items()}
+        for key in ("n_embd", "n_layer", "n_ffn"):
+            setattr(self, key, kwargs.pop(key, getattr(self, key)))
+        if self.n_ffn is None:
+            self.n_ffn = 4 * self.n_embd
+        problems = self._unknown_keys(kwargs) + self._bad_values()
+        if problems:
+            raise ValueError("SpikeGPTConfig: " + "; ".join(problems))
+        super().__post_init__(**kwargs)
+
+    @staticmethod
+    def _unknown_keys(kwargs) -> list[str]:
+        known = _KNOWN_TO_TRANSFORMERS | set(GenerationConfig().to_dict())
+        unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
+        return [f"unknown key {key!r}" for key in unknown]
+
+    def _bad_values(self) -> list[str]:
+        rules = [
+            (key, "an integer >= 1", isinstance(getattr(self, key), int) and getattr(self, key) >= 1)
+            for key in ("vocab_size", "n_embd", "n_layer", "n_ffn", "context_length")
+        ]
+        rules += [
+            ("dropout", "in [0, 1)", 0 <= self.dropout < 1),
+            ("layer_norm_eps", "> 0", self.layer_norm_eps > 0),
+            ("lif_tau", "> 1", self.lif_tau > 1),
+            ("lif_v_threshold", "above lif_v_reset", self.lif_v_threshold > (self.lif_v_reset or 0.0)),
+            ("lif_surrogate_alpha", "> 0", self.lif_surrogate_alpha > 0),
+            ("pooling", f"one of {', '.join(POOLINGS)}", self.pooling in POOLINGS),
+        ]
+        return [f"{key} must be {rule}, got {getattr(self, key)!r}" for key, rule, holds in rules if not holds]

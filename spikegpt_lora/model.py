@@ -1,0 +1,486 @@
+"""SpikeGPT, whole: configuration aside, everything between token ids and logits is in this file, in reading order.
+
+    x = ln0(1[E[token] >= 0])                                     tokens are the time steps
+    x = x + LIF(SRWKV(LN x));  x = x + LIF(SRFFN(LN x));  dropout    one Block, times n_layer
+    head(ln_out(x))  or  score(pool(ln_out(x)))
+
+What differs from a transformer: no attention matrix and no position embedding; SRWKV is a decaying average (wkv.py),
+the residual stream receives spikes only (spikes.py), and the whole past is a state of fixed size, `SpikeGPTState`.
+A mask means that a time step does not exist: nothing decays, shifts or fires there, on whichever side the padding is.
+Names inside the base model are upstream's. Source: SpikeGPT (arXiv 2302.13939), upstream `src/model.py`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationMixin,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+
+from .config import SpikeGPTConfig
+from .spikes import LIF
+from .wkv import wkv
+
+
+@dataclass
+class SpikeGPTState(ModelOutput):
+    """Everything that SpikeGPT remembers of the tokens it has read; batch first, L layers, C = n_embd.
+
+    att_shift, ffn_shift `(B, L, C)`: input of SRWKV and of SRFFN at the last token; wkv `(B, L, 3, C)`: numerator,
+    denominator, exponent; att_membrane, ffn_membrane `(B, L, C)`: membranes of the two LIFs of each block.
+    """
+
+    att_shift: Tensor | None = None
+    wkv: Tensor | None = None
+    att_membrane: Tensor | None = None
+    ffn_shift: Tensor | None = None
+    ffn_membrane: Tensor | None = None
+
+    def select(self, index: Tensor | slice) -> "SpikeGPTState":
+        """The state of some of the sequences: `index` is any index into the batch dimension."""
+        return SpikeGPTState(*(tensor[index] for tensor in self.to_tuple()))
+
+    def layer(self, i: int) -> tuple[Tensor, ...]:
+        """The five tensors of layer i, each `(B, ...)`."""
+        return tuple(tensor[:, i] for tensor in self.to_tuple())
+
+
+@dataclass
+class SpikeGPTOutput(ModelOutput):
+    """last_hidden_state `(B, T, C)`, state, and hidden_states: n_layer + 1 tensors `(B, T, C)` if asked for."""
+
+    last_hidden_state: Tensor | None = None
+    state: SpikeGPTState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SpikeGPTHeadOutput(ModelOutput):
+    """loss (scalar, with labels), logits `(B, T, V)` or `(B, num_labels)`, state, hidden_states."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: SpikeGPTState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+def token_shift(x: Tensor, last: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x `(B, T, C)` one real token later: at each step the previous real token's x, and the new last one `(B, C)`."""
+    if last is None:
+        last = torch.zeros_like(x[:, 0])
+    x = torch.cat([last[:, None], x], dim=1)  # (B, T + 1, C)
+    if mask is None:
+        return x[:, :-1], x[:, -1]
+    steps = torch.arange(1, x.shape[1], device=x.device)
+    newest = (steps * mask).cummax(dim=1).values  # (B, T): where in x the newest real token stands, 0 = `last`
+    previous = nn.functional.pad(newest[:, :-1], (1, 0))
+    rows = torch.arange(x.shape[0], device=x.device)
+    return x.gather(1, previous[..., None].expand(-1, -1, x.shape[-1])), x[rows, newest[:, -1]]
+
+
+def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """A linear layer without bias whose initial weight is orthogonal with this gain: see `_init_weights`."""
+    linear = nn.Linear(inputs, outputs, bias=False)
+    linear.init_gain = gain
+    return linear
+
+
+def _mix(x: Tensor, previous: Tensor, share: Tensor) -> Tensor:
+    # Upstream's order of operations: torch.lerp rounds differently, and a rounding can flip a spike.
+    return x * share + previous * (1 - share)
+
+
+class SRWKV(nn.Module):
+    """Spiking RWKV's time mixing: sigmoid(R) * WKV(K, V), projected (paper section 3.3; upstream RWKV_TimeMix)."""
+
+    def __init__(self, config: SpikeGPTConfig, layer_id: int):
+        super().__init__()
+        C = config.n_embd
+        self.layer_id, self.n_layer = layer_id, config.n_layer
+        self.time_decay = nn.Parameter(torch.empty(C))
+        self.time_first = nn.Parameter(torch.empty(C))
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
+        self.key = _linear(C, C, gain=0)
+        self.value = _linear(C, C, gain=1)
+        self.receptance = _linear(C, C, gain=0)
+        self.output = _linear(C, C, gain=0)
+
+    def forward(self, x, shift=None, wkv_state=None, mask=None):
+        """x `(B, T, C)` -> current for lif1 `(B, T, C)`, new shift `(B, C)`, new wkv state `(B, 3, C)`."""
+        previous, shift = token_shift(x, shift, mask)
+        k = self.key(_mix(x, previous, self.time_mix_k))
+        v = self.value(_mix(x, previous, self.time_mix_v))
+        r = self.receptance(_mix(x, previous, self.time_mix_r))
+        y, wkv_state = wkv(self.time_decay, self.time_first, k, v, wkv_state, mask)
+        return self.output(torch.sigmoid(r) * y), shift, wkv_state
+
+
+class SRFFN(nn.Module):
+    """Spiking RWKV's channel mixing: sigmoid(R) * V(relu(K)^2) (paper section 3.4; upstream RWKV_ChannelMix)."""
+
+    def __init__(self, config: SpikeGPTConfig, layer_id: int):
+        super().__init__()
+        C = config.n_embd
+        self.layer_id, self.n_layer = layer_id, config.n_layer
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
+        self.key = _linear(C, config.n_ffn, gain=math.sqrt(max(1, config.n_ffn / C)))
+        self.receptance = _linear(C, C, gain=0)
+        self.value = _linear(config.n_ffn, C, gain=0)
+
+    def forward(self, x, shift=None, mask=None):
+        """x `(B, T, C)` -> current for lif2 `(B, T, C)`, new shift `(B, C)`."""
+        previous, shift = token_shift(x, shift, mask)
+        k = self.key(_mix(x, previous, self.time_mix_k))
+        r = self.receptance(_mix(x, previous, self.time_mix_r))
+        return torch.sigmoid(r) * self.value(torch.relu(k).square()), shift
+
+
+class Block(GradientCheckpointingLayer):
+    """x = x + LIF(SRWKV(LN x)); x = x + LIF(SRFFN(LN x)); dropout (paper figure 1; upstream Block)."""
+
+    def __init__(self, config: SpikeGPTConfig, layer_id: int):
+        super().__init__()
+        if layer_id == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.ln1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.ln2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.att = SRWKV(config, layer_id)
+        self.ffn = SRFFN(config, layer_id)
+        self.lif1 = _lif(config)
+        self.lif2 = _lif(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, state, mask=None):
+        """x `(B, T, C)`, the five tensors of `SpikeGPTState.layer` or five None -> x, the five new ones."""
+        att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane = state
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        current, att_shift, wkv_state = self.att(self.ln1(x), att_shift, wkv_state, mask)
+        spikes, att_membrane = self.lif1.step(current, att_membrane, mask)
+        x = x + spikes
+        current, ffn_shift = self.ffn(self.ln2(x), ffn_shift, mask)
+        spikes, ffn_membrane = self.lif2.step(current, ffn_membrane, mask)
+        return self.dropout(x + spikes), (att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane)
+
+
+def _lif(config: SpikeGPTConfig) -> LIF:
+    return LIF(
+        tau=config.lif_tau,
+        v_threshold=config.lif_v_threshold,
+        v_reset=config.lif_v_reset,
+        decay_input=config.lif_decay_input,
+        detach_reset=config.lif_detach_reset,
+        surrogate_alpha=config.lif_surrogate_alpha,
+    )
+
+
+class SpikeGPTPreTrainedModel(PreTrainedModel):
+    """What the three model classes share: names, initial values, gradient checkpointing."""
+
+    config_class = SpikeGPTConfig
+    base_model_prefix = "spikegpt"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _is_stateful = True  # generation cannot take tokens back
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Initial values of upstream's `RWKV_Init`; h = channel / (C - 1), i = channel / C, l = layer / (L - 1),
+        m = 1 - layer / L.
+
+        | parameter | initial value |
+        | --- | --- |
+        | emb | orthogonal, gain 1e-4 sqrt(max(V, C)) |
+        | ln0, ln1, ln2, ln_out | weight 1, bias 0 |
+        | att.time_decay | -5 + 8 h^(0.7 + 1.3 l) |
+        | att.time_first | ln 0.3 + 0.5 ((channel + 1) mod 3 - 1) |
+        | att.time_mix_k, _v, _r | i^m, i^m + 0.3 l, i^(m / 2) |
+        | att.value | orthogonal, gain 1 |
+        | att.key, att.receptance, att.output | 0 |
+        | ffn.time_mix_k, _r | i^m |
+        | ffn.key | orthogonal, gain sqrt(max(1, n_ffn / C)) |
+        | ffn.value, ffn.receptance | 0 |
+        | head | orthogonal, gain 0.5 sqrt(max(1, V / C)) |
+        | score | normal, standard deviation 0.02 |
+        """
+        if isinstance(module, nn.LayerNorm):
+            initialization.ones_(module.weight)
+            initialization.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            _orthogonal(module.weight, 1e-4 * math.sqrt(max(module.weight.shape)))
+        elif isinstance(module, nn.Linear) and hasattr(module, "init_gain"):
+            _orthogonal(module.weight, module.init_gain)
+        elif isinstance(module, nn.Linear):  # score
+            initialization.normal_(module.weight, mean=0.0, std=0.02)
+        elif isinstance(module, SRWKV):
+            _init_srwkv(module)
+        elif isinstance(module, SRFFN):
+            _init_srffn(module)
+
+
+def _init_srwkv(att: SRWKV):
+    C, l, m = att.time_decay.numel(), att.layer_id / max(att.n_layer - 1, 1), 1 - att.layer_id / att.n_layer
+    channel = torch.arange(C, dtype=torch.float32, device=att.time_decay.device)
+    h, i = channel / max(C - 1, 1), (channel / C).view(1, 1, C)
+    initialization.copy_(att.time_decay, -5 + 8 * h ** (0.7 + 1.3 * l))
+    initialization.copy_(att.time_first, math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
+    initialization.copy_(att.time_mix_k, i**m)
+    initialization.copy_(att.time_mix_v, i**m + 0.3 * l)
+    initialization.copy_(att.time_mix_r, i ** (0.5 * m))
+
+
+def _init_srffn(ffn: SRFFN):
+    C, m = ffn.time_mix_k.shape[-1], 1 - ffn.layer_id / ffn.n_layer
+    i = (torch.arange(C, dtype=torch.float32, device=ffn.time_mix_k.device) / C).view(1, 1, C)
+    initialization.copy_(ffn.time_mix_k, i**m)
+    initialization.copy_(ffn.time_mix_r, i**m)
+
+
+def _orthogonal(weight: Tensor, gain: float):
+    """Orthogonal `weight`, drawn in float32 (there is no half-precision QR), unless it was loaded from a file."""
+    if gain == 0:
+        initialization.zeros_(weight)
+    elif not getattr(weight, "_is_hf_initialized", False):
+        drawn = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        initialization.copy_(weight, nn.init.orthogonal_(drawn, gain=gain))
+
+
+class SpikeGPTModel(SpikeGPTPreTrainedModel):
+    """Token ids to hidden states, with the state in and out."""
+
+    def __init__(self, config: SpikeGPTConfig):
+        super().__init__(config)
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.emb_spike = surrogate.ATan(config.lif_surrogate_alpha)  # a module, so that hooks see its spikes
+        self.blocks = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
+        self.ln_out = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.emb
+
+    def set_input_embeddings(self, value):
+        self.emb = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        state: SpikeGPTState | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SpikeGPTOutput | tuple:
+        """Read a stretch of tokens.
+
+        Args:
+            input_ids: `(B, T)`, T >= 1; or `inputs_embeds` `(B, T, C)`: rows of E, real-valued, before they spike.
+            attention_mask: `(B, T)`, 0 where there is no token, on any side; None: every token is real.
+            state: what was remembered of the tokens before, from an earlier call with `use_cache=True`.
+            use_cache: return `.state`. Default: `config.use_cache` when not training.
+            output_hidden_states: return x before every block, and after ln_out.
+
+        Raises:
+            ValueError: neither or both inputs, no token at all, or a mask or state of another batch.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.emb(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        mask = _real_tokens(attention_mask, inputs_embeds, state)
+
+        x = self.emb_spike(inputs_embeds)
+        if mask is not None:
+            x = x * mask[..., None]
+        hidden_states, new_states = (), []
+        for i, block in enumerate(self.blocks):
+            hidden_states += (x,)
+            x, new_state = block(x, (None,) * 5 if state is None else state.layer(i), mask)
+            new_states.append(new_state)
+        x = self.ln_out(x)
+        hidden_states += (x,)
+
+        output = SpikeGPTOutput(
+            last_hidden_state=x,
+            state=SpikeGPTState(*(torch.stack(t, dim=1) for t in zip(*new_states))) if use_cache else None,
+            hidden_states=hidden_states if _default(output_hidden_states, self.config.output_hidden_states) else None,
+        )
+        return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+def _default(value, default):
+    return default if value is None else value
+
+
+def _real_tokens(attention_mask: Tensor | None, x: Tensor, state: SpikeGPTState | None) -> Tensor | None:
+    """The attention mask as bool `(B, T)`, or None; raises when it, the state or x `(B, T, C)` do not fit."""
+    B, T, _ = x.shape
+    if T == 0:
+        raise ValueError(f"SpikeGPT needs at least one token per sequence, got input of shape {(B, T)}")
+    if state is not None and state.wkv.shape[0] != B:
+        raise ValueError(f"the state holds {state.wkv.shape[0]} sequences, the input {B}")
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (B, T):
+        raise ValueError(f"attention_mask must be {(B, T)}, got {tuple(attention_mask.shape)}")
+    return attention_mask.bool()
+
+
+class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
+    """SpikeGPT with its language-model head; `generate` carries the state, one token at a time."""
+
+    _tied_weights_keys = {"head.weight": "spikegpt.emb.weight"}  # only if config.tie_word_embeddings
+
+    def __init__(self, config: SpikeGPTConfig):
+        super().__init__(config)
+        self.spikegpt = SpikeGPTModel(config)
+        gain = 0.5 * math.sqrt(max(1, config.vocab_size / config.n_embd))
+        self.head = _linear(config.n_embd, config.vocab_size, gain=gain)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def set_output_embeddings(self, value):
+        self.head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        state: SpikeGPTState | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> SpikeGPTHeadOutput | tuple:
+        """As `SpikeGPTModel.forward`; logits `(B, T, V)`, or of the last `logits_to_keep` positions only.
+
+        labels `(B, T)`: token ids, -100 is ignored; shifted inside, so pass `input_ids` with padding at -100.
+        """
+        output = self.spikegpt(
+            input_ids, attention_mask, inputs_embeds, state, use_cache, output_hidden_states, return_dict=True
+        )
+        logits = self.head(output.last_hidden_state[:, -logits_to_keep:])  # [:, -0:] is everything
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return _head_output(self, loss, logits, output, return_dict)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, state=None, attention_mask=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
+        if state is not None and not is_first_iteration:  # the state has read all but the newest token
+            input_ids = input_ids[:, -1:]
+            attention_mask = None  # the newest token is real in every row
+        embeds_first = inputs_embeds is not None and is_first_iteration
+        return {
+            "input_ids": None if embeds_first else input_ids,
+            "inputs_embeds": inputs_embeds if embeds_first else None,
+            "attention_mask": attention_mask,
+            "state": state,
+            "use_cache": kwargs.get("use_cache"),
+            "logits_to_keep": kwargs.get("logits_to_keep", 0),
+        }
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        if (state := kwargs.get("state")) is not None:
+            rows = torch.arange(state.wkv.shape[0], device=state.wkv.device)
+            kwargs["state"] = state.select(rows.repeat_interleave(expand_size))
+        return input_ids, kwargs
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):  # `generate` is not to make a key/value cache beside the state
+        return False
+
+    @staticmethod
+    def _reorder_cache(state: SpikeGPTState, beam_idx: Tensor) -> SpikeGPTState:
+        return state.select(beam_idx)
+
+
+class SpikeGPTForSequenceClassification(SpikeGPTPreTrainedModel):
+    """SpikeGPT with a classifier, `score`, on its pooled hidden states (`config.pooling`)."""
+
+    def __init__(self, config: SpikeGPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.spikegpt = SpikeGPTModel(config)
+        width = config.n_embd * (2 if config.pooling == "last_mean" else 1)
+        self.score = nn.Linear(width, config.num_labels, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_language_model(cls, model: SpikeGPTForCausalLM, **changes) -> "SpikeGPTForSequenceClassification":
+        """A classifier on `model`'s base, which both then share; `changes` to its config, e.g. `num_labels=3`."""
+        config = SpikeGPTConfig.from_dict({**model.config.to_dict(), "architectures": None, **changes})
+        classifier = cls(config)
+        classifier.spikegpt = model.spikegpt
+        classifier.spikegpt.config = config
+        return classifier.to(device=model.device, dtype=model.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        state: SpikeGPTState | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> SpikeGPTHeadOutput | tuple:
+        """As `SpikeGPTModel.forward`; logits `(B, num_labels)`. labels `(B,)`: class ids, or values for regression."""
+        output = self.spikegpt(
+            input_ids, attention_mask, inputs_embeds, state, use_cache, output_hidden_states, return_dict=True
+        )
+        logits = self.score(pool(output.last_hidden_state, attention_mask, self.config.pooling))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return _head_output(self, loss, logits, output, return_dict)
+
+
+def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
+    """What the classifier reads of hidden `(B, T, C)`: `(B, C)`, or `(B, 2 C)` for "last_mean"; 0 without a token."""
+    B, T, _ = hidden.shape
+    mask = torch.ones(B, T, dtype=torch.long, device=hidden.device) if attention_mask is None else attention_mask.long()
+    newest = (torch.arange(T, device=hidden.device) * mask).argmax(dim=1)
+    last = hidden[torch.arange(B, device=hidden.device), newest] * mask.amax(dim=1, keepdim=True)
+    if pooling == "last":
+        return last
+    mean = (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return mean if pooling == "mean" else torch.cat([last, mean], dim=1)
+
+
+def _head_output(model, loss, logits, output: SpikeGPTOutput, return_dict):
+    result = SpikeGPTHeadOutput(loss=loss, logits=logits, state=output.state, hidden_states=output.hidden_states)
+    return result if _default(return_dict, model.config.return_dict) else result.to_tuple()
+
+
+AutoConfig.register("spikegpt", SpikeGPTConfig)
+AutoModel.register(SpikeGPTConfig, SpikeGPTModel)
+AutoModelForCausalLM.register(SpikeGPTConfig, SpikeGPTForCausalLM)
+AutoModelForSequenceClassification.register(SpikeGPTConfig, SpikeGPTForSequenceClassification)
