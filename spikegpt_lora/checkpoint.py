@@ -1,0 +1,163 @@
+"""Upstream SpikeGPT checkpoints (.pth) to our models and back; the tensors' names are upstream's but for one prefix.
+
+lm = load_upstream_checkpoint("ridger/SpikeGPT-OpenWebText-216M")
+classifier = SpikeGPTForSequenceClassification.from_language_model(lm, num_labels=2)
+"""
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants, list_repo_files
+from torch import Tensor
+
+from .config import SpikeGPTConfig
+from .files import whole_file
+from .hub import fetch, require_reachable
+from .model import SpikeGPTForCausalLM
+
+KNOWN_FILES = {"ridger/SpikeGPT-OpenWebText-216M": "SpikeGPT-216M.pth"}
+
+# What upstream's code fixes and a .pth file therefore cannot say.
+UPSTREAM_CONSTANTS = {
+    "lif_tau": 2.0,
+    "lif_v_threshold": 1.0,
+    "lif_v_reset": 0.0,
+    "lif_decay_input": True,
+    "lif_surrogate_alpha": 2.0,
+    "layer_norm_eps": 1e-5,
+}
+
+
+def load_upstream_checkpoint(source: str | os.PathLike | Mapping[str, Tensor]) -> SpikeGPTForCausalLM:
+    """The language model of an upstream checkpoint, in float32 and evaluation mode; sizes are read from the tensors.
+
+    Args:
+        source: a .pth file, a hub id such as "ridger/SpikeGPT-OpenWebText-216M", or a state dict.
+
+    Raises:
+        FileNotFoundError: neither such a file nor such a hub repository.
+        ValueError: not a readable checkpoint, or not SpikeGPT's tensors; every missing, unexpected, misshapen or
+            non-finite one is named. Nothing in the file is ever executed (`torch.load(weights_only=True)`).
+    """
+    tensors = source if isinstance(source, Mapping) else _read(_find(source))
+    name = "the state dict" if isinstance(source, Mapping) else str(source)
+    tensors = _flat_tensors(tensors, name)
+    config = _config_from_sizes(tensors, name)
+    with torch.device("meta"):
+        model = SpikeGPTForCausalLM(config)
+    ours = {_our_name(key): tensor for key, tensor in tensors.items()}
+    _check_fit(ours, model.state_dict(), name)
+    model.load_state_dict({key: tensor.float().clone() for key, tensor in ours.items()}, assign=True)
+    return model.eval()
+
+
+def save_upstream_checkpoint(model: SpikeGPTForCausalLM, path: str | os.PathLike) -> None:
+    """Write `model` as a .pth file that upstream's code loads; the file appears whole or not at all.
+
+    Raises:
+        TypeError: `model` is no SpikeGPTForCausalLM (a peft model must be merged first: `model.merge_and_unload()`).
+        ValueError: its configuration differs from what upstream's code fixes, so the file would mean another model.
+    """
+    if not isinstance(model, SpikeGPTForCausalLM):
+        raise TypeError(
+            f"an upstream checkpoint holds a SpikeGPTForCausalLM, got {type(model).__name__}; "
+            "merge adapters first with model.merge_and_unload()"
+        )
+    given = {key: getattr(model.config, key) for key in UPSTREAM_CONSTANTS} | {"n_ffn": model.config.n_ffn}
+    expected = UPSTREAM_CONSTANTS | {"n_ffn": 4 * model.config.n_embd}
+    differing = [
+        f"{key} = {given[key]!r} (upstream: {expected[key]!r})" for key in expected if given[key] != expected[key]
+    ]
+    if differing:
+        raise ValueError("upstream's code cannot run this model: " + ", ".join(differing) + "; use save_pretrained")
+    tensors = {key.removeprefix("spikegpt."): t.detach().cpu().contiguous() for key, t in model.state_dict().items()}
+    with whole_file(path) as temporary:
+        torch.save(tensors, temporary)
+
+
+def _find(source) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the .pth file in it (or use from_pretrained on a saved model)")
+    if path.suffix == ".pth" or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"no checkpoint file at {path}")
+    try:
+        return _from_hub(str(source))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{source!r} is no file, and the hub gave no checkpoint of that name ({type(error).__name__}: {error}); "
+            "download the .pth file and pass its path"
+        ) from error
+
+
+def _from_hub(repo_id: str) -> Path:
+    filename = KNOWN_FILES.get(repo_id)
+    if filename is None:
+        require_reachable(f"{constants.ENDPOINT}/{repo_id}")
+        found = [name for name in list_repo_files(repo_id) if name.endswith(".pth")]
+        if len(found) != 1:
+            raise ValueError(f"{repo_id} holds {len(found)} .pth files {found}; download one and pass its path")
+        filename = found[0]
+    return fetch([filename], repo_id)[0]
+
+
+def _read(path: Path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} was refused: it holds something else than tensors, or is damaged, and nothing in it was executed. "
+            f"A SpikeGPT checkpoint is torch.save(model.state_dict(), ...). Reader's words: {_first_line(error)}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a whole PyTorch file, perhaps a broken download: fetch it "
+            f"again. Reader's words: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _flat_tensors(tensors, name: str) -> dict[str, Tensor]:
+    if not isinstance(tensors, Mapping) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+        inside = f"keys {list(tensors)[:8]}" if isinstance(tensors, Mapping) else f"a {type(tensors).__name__}"
+        raise ValueError(f"{name} must be a dict of named tensors, got {inside}; pass the state dict inside it")
+    return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}  # as saved under DataParallel
+
+
+def _config_from_sizes(tensors: dict[str, Tensor], name: str) -> SpikeGPTConfig:
+    embedding = tensors.get("emb.weight")
+    layers = [int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))]
+    if embedding is None or embedding.dim() != 2 or not layers:
+        raise ValueError(
+            f"{name} is no SpikeGPT checkpoint: it needs emb.weight (vocabulary, width) and blocks.0.*, "
+            f"got {len(tensors)} tensors named {', '.join(sorted(tensors)[:6])}, ..."
+        )
+    vocab_size, n_embd = embedding.shape
+    neox = {"eos_token_id": 0, "pad_token_id": 1} if vocab_size == 50277 else {}  # the GPT-NeoX-20B tokenizer's
+    return SpikeGPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_layer=max(layers) + 1, **neox)
+
+
+def _our_name(key: str) -> str:
+    return key if key.startswith("head.") else f"spikegpt.{key}"
+
+
+def _check_fit(given: dict[str, Tensor], expected: dict[str, Tensor], name: str):
+    problems = [f"missing {key} {tuple(expected[key].shape)}" for key in expected.keys() - given.keys()]
+    problems += [f"unexpected {key} {tuple(given[key].shape)}" for key in given.keys() - expected.keys()]
+    for key in expected.keys() & given.keys():
+        if given[key].shape != expected[key].shape:
+            problems.append(f"{key} must be {tuple(expected[key].shape)}, got {tuple(given[key].shape)}")
+        elif not torch.isfinite(given[key]).all():
+            problems.append(f"{key} holds values that are not finite")
+    if problems:
+        problems = sorted(problem.replace("spikegpt.", "") for problem in problems)
+        raise ValueError(f"{name} does not fit SpikeGPT ({len(problems)} problems):\n  " + "\n  ".join(problems))
