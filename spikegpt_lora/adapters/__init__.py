@@ -1,0 +1,14 @@
+"""SpikeLoRA as a peft method: importing this package makes `peft` know the type SPIKELORA, and stock LoRA know which
+modules of a SpikeGPT to adapt."""
+
+from peft.tuners.lora import LoraModel
+from peft.utils import register_peft_method
+
+from .config import PRESETS, SpikeLoraConfig
+from .layer import SpikeGate, SpikeLoraLinear
+from .model import SpikeLoraModel
+
+__all__ = ["SpikeGate", "SpikeLoraConfig", "SpikeLoraLinear", "SpikeLoraModel"]
+
+register_peft_method(name="spikelora", config_cls=SpikeLoraConfig, model_cls=SpikeLoraModel, prefix="lora_")
+LoraModel.target_module_mapping["spikegpt"] = PRESETS["rkv+srffn"]

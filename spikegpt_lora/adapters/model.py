@@ -1,0 +1,48 @@
+"""SpikeLoraModel: peft's LoraModel that puts SpikeLoRA layers in, and refuses to merge them before touching any."""
+
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .layer import MERGE_REFUSED, SpikeLoraLinear
+
+
+class SpikeLoraModel(LoraModel):
+    """Injects SpikeLoRA adapters; used through `peft.get_peft_model(model, SpikeLoraConfig(...))`."""
+
+    @staticmethod
+    def _create_new_module(lora_config, adapter_name, target, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        # The weight's exact type tells: quantised linears subclass nn.Linear but hold another kind of weight.
+        if isinstance(base, nn.Linear) and type(base.weight) is nn.Parameter:
+            return SpikeLoraLinear(target, adapter_name, config=lora_config, **kwargs)
+        if lora_config.use_spikelora:
+            raise ValueError(
+                f"SpikeLoRA adapts torch.nn.Linear, got {type(base).__name__} (it would silently become plain LoRA): "
+                "leave it out of target_modules, or set use_spikelora=False"
+            )
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+    def _spikes(self, adapter_name: str) -> bool:
+        return adapter_name in self.peft_config and self.peft_config[adapter_name].use_spikelora
+
+    def _refuse_to_merge(self, adapter_names):
+        for name in adapter_names or self.active_adapters:
+            if self._spikes(name):
+                raise RuntimeError(MERGE_REFUSED.format(name))
+
+    def merge_adapter(self, adapter_names=None, safe_merge=False):
+        self._refuse_to_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(self, merge=True, progressbar=True, safe_merge=False, adapter_names=None):
+        if merge:
+            self._refuse_to_merge(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def add_weighted_adapter(self, adapters, *args, **kwargs):
+        self._refuse_to_merge(adapters)
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    def supports_lora_conversion(self, adapter_name="default"):
+        return not self._spikes(adapter_name) and super().supports_lora_conversion(adapter_name)
