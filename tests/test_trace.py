@@ -1,0 +1,184 @@
+"""Recorded spikes and adapter statistics: right names, right shapes, real tokens only, nothing left behind."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import largest_difference
+from peft import LoraConfig, get_peft_model
+
+from spikegpt_lora import SpikeLoraConfig, SpikeTrace, record_spikes
+from spikegpt_lora.tokenizer import train_tokenizer
+from spikegpt_lora.trace import adapter_activity
+
+LIFS = ["emb"] + [f"blocks.{i}.lif{n}" for i in range(3) for n in (1, 2)]
+
+
+def spiking(classifier):
+    model = get_peft_model(classifier, SpikeLoraConfig(task_type="SEQ_CLS", r=4)).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def batch_of(ids, side="right"):
+    lengths = torch.tensor([9, 5, 1, 7])
+    steps = torch.arange(9)
+    mask = steps < lengths[:, None] if side == "right" else steps >= 9 - lengths[:, None]
+    return {"input_ids": ids * mask, "attention_mask": mask.long(), "labels": torch.tensor([1, 0, 0, 1])}
+
+
+def test_every_population_is_recorded_under_its_clean_name(classifier, ids):
+    trace = record_spikes(spiking(classifier), batch_of(ids))
+    gates = {n for n in trace.spikes if "lora_gate" in n}
+    assert set(trace.spikes) - gates == set(LIFS)
+    assert gates == set(trace.values) == {
+        f"blocks.{i}.{half}.{name}.lora_gate.default"
+        for i in range(3) for half in ("att", "ffn") for name in ("key", "value", "receptance")
+    }  # fmt: skip
+    assert trace.spikes["blocks.1.lif2"].shape == (4, 9, 12) and trace.spikes["blocks.1.lif2"].dtype == np.int8
+
+
+def test_lengths_labels_and_silence_behind_the_end(classifier, ids):
+    trace = record_spikes(classifier, batch_of(ids))
+    assert trace.lengths.tolist() == [9, 5, 1, 7] and trace.labels.tolist() == [1, 0, 0, 1]
+    for spikes in trace.spikes.values():
+        assert all((spikes[row, n:] == 0).all() for row, n in enumerate(trace.lengths))
+
+
+def test_left_padded_batches_give_the_same_trace(classifier, ids):
+    model, rows = spiking(classifier), batch_of(ids)
+    left = batch_of(ids, "left")
+    for row, n in enumerate((9, 5, 1, 7)):
+        left["input_ids"][row, 9 - n :] = rows["input_ids"][row, :n]
+    a, b = record_spikes(model, rows), record_spikes(model, left)
+    assert a.tokens.tolist() == b.tokens.tolist()
+    assert all((a.spikes[name] == b.spikes[name]).all() for name in a.spikes)
+    assert all(np.allclose(a.values[name], b.values[name]) for name in a.values)
+
+
+def test_a_gates_values_are_spike_times_activation(classifier, ids):
+    model, seen = spiking(classifier), []
+    name = "blocks.0.ffn.key.lora_gate.default"
+    gate = model.get_submodule(f"base_model.model.spikegpt.{name}")
+    handle = gate.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    trace = record_spikes(model, {"input_ids": ids})
+    handle.remove()
+    a = seen[0].numpy()
+    assert np.allclose(trace.values[name], a * (a >= 0.2), atol=1e-6)
+    assert ((trace.values[name] != 0) == (trace.spikes[name] != 0)).all()
+
+
+def test_rates_count_real_tokens_only(classifier, ids):
+    trace = record_spikes(classifier, batch_of(ids))
+    alone = [record_spikes(classifier, {"input_ids": ids[row : row + 1, :n]}) for row, n in enumerate((9, 5, 1, 7))]
+    name = "blocks.1.lif1"
+    spikes = sum(int(t.spikes[name].sum()) for t in alone)
+    assert trace.firing_rate(name) == pytest.approx(spikes / (22 * 12))
+    assert trace.sparsity(name) == pytest.approx(1 - spikes / (22 * 12))
+    assert trace.spikes_per_token(name) == pytest.approx(spikes / 22)
+    assert trace.spikes_per_token() == pytest.approx(sum(int(s.sum()) for t in alone for s in t.spikes.values()) / 22)
+
+
+def test_tokens_and_words_stand_beside_the_spikes(classifier):
+    tokenizer = train_tokenizer(["unhappy films don't end"] * 2, 37)
+    tokenizer.padding_side = "left"
+    batch = tokenizer(["Unhappy films", "end ."], padding=True, return_tensors="pt")
+    trace = record_spikes(classifier, batch, tokenizer)
+    for row, (text, words) in enumerate([("unhappy films", ["unhappy", "films"]), ("end .", ["end"])]):
+        n = trace.lengths[row]
+        assert "".join(trace.tokens[row, :n]).replace("</w>", " ").split() == text.replace(".", "<unk>").split()
+        assert list(dict.fromkeys(trace.words[row, :n]))[: len(words)] == words
+        assert (trace.words[row, n:] == "").all()
+    assert trace.labels.tolist() == [-1, -1]
+
+
+def test_hooks_are_gone_and_the_mode_is_restored_also_after_an_exception(classifier, ids):
+    classifier.train()
+    with pytest.raises(IndexError):
+        record_spikes(classifier, {"input_ids": ids + 1000})
+    record_spikes(classifier, {"input_ids": ids})
+    assert classifier.training
+    assert not any(module._forward_hooks for module in classifier.modules())
+
+
+def test_a_saved_trace_comes_back(classifier, ids, tmp_path):
+    trace = record_spikes(spiking(classifier), batch_of(ids))
+    trace.save(tmp_path / "trace.npz")
+    again = SpikeTrace.load(tmp_path / "trace.npz")
+    for field in ("spikes", "values"):
+        a, b = getattr(trace, field), getattr(again, field)
+        assert a.keys() == b.keys() and all((a[k] == b[k]).all() and a[k].dtype == b[k].dtype for k in a)
+    for field in ("lengths", "tokens", "words", "labels"):
+        assert (getattr(trace, field) == getattr(again, field)).all()
+
+
+def test_numpy_alone_reads_the_file(classifier, ids, tmp_path):
+    record_spikes(classifier, batch_of(ids)).save(tmp_path / "trace.npz")
+    code = "import sys; sys.modules['torch'] = sys.modules['spikegpt_lora'] = None; import numpy; "
+    code += f"f = numpy.load({str(tmp_path / 'trace.npz')!r}); print(f['spikes/blocks.0.lif1'].shape, f['lengths'])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "(4, 9, 12) [9 5 1 7]"
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip"])
+def test_a_file_that_is_no_trace_is_refused(tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="x.npz is no spike trace"):
+        SpikeTrace.load(tmp_path / "x.npz")
+
+
+def test_a_model_without_spikegpt_is_refused():
+    with pytest.raises(ValueError, match="Linear holds no SpikeGPTModel"):
+        record_spikes(torch.nn.Linear(2, 2), {"input_ids": torch.ones(1, 2)})
+
+
+def test_activity_agrees_with_the_recorded_gates(classifier, ids):
+    model = spiking(classifier)
+    batches = [{k: v[rows] for k, v in batch_of(ids).items()} for rows in (slice(0, 1), slice(1, 4))]
+    activity = adapter_activity(model, batches)
+    trace = record_spikes(model, batch_of(ids))
+    fired = [spikes.sum((0, 1)) for name, spikes in trace.spikes.items() if "lora_gate" in name]
+    fired = np.concatenate(fired)
+    assert activity.sparsity == pytest.approx(1 - fired.mean() / 22)
+    assert activity.dead_ranks == pytest.approx((fired == 0).mean())
+    one = activity.modules["blocks.2.att.value"]
+    assert one["sparsity"] == pytest.approx(trace.sparsity("blocks.2.att.value.lora_gate.default"))
+
+
+def test_contribution_is_the_norm_of_what_the_adapter_adds(classifier, ids):
+    torch.manual_seed(0)
+    model = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=r".*blocks\.0\.att\.key"))
+    layer = model.double().get_submodule("base_model.model.spikegpt.blocks.0.att.key")
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    inputs = []
+    handle = layer.register_forward_hook(lambda module, x, y: inputs.append(x[0]))
+    activity = adapter_activity(model, [batch_of(ids)])
+    handle.remove()
+    x = inputs[0][batch_of(ids)["attention_mask"].bool()]
+    expected = (x @ layer.get_delta_weight("default").T).norm() / (x @ layer.base_layer.weight.T).norm()
+    assert abs(activity.contribution - expected) < 1e-9
+    assert (activity.sparsity, activity.dead_ranks) == (None, None)
+
+
+def test_a_model_without_adapters_has_no_activity(classifier, ids):
+    assert adapter_activity(classifier, [batch_of(ids)]) is None
+
+
+def test_a_shut_gate_is_seen_as_dead_and_lets_no_gradient_into_b(classifier, ids):
+    config = SpikeLoraConfig(task_type="SEQ_CLS", r=4, spikelora_v_threshold=1e6)
+    model = get_peft_model(classifier, config).double()
+    activity = adapter_activity(model, [batch_of(ids)])
+    assert (activity.sparsity, activity.dead_ranks, activity.contribution) == (1.0, 1.0, 0.0)
+    model(ids, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    assert all((p.grad == 0).all() for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_recording_changes_no_output(classifier, ids):
+    before = classifier(ids).logits
+    record_spikes(classifier, {"input_ids": ids})
+    assert largest_difference(classifier(ids).logits, before) == 0
