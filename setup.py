@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="spikegpt_lora",
+    version="0.1.0",
+    description="SpikeGPT, a spiking language model, fine-tuned with LoRA and SpikeLoRA on any machine",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-2-Clause",
+    license_files=["LICENSE"],
+    packages=["spikegpt_lora", "spikegpt_lora.adapters"],
+    package_data={"spikegpt_lora": ["assets/*"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.9",
+        "spikingjelly>=2.0",
+        "transformers>=5.20,<6",
+        "accelerate>=1.10",
+        "peft>=0.21,<0.22",  # adapters/ rests on private seams of 0.21: see spikegpt_lora/adapters/layer.py
+        "datasets>=4.0",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "scikit-learn>=1.4",
+        "matplotlib>=3.8",
+    ],
+    extras_require={"test": ["pytest>=8", "ruff>=0.14"]},
+)

@@ -1,0 +1,179 @@
+"""What a comparison of fine-tuning methods leaves behind: results.json, results.md and pictures.
+
+results.json, schema "spikegpt_lora/finetune/1":
+    schema, task, model, complete   complete is false while runs are missing
+    options, versions, data         settings; package versions; sentences per split and how many were cut short
+    baselines                       [{method, accuracy_validation, accuracy_test, seconds, parameters}]
+    published                       [{method, accuracy}]: figures of the papers, in percent, with a 216M model
+    runs                            one a (method, seed), as `training.finetune` returns it:
+        method, seed, learning_rate, trainable_parameters, total_parameters, seconds (training and validation),
+        best_epoch, validation_accuracy, validation_by_epoch, test_accuracy, test_correct ("0110...", one a sentence),
+        adapters: null or {sparsity, dead_ranks, contribution, modules}: see `trace.AdapterActivity`
+    summary                         one a method: seeds, mean and spread (sample standard deviation) of what runs hold
+    comparisons                     [{a, b, difference, low, high, per_seed, is_noise}]: see `statistics`
+Accuracies, sparsity and dead_ranks are fractions of 1; seconds are wall-clock.
+"""
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from .files import whole_file
+from .statistics import paired_difference
+from .trace import SpikeTrace
+
+SCHEMA = "spikegpt_lora/finetune/1"
+
+# Subj, SpikeGPT-216M on a GPU: SpikeGPT's own figures for the first two, SpikeLoRA's for the others.
+PUBLISHED = {
+    "subj": [
+        {"method": "SpikeGPT from scratch", "accuracy": 89.10},
+        {"method": "full fine-tuning", "accuracy": 95.30},
+        {"method": "LoRA", "accuracy": 90.70},
+        {"method": "SpikeLoRA", "accuracy": 91.10},
+    ]
+}
+
+NAMES = {"full": "full fine-tuning", "lora": "LoRA", "spikelora": "SpikeLoRA", "head": "head only (frozen model)"}
+
+
+def summarize(runs: list[dict]) -> list[dict]:
+    """One row a method, in the order of NAMES: mean and spread over its seeds."""
+    rows = []
+    for method in [name for name in NAMES if any(run["method"] == name for run in runs)]:
+        of_method = [run for run in runs if run["method"] == method]
+        row = {"method": method, "seeds": [run["seed"] for run in of_method]}
+        row["trainable_parameters"] = of_method[0]["trainable_parameters"]
+        for key in ("validation_accuracy", "test_accuracy", "seconds"):
+            row[key], row[f"{key}_spread"] = _mean_and_spread([run[key] for run in of_method])
+        for key in ("sparsity", "dead_ranks", "contribution"):
+            values = [run["adapters"][key] for run in of_method if run["adapters"]]
+            row[key] = float(np.mean(values)) if values and None not in values else None
+        rows.append(row)
+    return rows
+
+
+def _mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def compare(runs: list[dict]) -> list[dict]:
+    """Paired difference in test accuracy for each pair of methods, on the seeds that both have."""
+    comparisons = []
+    for a, b in combinations([name for name in NAMES if any(run["method"] == name for run in runs)], 2):
+        correct = {name: {run["seed"]: run["test_correct"] for run in runs if run["method"] == name} for name in (a, b)}
+        seeds = sorted(correct[a].keys() & correct[b].keys())
+        if seeds:
+            bits = [[[int(bit) for bit in correct[name][seed]] for seed in seeds] for name in (a, b)]
+            difference = paired_difference(*bits)
+            comparisons.append({"a": a, "b": b, **vars(difference), "is_noise": difference.is_noise})
+    return comparisons
+
+
+def markdown(results: dict) -> str:
+    """The tables of results.json as Markdown; the task's and the model's name stand on top."""
+    data = results["data"]
+    lines = [
+        f"# {results['task']}: {results['model']}" + ("" if results["complete"] else " (incomplete: runs are missing)"),
+        "",
+        f"{data['train']:,} / {data['validation']:,} / {data['test']:,} sentences for training / validation / test; "
+        "the epoch was picked on validation, the test split read once a run.",
+        "",
+        "| method | trained parameters | test accuracy % | validation % | seconds | sparsity % | dead ranks % "
+        "| adapter / W0x |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [_row(row) for row in results["summary"]]
+    for row in results["baselines"]:
+        lines.append(
+            f"| {row['method']} | {row['parameters']:,} | {100 * row['accuracy_test']:.2f} | "
+            f"{100 * row['accuracy_validation']:.2f} | {row['seconds']:.1f} | – | – | – |"
+        )
+    for row in results["published"]:
+        lines.append(f"| *published, 216M model: {row['method']}* | | *{row['accuracy']:.2f}* | | | | | |")
+    lines += ["", f"Mean ± standard deviation over seeds {_seeds(results['runs'])}.", _LEGEND]
+    if results["comparisons"]:
+        lines += ["", "| paired difference on the test split, points | mean | 95 % interval over sentences | |"]
+        lines += ["| --- | ---: | ---: | --- |"] + [_comparison(row) for row in results["comparisons"]]
+    return "\n".join(lines) + "\n"
+
+
+_LEGEND = (
+    "Sparsity: silent share of the gate's outputs over all real tokens of the test split; dead ranks: units that never "
+    "fired there; adapter / W0x: norm of what the adapters add over the norm of what the frozen weights give. "
+    "Methods of one seed start from the same model and read the sentences in the same order."
+)
+
+
+def _seeds(runs: list[dict]) -> str:
+    return ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs})) or "(none yet)"
+
+
+def _row(row: dict) -> str:
+    def percent(key):
+        if row[key] is None:
+            return "–"
+        spread = row.get(f"{key}_spread")
+        return f"{100 * row[key]:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+    contribution = "–" if row["contribution"] is None else f"{row['contribution']:.3f}"
+    return (
+        f"| {NAMES[row['method']]} | {row['trainable_parameters']:,} | {percent('test_accuracy')} | "
+        f"{percent('validation_accuracy')} | {row['seconds']:.0f} | {percent('sparsity')} | {percent('dead_ranks')} | "
+        f"{contribution} |"
+    )
+
+
+def _comparison(row: dict) -> str:
+    verdict = "noise: the interval holds 0" if row["is_noise"] else ""
+    return (
+        f"| {NAMES[row['a']]} − {NAMES[row['b']]} | {100 * row['difference']:+.2f} | "
+        f"{100 * row['low']:+.2f} … {100 * row['high']:+.2f} | {verdict} |"
+    )
+
+
+def draw_raster(trace: SpikeTrace, path: Path, sentence: int = 0, title: str = "") -> None:
+    """Draw one sentence's spikes as a PNG: words on the time axis, one panel a population, black = spike."""
+    from matplotlib.figure import Figure  # a Figure of its own: no pyplot, no global backend
+
+    length = int(trace.lengths[sentence])
+    layers = [name for name in trace.spikes if ".lora_gate." not in name]
+    gates = [name for name in trace.spikes if ".lora_gate." in name]
+    panels = [(name, trace.spikes[name][sentence, :length]) for name in layers]
+    if gates:  # one panel for all gates: their units stacked
+        panels.append(("adapter gates", np.concatenate([trace.spikes[g][sentence, :length] for g in gates], axis=1)))
+    figure = Figure(figsize=(max(6, 0.42 * length), 1.35 * len(panels) + 1.2), layout="constrained")
+    for axis, (name, spikes) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
+        axis.imshow(spikes.T, cmap="Greys", vmin=0, aspect="auto", interpolation="nearest", origin="lower")
+        axis.set_ylabel(f"{spikes.shape[1]} units")
+        axis.set_title(f"{name}: {100 * (spikes != 0).mean():.1f} % firing", fontsize=8, loc="left", pad=2)
+        axis.tick_params(labelsize=7)
+        axis.yaxis.label.set_fontsize(7)
+    words = trace.words[sentence, :length]
+    first = [t for t in range(length) if t == 0 or words[t] != words[t - 1]]  # a word of several tokens is named once
+    axis.set_xticks(first, words[first], rotation=60, ha="right", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def draw_accuracy(results: dict, path: Path) -> None:
+    """Draw test accuracy by method as a PNG: a dot a seed, a line at the mean; baselines as horizontal lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for x, row in enumerate(results["summary"]):
+        accuracy = [100 * run["test_accuracy"] for run in results["runs"] if run["method"] == row["method"]]
+        axis.scatter([x] * len(accuracy), accuracy, color="C0", zorder=3)
+        axis.hlines(np.mean(accuracy), x - 0.25, x + 0.25, color="C0")
+    for style, row in zip(("--", ":"), results["baselines"]):
+        axis.axhline(100 * row["accuracy_test"], color="gray", linestyle=style, label=row["method"])
+    axis.set_xticks(range(len(results["summary"])), [NAMES[row["method"]] for row in results["summary"]], fontsize=8)
+    axis.set_ylabel("test accuracy, %")
+    axis.set_title(f"{results['task']}, {results['model']}: one dot a seed", fontsize=9)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -1,0 +1,267 @@
+"""Fine-tuning a SpikeGPT classifier in four ways, on `transformers.Trainer`, so that the ways can be compared.
+
+Methods are paired: for one seed they start from the same model (the same initial `score` included) and read the same
+sentences in the same order. The epoch is picked on the validation split; the test split is read once, at the end.
+"""
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .adapters import SpikeLoraConfig
+from .model import SpikeGPTForSequenceClassification
+from .trace import adapter_activity
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("full", "lora", "spikelora", "head")
+
+
+@dataclass
+class FinetuneOptions:
+    """Settings of one run; the learning rate is the method's own, all others are shared by the methods."""
+
+    learning_rate: float
+    epochs: int = 5
+    batch_size: int = 32
+    warmup: float = 0.06  # share of all steps
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    rank: int = 16
+    alpha: int = 16
+    adapter_dropout: float = 0.0
+    v_threshold: float = 0.1
+    bf16: bool = False
+
+
+def adapt(model: SpikeGPTForSequenceClassification, method: str, options: FinetuneOptions, seed: int) -> nn.Module:
+    """`model` made ready for `method`: "full" trains everything, "head" only `score`, "lora" and "spikelora" adapters
+    in R/K/V of every SRWKV and SRFFN, and `score`.
+
+    Raises:
+        ValueError: unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    set_seed(seed)
+    if method == "full":
+        return model
+    if method == "head":
+        model.spikegpt.requires_grad_(False)
+        return model
+    shared = {
+        "task_type": "SEQ_CLS",
+        "r": options.rank,
+        "lora_alpha": options.alpha,
+        "lora_dropout": options.adapter_dropout,
+    }
+    if method == "lora":
+        return get_peft_model(model, LoraConfig(**shared))
+    return get_peft_model(model, SpikeLoraConfig(**shared, spikelora_v_threshold=options.v_threshold))
+
+
+def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[DatasetDict, int]:
+    """`data` with columns input_ids and labels in place of text and label, and how many sentences were cut short.
+
+    Raises:
+        ValueError: a sentence without a single token.
+    """
+    tokenized, cut = DatasetDict(), 0
+    for split, rows in data.items():
+        ids = tokenizer(list(rows["text"]))["input_ids"]
+        if not all(ids):
+            raise ValueError(
+                f"{split} holds a sentence without tokens: {rows['text'][[len(i) for i in ids].index(0)]!r}"
+            )
+        cut += sum(len(i) > max_length for i in ids)
+        tokenized[split] = Dataset.from_dict({"input_ids": [i[:max_length] for i in ids], "labels": rows["label"]})
+    return tokenized, cut
+
+
+def finetune(
+    model: nn.Module,
+    method: str,
+    data: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    seed: int,
+    options: FinetuneOptions,
+    description: str = "",
+) -> tuple[nn.Module, dict]:
+    """Train `model` (from `adapt`) on data["train"], keep the epoch best on data["validation"], read data["test"] once.
+
+    Args:
+        data: from `tokenize`.
+        directory: where checkpoints go; a run that was interrupted there goes on from its last whole one.
+        description: the progress bar's text.
+
+    Returns:
+        The model of the best epoch in evaluation mode, and the run's record (see `report`).
+    """
+    trainer = PairedTrainer(
+        model=model,
+        args=_training_arguments(directory, seed, options),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=_accuracy,
+        callbacks=[Stopwatch()],
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress(description))
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(directory))
+    test = trainer.predict(data["test"])  # the only time that the test labels are read
+    evaluations = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    best = max(evaluations, key=lambda entry: entry["eval_accuracy"])
+    activity = adapter_activity(model, trainer.get_test_dataloader(data["test"]))
+    predictions = test.predictions.argmax(axis=-1)
+    record = {
+        "method": method,
+        "seed": seed,
+        "learning_rate": options.learning_rate,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": next(c for c in trainer.callback_handler.callbacks if isinstance(c, Stopwatch)).seconds,
+        "best_epoch": round(best["epoch"]),
+        "validation_accuracy": best["eval_accuracy"],
+        "validation_by_epoch": [entry["eval_accuracy"] for entry in evaluations],
+        "test_accuracy": float((predictions == test.label_ids).mean()),
+        "test_correct": "".join(str(int(right)) for right in predictions == test.label_ids),
+        "adapters": None if activity is None else vars(activity),
+    }
+    return model.eval(), record
+
+
+class PairedTrainer(Trainer):
+    """Trainer whose order of sentences depends on seed and epoch alone.
+
+    Trainer's own length-grouped order draws from the global generator, which by then differs between methods.
+    """
+
+    def _get_train_sampler(self, train_dataset=None):
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        return SeededLengthSampler(self.args.train_batch_size, lengths=lengths, seed=self.args.data_seed)
+
+
+class SeededLengthSampler(LengthGroupedSampler):
+    """Batches of similar length in an order given by (seed, epoch)."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(1_000_003 * self.seed + self.epoch)
+        return super().__iter__()
+
+
+class Stopwatch(TrainerCallback, ExportableState):
+    """Seconds spent in training and validation, over all the stretches of an interrupted run."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self._started = None
+
+    def _tick(self, *args, **kwargs):
+        now = time.perf_counter()
+        self.seconds += now - self._started
+        self._started = now
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._started = time.perf_counter()
+
+    on_step_end = on_evaluate = on_train_end = _tick
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+
+class Progress(ProgressCallback):
+    """One bar a run with the remaining time, the training loss and the newest validation accuracy; no raw log lines."""
+
+    def __init__(self, description: str = ""):
+        super().__init__()
+        self.description, self.shown = description, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.training_bar.set_description(self.description)
+        self.training_bar.update(state.global_step)
+        self.current_step = state.global_step
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        pass  # a bar for a second or two of validation would only flicker
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        names = {"loss": "loss", "eval_accuracy": "val. accuracy"}
+        self.shown |= {names[key]: f"{float(value):.3f}" for key, value in (logs or {}).items() if key in names}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown)
+
+
+def _training_arguments(directory: Path, seed: int, options: FinetuneOptions) -> TrainingArguments:
+    cuda = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=2 * options.batch_size,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=options.bf16,
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,  # the best and the last
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        logging_steps=10,
+        restore_callback_states_from_checkpoint=True,
+        report_to="none",
+        seed=seed,
+        data_seed=seed,
+    )
+
+
+def _accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(axis=-1) == prediction.label_ids))}
+
+
+def _last_whole_checkpoint(directory: Path) -> str | None:
+    """Trainer writes straight into checkpoint-N, its state file last: without a readable one N is half-written."""
+    folders = sorted(directory.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
+    for folder in folders:
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(folder)
+        except (OSError, ValueError):
+            logger.warning("%s is not a whole checkpoint (the run was stopped while writing it): ignored", folder)
+    return None

@@ -1,0 +1,229 @@
+"""recipes/subj_finetune.py as a user runs it: the whole comparison in small, interruption, and every wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeTrace, save_upstream_checkpoint
+from spikegpt_lora.report import NAMES, SCHEMA
+from spikegpt_lora.training import METHODS
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "subj_finetune.py"
+SMALL = ["--n-embd", "8", "--n-layer", "1", "--vocab-size", "300", "--epochs", "2", "--batch-size", "16"]
+
+
+def command(out, *arguments):
+    return [sys.executable, str(RECIPE), "--output-dir", str(out), *SMALL, *arguments]
+
+
+def environment(**changes):
+    return {k: v for k, v in os.environ.items() if k != "SPIKEGPT_LORA_DATA"} | {"HF_HUB_OFFLINE": "1"} | changes
+
+
+def recipe(out, *arguments, **variables):
+    return subprocess.run(command(out, *arguments), capture_output=True, text=True, env=environment(**variables))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """All four methods on two seeds, without data or network: the built-in sample."""
+    out = tmp_path_factory.mktemp("recipe") / "out"
+    done = recipe(out, "--seeds", "0", "1", "--max-train-samples", "64")
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def results_in(out):
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def test_without_data_it_says_loudly_what_was_tried_and_names_the_sample_everywhere(finished):
+    out, done = finished
+    for way in ("--data-dir", "SPIKEGPT_LORA_DATA", "hub", "subj-mini", "!" * 40):
+        assert way in done.stdout
+    assert (out / "results.md").read_text(encoding="utf-8").startswith("# subj-mini: random")
+    assert results_in(out)["task"] == "subj-mini" and results_in(out)["published"] == []
+
+
+def test_the_printed_table_is_the_file_and_has_every_row(finished):
+    out, done = finished
+    table = (out / "results.md").read_text(encoding="utf-8")
+    assert table in done.stdout
+    for name in [*NAMES.values(), "naive Bayes", "logistic regression"]:
+        assert f"| {name}" in table
+    assert "seeds 0, 1" in table and "paired difference" in table
+
+
+def test_progress_is_one_bar_a_run_with_the_remaining_time(finished):
+    _, done = finished
+    assert "1/8 full seed 0" in done.stderr and "8/8 head seed 1" in done.stderr
+    assert "<00:0" in done.stderr  # tqdm's [elapsed<remaining]
+    assert "Warning" not in done.stderr and "{'" not in done.stdout + done.stderr
+
+
+def test_results_follow_the_documented_schema(finished):
+    results = results_in(finished[0])
+    assert results["schema"] == SCHEMA and results["complete"] is True
+    assert [(run["method"], run["seed"]) for run in results["runs"]] == sorted((m, s) for m in METHODS for s in (0, 1))
+    for run in results["runs"]:
+        assert len(run["test_correct"]) == results["data"]["test"]
+        assert run["test_accuracy"] == pytest.approx(run["test_correct"].count("1") / len(run["test_correct"]))
+        assert (
+            run["validation_by_epoch"][run["best_epoch"] - 1]
+            == run["validation_accuracy"]
+            == max(run["validation_by_epoch"])
+        )
+        assert run["seconds"] > 0
+    row = {row["method"]: row for row in results["summary"]}
+    accuracy = [run["test_accuracy"] for run in results["runs"] if run["method"] == "lora"]
+    assert row["lora"]["test_accuracy"] == pytest.approx(np.mean(accuracy))
+    assert row["lora"]["test_accuracy_spread"] == pytest.approx(np.std(accuracy, ddof=1))
+    assert row["lora"]["sparsity"] is None and 0 < row["spikelora"]["sparsity"] < 1
+
+
+def test_methods_of_a_seed_start_from_the_same_model(finished):
+    out, _ = finished
+    base = AutoModelForSequenceClassification.from_pretrained(out / "base" / "seed0").state_dict()
+    head = AutoModelForSequenceClassification.from_pretrained(out / "head" / "seed0").state_dict()
+    assert all(torch.equal(base[name], head[name]) == (name != "score.weight") for name in base)
+    other = AutoModelForSequenceClassification.from_pretrained(out / "base" / "seed1").state_dict()
+    assert not torch.equal(base["score.weight"], other["score.weight"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_saved_model_gives_the_recorded_test_accuracy(finished, method):
+    from spikegpt_lora import load_task
+
+    out, _ = finished
+    auto = AutoModelForSequenceClassification if method in ("full", "head") else AutoPeftModelForSequenceClassification
+    model = auto.from_pretrained(out / method / "seed0").eval()
+    tokenizer = AutoTokenizer.from_pretrained(out / "base" / "seed0")
+    test = load_task("subj-mini")["test"]
+    with torch.no_grad():
+        predicted = [model(**tokenizer(text, return_tensors="pt")).logits.argmax().item() for text in test["text"]]
+    correct = "".join(str(int(p == label)) for p, label in zip(predicted, test["label"]))
+    recorded = next(r for r in results_in(out)["runs"] if (r["method"], r["seed"]) == (method, 0))["test_correct"]
+    assert sum(a != b for a, b in zip(correct, recorded)) <= 1  # alone and in float32, a spike may flip
+
+
+def test_traces_of_test_sentences_are_saved_with_a_picture(finished):
+    out, _ = finished
+    trace = SpikeTrace.load(out / "traces" / "spikelora-seed1.npz")
+    assert len(trace.lengths) == 32 and set(trace.labels) == {0, 1} and trace.values
+    assert (out / "traces" / "spikelora-seed1.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_comparison_runs_nothing_again_and_takes_more_seeds(finished):
+    out, _ = finished
+    again = recipe(out, "--seeds", "0", "1", "2", "--methods", "head", "--max-train-samples", "64")
+    assert again.returncode == 0 and "head seed 2" in again.stderr and "seed 0:" not in again.stderr
+    assert sum(run["method"] == "head" for run in results_in(out)["runs"]) == 3
+
+
+def test_other_settings_do_not_mix_into_a_folder(finished):
+    refused = recipe(finished[0], "--rank", "3", "--max-train-samples", "64")
+    assert refused.returncode == 2 and "rank was 16, is 3" in refused.stderr and "--output-dir" in refused.stderr
+
+
+def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
+    assert recipe(tmp_path, "--seeds", "1", "--methods", "spikelora", "--max-train-samples", "64").returncode == 0
+    (again,) = results_in(tmp_path)["runs"]
+    before = next(r for r in results_in(finished[0])["runs"] if (r["method"], r["seed"]) == ("spikelora", 1))
+    assert again["validation_by_epoch"] == before["validation_by_epoch"]
+    assert again["test_correct"] == before["test_correct"]
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path, finished):
+    arguments = ["--seeds", "0", "--methods", "head", "full", "--max-train-samples", "64"]
+    process = subprocess.Popen(
+        command(tmp_path, *arguments), env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    training = tmp_path / "full" / "seed0" / "training"
+    deadline = time.time() + 120
+    while not list(training.glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the run was over before the interrupt arrived")
+    assert process.returncode == 130 and "the same command goes on" in printed and "Traceback" not in errors
+    assert [run["method"] for run in results_in(tmp_path)["runs"]] == ["head"]
+    assert "(incomplete" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert recipe(tmp_path, *arguments).returncode == 0
+    resumed = next(r for r in results_in(tmp_path)["runs"] if r["method"] == "full")
+    whole = next(r for r in results_in(finished[0])["runs"] if (r["method"], r["seed"]) == ("full", 0))
+    assert resumed["validation_by_epoch"] == whole["validation_by_epoch"]
+    assert resumed["test_correct"] == whole["test_correct"]
+
+
+def test_a_half_written_checkpoint_is_ignored(tmp_path):
+    broken = tmp_path / "head" / "seed0" / "training" / "checkpoint-4"
+    broken.mkdir(parents=True)
+    (broken / "trainer_state.json").write_text('{"epoch"')
+    done = recipe(tmp_path, "--seeds", "0", "--methods", "head", "--max-train-samples", "32")
+    assert done.returncode == 0 and "not a whole checkpoint" in done.stderr
+
+
+def test_an_upstream_checkpoint_is_fine_tuned(finished, tmp_path):
+    tokenizer = finished[0] / "tokenizer"
+    vocab_size = len(AutoTokenizer.from_pretrained(tokenizer))
+    torch.manual_seed(0)
+    model = SpikeGPTForCausalLM(SpikeGPTConfig(vocab_size=vocab_size, n_embd=8, n_layer=1))
+    save_upstream_checkpoint(model, tmp_path / "upstream.pth")
+    done = recipe(
+        tmp_path / "out", "--model", str(tmp_path / "upstream.pth"), "--tokenizer", str(tokenizer),
+        "--methods", "spikelora", "--seeds", "0", "--max-train-samples", "32",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    start = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "base" / "seed0")
+    assert torch.equal(start.spikegpt.emb.weight, model.spikegpt.emb.weight)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--task", "subj"], "SPIKEGPT_LORA_DATA"),
+        (["--data-dir", "nowhere"], "nowhere"),
+        (["--task", "subj-mini", "--model", "nowhere.pth", "--tokenizer", "nowhere"], "no tokenizer at 'nowhere'"),
+        (["--learning-rate", "quick"], "--learning-rate takes one number"),
+        (["--learning-rate", "lore=1e-3"], "no method lore"),
+        (["--task", "subj-mini", "--n-layer", "0"], "n_layer must be an integer >= 1, got 0"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(tmp_path, arguments, message):
+    done = recipe(tmp_path / "out", *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_broken_checkpoint_is_one_clear_error(tmp_path, finished):
+    (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 not really")
+    done = recipe(
+        tmp_path / "out",
+        "--task",
+        "subj-mini",
+        "--model",
+        str(tmp_path / "broken.pth"),
+        "--tokenizer",
+        str(finished[0] / "tokenizer"),
+    )
+    assert done.returncode == 2 and "broken.pth" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_lists_what_it_leaves_behind():
+    done = subprocess.run([sys.executable, str(RECIPE), "--help"], capture_output=True, text=True)
+    assert (
+        done.returncode == 0
+        and "results.json" in done.stdout
+        and "default: 0 1 2" in done.stdout.replace("[0, 1, 2]", "0 1 2")
+    )
