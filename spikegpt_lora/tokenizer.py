@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-END_OF_WORD = "</w>"
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 
 
@@ -17,15 +16,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     if vocab_size < 4:
         raise ValueError(f"vocab_size must be >= 4 (three tokens are special), got {vocab_size}")
-    bpe = Tokenizer(models.BPE(unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD))
+    bpe = Tokenizer(models.BPE(unk_token=UNKNOWN))
     bpe.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w']+|[^\w\s']+"), behavior="removed", invert=True)
-    bpe.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
+    words = pre_tokenizers.Split(Regex(r"[\w']+|[^\w\s']+"), behavior="removed", invert=True)
+    # The mark before each word, and no suffix behind it: with a suffix, training breaks ties at random.
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Metaspace(prepend_scheme="always")])
+    bpe.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[PAD, UNKNOWN, END],
-        end_of_word_suffix=END_OF_WORD,
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)

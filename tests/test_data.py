@@ -23,7 +23,7 @@ SHARED = os.environ.get("SPIKEGPT_LORA_DATA")
 real_data = pytest.mark.skipif(not SHARED, reason="needs the Subj files: set SPIKEGPT_LORA_DATA to their folder")
 PLOT, QUOTE = "plot.tok.gt9.5000", "quote.tok.gt9.5000"
 
-# Runs data.py alone (not the package's __init__, no torch) on "subj" without a folder; says how it ended and how long that took.
+# Runs data.py alone (without the package, without torch) on "subj"; says how it ended and how long that took.
 SCRIPT = """
 import importlib, json, os, socket, sys, time, types
 package = sys.modules["spikegpt_lora"] = types.ModuleType("spikegpt_lora")

@@ -59,7 +59,7 @@ def test_the_printed_table_is_the_file_and_has_every_row(finished):
     out, done = finished
     table = (out / "results.md").read_text(encoding="utf-8")
     assert table in done.stdout
-    for name in [*NAMES.values(), "naive Bayes", "logistic regression"]:
+    for name in [*NAMES.values(), "naive Bayes", "TF-IDF logistic regression"]:
         assert f"| {name}" in table
     assert "seeds 0, 1" in table and "paired difference" in table
 

@@ -91,7 +91,7 @@ def test_tokens_and_words_stand_beside_the_spikes(classifier):
     trace = record_spikes(classifier, batch, tokenizer)
     for row, (text, words) in enumerate([("unhappy films", ["unhappy", "films"]), ("end .", ["end"])]):
         n = trace.lengths[row]
-        assert "".join(trace.tokens[row, :n]).replace("</w>", " ").split() == text.replace(".", "<unk>").split()
+        assert "".join(trace.tokens[row, :n]).replace("▁", " ").split() == text.replace(".", "<unk>").split()
         assert list(dict.fromkeys(trace.words[row, :n]))[: len(words)] == words
         assert (trace.words[row, n:] == "").all()
     assert trace.labels.tolist() == [-1, -1]

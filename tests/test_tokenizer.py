@@ -1,0 +1,55 @@
+"""The small BPE tokenizer: the same every time, readable, and loadable by transformers."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from spikegpt_lora import load_task
+from spikegpt_lora.tokenizer import train_tokenizer
+
+TRAIN = "from spikegpt_lora import load_task; from spikegpt_lora.tokenizer import train_tokenizer; "
+TRAIN += "print(train_tokenizer(load_task('subj-mini')['train']['text'], 500).backend_tokenizer.to_str())"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(load_task("subj-mini")["train"]["text"], 500)
+
+
+def test_training_gives_the_same_tokenizer_in_every_process(tokenizer):
+    printed = [subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True).stdout for _ in range(2)]
+    assert printed[0].strip() == printed[1].strip() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_decoding_gives_the_text_back(tokenizer):
+    text = "don't miss it : the dragon , superb , is 40 feet long !"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_case_and_accents_are_dropped_and_punctuation_is_split(tokenizer):
+    assert tokenizer("Caf\u00e9, FILM!")["input_ids"] == tokenizer("cafe , film !")["input_ids"]
+
+
+def test_word_ids_follow_words_and_punctuation(tokenizer):
+    encoded = tokenizer("superb dragon .")
+    assert sorted(set(encoded.word_ids())) == [0, 1, 2]
+
+
+def test_special_tokens_and_size(tokenizer):
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert len(tokenizer) == 500
+    assert tokenizer("\u4e2d")["input_ids"].count(1) >= 1
+
+
+def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "a film by nobody , for nobody"
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"] and loaded.pad_token == "<pad>"
+
+
+def test_a_vocabulary_without_room_is_refused():
+    with pytest.raises(ValueError, match="vocab_size must be >= 4"):
+        train_tokenizer(["a"], 3)
