@@ -131,25 +131,26 @@ def finetune(
     trainer.add_callback(Progress(description))
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(directory))
     test = trainer.predict(data["test"])  # the only time that the test labels are read
+    activity = adapter_activity(model, trainer.get_test_dataloader(data["test"]))
+    record = {"method": method, "seed": seed, "learning_rate": options.learning_rate, **_record(trainer, test)}
+    return model.eval(), record | {"adapters": None if activity is None else vars(activity)}
+
+
+def _record(trainer: Trainer, test) -> dict:
     evaluations = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     best = max(evaluations, key=lambda entry: entry["eval_accuracy"])
-    activity = adapter_activity(model, trainer.get_test_dataloader(data["test"]))
-    predictions = test.predictions.argmax(axis=-1)
-    record = {
-        "method": method,
-        "seed": seed,
-        "learning_rate": options.learning_rate,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+    correct = test.predictions.argmax(axis=-1) == test.label_ids
+    parameters = list(trainer.model.parameters())
+    return {
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in parameters),
         "seconds": next(c for c in trainer.callback_handler.callbacks if isinstance(c, Stopwatch)).seconds,
         "best_epoch": round(best["epoch"]),
         "validation_accuracy": best["eval_accuracy"],
         "validation_by_epoch": [entry["eval_accuracy"] for entry in evaluations],
-        "test_accuracy": float((predictions == test.label_ids).mean()),
-        "test_correct": "".join(str(int(right)) for right in predictions == test.label_ids),
-        "adapters": None if activity is None else vars(activity),
+        "test_accuracy": float(correct.mean()),
+        "test_correct": "".join(str(int(right)) for right in correct),
     }
-    return model.eval(), record
 
 
 class PairedTrainer(Trainer):

@@ -1,0 +1,82 @@
+"""The report: numbers in the tables are those of the runs, and what is missing or noise is said."""
+
+import numpy as np
+import pytest
+
+from spikegpt_lora import SpikeTrace, report
+
+GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}}
+
+
+def run(method, seed, correct, adapters=None):
+    accuracy = correct.count("1") / len(correct)
+    return {
+        "method": method, "seed": seed, "learning_rate": 1e-3, "trainable_parameters": 1234, "total_parameters": 5678,
+        "seconds": 10.0 + seed, "best_epoch": 1, "validation_accuracy": 0.5, "validation_by_epoch": [0.5],
+        "test_accuracy": accuracy, "test_correct": correct, "adapters": adapters,
+    }  # fmt: skip
+
+
+RUNS = [
+    run("spikelora", 0, "1110", GATE),
+    run("spikelora", 1, "1100", GATE),
+    run("full", 0, "1111"),
+    run("full", 1, "1110"),
+]
+
+
+def results(runs=RUNS, complete=True, published="subj"):
+    return {
+        "task": "subj", "model": "random", "complete": complete, "runs": runs, "published": report.PUBLISHED[published],
+        "data": {"train": 7000, "validation": 1000, "test": 4},
+        "baselines": [
+            {"method": "naive Bayes", "accuracy_test": 0.92, "accuracy_validation": 0.93, "seconds": 1.0, "parameters": 99}
+        ],
+        "summary": report.summarize(runs), "comparisons": report.compare(runs),
+    }  # fmt: skip
+
+
+def test_the_summary_is_mean_and_sample_deviation_in_a_fixed_order():
+    full, spikelora = report.summarize(RUNS)
+    assert (full["method"], spikelora["method"]) == ("full", "spikelora")
+    assert full["test_accuracy"] == pytest.approx(0.875)
+    assert full["test_accuracy_spread"] == pytest.approx(np.std([1.0, 0.75], ddof=1))
+    assert spikelora["seconds"] == pytest.approx(10.5) and spikelora["sparsity"] == 0.75
+    assert full["sparsity"] is None
+
+
+def test_one_seed_has_no_spread():
+    (row,) = report.summarize(RUNS[:1])
+    assert row["test_accuracy_spread"] is None
+    assert "| 75.00 |" in report.markdown(results(RUNS[:1]))
+
+
+def test_comparisons_pair_the_seeds_that_both_methods_have():
+    (row,) = report.compare(RUNS + [run("full", 2, "0000")])
+    assert (row["a"], row["b"]) == ("full", "spikelora")
+    assert row["difference"] == pytest.approx(0.25) and len(row["per_seed"]) == 2
+
+
+def test_the_table_shows_methods_baselines_and_published_figures():
+    table = report.markdown(results())
+    assert "| SpikeLoRA | 1,234 | 62.50 ± 17.68 | 50.00 ± 0.00 | 10 | 75.00 | 12.50 | 0.500 |" in table
+    assert "| naive Bayes | 99 | 92.00 | 93.00 |" in table
+    assert "published, 216M model: SpikeLoRA* | | *91.10*" in table
+    assert "full fine-tuning − SpikeLoRA | +25.00" in table
+
+
+def test_an_incomplete_comparison_says_so():
+    assert "incomplete" in report.markdown(results(complete=False)).splitlines()[0]
+    assert "incomplete" not in report.markdown(results())
+    assert report.markdown(results(runs=[], complete=False))
+
+
+def test_pictures_are_written(tmp_path):
+    spikes = np.random.default_rng(0).integers(0, 2, (1, 5, 6)).astype(np.int8)
+    words = np.array([["a", "long", "long", "word", "."]])
+    names = ("emb", "blocks.0.lif1", "blocks.0.att.key.lora_gate.default")
+    trace = SpikeTrace(dict.fromkeys(names, spikes), {}, np.array([5]), words, words, np.array([1]))
+    report.draw_raster(trace, tmp_path / "raster.png", title="title")
+    report.draw_accuracy(results(), tmp_path / "accuracy.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("raster.png", "accuracy.png"))
+    assert len(list(tmp_path.iterdir())) == 2
