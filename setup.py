@@ -25,5 +25,5 @@ setup(
         "scikit-learn>=1.4",
         "matplotlib>=3.8",
     ],
-    extras_require={"test": ["pytest>=8", "ruff>=0.14"]},
+    extras_require={"test": ["pytest>=8", "ruff~=0.17.0"]},
 )

@@ -21,10 +21,12 @@ import shutil
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from transformers import AutoTokenizer, set_seed
+from datasets import DatasetDict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from spikegpt_lora import (
     SpikeGPTConfig,
@@ -36,22 +38,31 @@ from spikegpt_lora import (
 )
 from spikegpt_lora.baselines import bag_of_words_baselines
 from spikegpt_lora.config import POOLINGS
+from spikegpt_lora.data import LABELS
 from spikegpt_lora.files import write_json, write_text
 from spikegpt_lora.tokenizer import train_tokenizer
 from spikegpt_lora.training import METHODS, FinetuneOptions, adapt, finetune, tokenize
 
-LEARNING_RATES = {"full": 1e-3, "lora": 2e-3, "spikelora": 2e-3, "head": 5e-3}
-NEOX_TOKENIZER = {"ridger/SpikeGPT-OpenWebText-216M": "EleutherAI/gpt-neox-20b"}
+# Each the best of 1e-3, 3e-3, 1e-2 on Subj's validation split (seed 0, default sizes).
+LEARNING_RATES = {"full": 3e-3, "lora": 1e-2, "spikelora": 1e-2, "head": 1e-2}
+UPSTREAM_TOKENIZERS = {"ridger/SpikeGPT-OpenWebText-216M": "EleutherAI/gpt-neox-20b"}
+PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
 
 
 def main() -> int:
     args = parse_arguments()
-    quieten_libraries()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # of files, within a second
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft's
     try:
-        return compare_methods(args)
+        comparison = prepare(args)
+        return run_all(comparison)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here.")
+        return 130
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,109 +70,108 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    rates = " ".join(f"{method}={rate:g}" for method, rate in LEARNING_RATES.items())
+
+    def add(group, name, help, default=None, **kwargs):
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        group.add_argument(
+            name, default=default, help=help if default is None else f"{help} (default: {shown})", **kwargs
+        )
+
     add(
-        "--task", choices=["subj", "subj-mini"], help="default: subj, or the built-in subj-mini where subj is not found"
+        parser,
+        "--task",
+        "by default subj, and the built-in subj-mini where subj is not found",
+        choices=["subj", "subj-mini"],
     )
-    add("--data-dir", type=Path, help="folder with Subj (default: SPIKEGPT_LORA_DATA, then the Hugging Face hub)")
-    add("--output-dir", type=Path, default=Path("runs/subj"), help="default: %(default)s")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="default: %(default)s")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: %(default)s")
+    add(parser, "--data-dir", "folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub", type=Path)
+    add(parser, "--output-dir", "results go here", Path("runs/subj"), type=Path)
+    add(parser, "--methods", "which to compare", list(METHODS), nargs="+", choices=METHODS, metavar="METHOD")
+    add(parser, "--seeds", "one run a method and seed", [0, 1, 2], nargs="+", type=int, metavar="SEED")
+    add(parser, "--trace-sentences", "test sentences whose spikes are recorded", 32, type=positive)
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="random", help='"random", a saved model, an upstream .pth file or a hub id')
-    model.add_argument("--tokenizer", help="folder or hub id, where the model does not bring its own")
-    model.add_argument("--pooling", choices=POOLINGS, default="last_mean", help="default: %(default)s")
-    model.add_argument("--dropout", type=float, default=0.2, help="after each block; default: %(default)s")
-    model.add_argument("--n-layer", type=int, default=2, help="of a random model; default: %(default)s")
-    model.add_argument("--n-embd", type=int, default=128, help="of a random model; default: %(default)s")
-    model.add_argument("--vocab-size", type=int, default=4096, help="of a random model's BPE; default: %(default)s")
+    add(model, "--model", "random, the folder of a saved model, an upstream .pth file, or a hub id", "random")
+    add(model, "--tokenizer", "folder or hub id, where the model does not bring its own")
+    add(model, "--pooling", "what the classifier reads", "last_mean", choices=POOLINGS)
+    add(model, "--dropout", "after each block", 0.2, type=float)
+    add(model, "--n-layer", "of a random model", 2, type=int)
+    add(model, "--n-embd", "of a random model", 128, type=int)
+    add(model, "--vocab-size", "of a random model's BPE", 4096, type=int)
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=5, help="default: %(default)s")
-    training.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    training.add_argument(
-        "--learning-rate",
-        nargs="+",
-        default=[],
-        metavar="RATE",
-        help="one for all methods, or METHOD=RATE ...; default: "
-        + " ".join(f"{k}={v:g}" for k, v in LEARNING_RATES.items()),
-    )
-    training.add_argument(
-        "--rank", type=int, default=16, help="of LoRA and SpikeLoRA (alpha is the same); default: %(default)s"
-    )
-    training.add_argument("--v-threshold", type=float, default=0.1, help="of SpikeLoRA's gate; default: %(default)s")
-    training.add_argument("--max-length", type=int, default=128, help="tokens a sentence; default: %(default)s")
-    training.add_argument("--max-train-samples", type=int, help="use only so many training sentences (a quick try)")
+    add(training, "--epochs", "the best on validation is kept", 5, type=positive)
+    add(training, "--batch-size", "sentences a step", 32, type=positive)
+    add(training, "--learning-rate", f"one for all, or METHOD=RATE ... (default: {rates})", nargs="+", metavar="RATE")
+    add(training, "--rank", "of LoRA and SpikeLoRA; alpha is the same", 16, type=positive)
+    add(training, "--v-threshold", "of SpikeLoRA's gate", 0.1, type=float)
+    add(training, "--max-length", "tokens a sentence", 128, type=positive)
+    add(training, "--max-train-samples", "use only so many training sentences (a quick try)", type=positive)
     training.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
-    add("--trace-sentences", type=int, default=32, help="test sentences to record per run; default: %(default)s")
     args = parser.parse_args()
+    args.seeds = list(dict.fromkeys(args.seeds))
     try:
-        args.learning_rate = learning_rates(args.learning_rate)
+        args.learning_rate = learning_rates(args.learning_rate or [])
     except ValueError as error:
         parser.error(f"--learning-rate takes one number, or METHOD=NUMBER for {', '.join(METHODS)}: {error}")
     return args
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
+    return number
+
+
 def learning_rates(given: list[str]) -> dict[str, float]:
     if len(given) == 1 and "=" not in given[0]:
         return dict.fromkeys(METHODS, float(given[0]))
-    named = dict(item.split("=", 1) if "=" in item else (item, "") for item in given)
+    named = dict(item.partition("=")[::2] for item in given)
     unknown = [name for name in named if name not in METHODS]
     if unknown:
         raise ValueError(f"no method {', '.join(unknown)}")
     return LEARNING_RATES | {name: float(rate) for name, rate in named.items()}
 
 
-def compare_methods(args: argparse.Namespace) -> int:
+@dataclass
+class Comparison:
+    """What all runs share: settings, the data as text and as tokens, and the results so far (see report.py)."""
+
+    args: argparse.Namespace
+    data: DatasetDict
+    tokens: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    results: dict
+
+
+def prepare(args: argparse.Namespace) -> Comparison:
     task, data = load_data(args)
     if args.max_train_samples:
         data["train"] = data["train"].select(range(min(args.max_train_samples, len(data["train"]))))
-    out = args.output_dir
-    out.mkdir(parents=True, exist_ok=True)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     options = check_options(args, task)
-    tokenizer = get_tokenizer(args, data, out)
+    tokenizer = get_tokenizer(args, data)
     tokens, cut = tokenize(data, tokenizer, args.max_length)
+    sizes = {split: len(rows) for split, rows in data.items()}
+    print(f"{task}: " + ", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " sentences")
+    if cut:
+        print(f"note: {cut} sentences are cut to --max-length {args.max_length} tokens")
     results = {
         "schema": report.SCHEMA,
         "task": task,
         "model": args.model,
         "complete": False,
         "options": options,
-        "versions": {
-            n: importlib.metadata.version(n) for n in ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
-        },
-        "data": {split: len(rows) for split, rows in data.items()} | {"cut_short": cut},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "data": sizes | {"cut_short": cut},
         "baselines": bag_of_words_baselines(data),
         "published": report.PUBLISHED.get(task, []),
     }
-    print_data(task, data, cut, args)
-
-    runs = [(seed, method) for seed in args.seeds for method in args.methods]
-    started = time.perf_counter()
-    try:
-        for number, (seed, method) in enumerate(runs, 1):
-            run_directory = out / method / f"seed{seed}"
-            if not (run_directory / "run.json").is_file():
-                description = f"{number}/{len(runs)} {method} seed {seed}"
-                run(args, method, seed, tokens, data, tokenizer, out, run_directory, description)
-            write_results(results, out, complete=number == len(runs))
-    except KeyboardInterrupt:
-        write_results(results, out, complete=False)
-        print(f"\nstopped. What is finished stands in {out / 'results.md'}; the same command goes on from here.")
-        return 130
-    print("\n" + (out / "results.md").read_text(encoding="utf-8"))
-    print(
-        f"{(time.perf_counter() - started) / 60:.1f} minutes. Written to {out}: results.md, results.json, accuracy.png,"
-    )
-    print(
-        "models and adapters by method and seed, traces/ (spikes of test sentences, with a picture of the first one)."
-    )
-    return 0
+    return Comparison(args, data, tokens, tokenizer, results)
 
 
-def load_data(args):
+def load_data(args) -> tuple[str, DatasetDict]:
     if args.task is not None or args.data_dir is not None:
         task = args.task or "subj"
         return task, load_task(task, args.data_dir)
@@ -183,25 +193,23 @@ def check_options(args, task: str) -> dict:
     if not file.exists():
         write_json(file, options)
     before = json.loads(file.read_text(encoding="utf-8"))
-    differing = [
-        f"{key} was {before.get(key)!r}, is {options.get(key)!r}"
-        for key in options
-        if before.get(key) != options.get(key)
-    ]
+    differing = [key for key in options if before.get(key) != options[key]]
     if differing:
+        changes = "; ".join(f"{key} was {before.get(key)!r}, is {options[key]!r}" for key in differing)
         raise ValueError(
-            f"{args.output_dir} holds results of other settings ({'; '.join(differing)}): "
+            f"{args.output_dir} holds results of other settings ({changes}): "
             "give another --output-dir, or delete this one"
         )
     return options
 
 
-def get_tokenizer(args, data, out: Path):
+def get_tokenizer(args, data: DatasetDict) -> PreTrainedTokenizerBase:
     if args.model == "random":
-        if not (out / "tokenizer" / "tokenizer.json").is_file():
-            train_tokenizer(data["train"]["text"], args.vocab_size).save_pretrained(out / "tokenizer")
-        return AutoTokenizer.from_pretrained(out / "tokenizer")
-    source = args.tokenizer or NEOX_TOKENIZER.get(args.model, args.model)
+        folder = args.output_dir / "tokenizer"
+        if not (folder / "tokenizer_config.json").is_file():
+            train_tokenizer(data["train"]["text"], args.vocab_size).save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
+    source = args.tokenizer or UPSTREAM_TOKENIZERS.get(args.model, args.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -211,14 +219,52 @@ def get_tokenizer(args, data, out: Path):
     return tokenizer
 
 
-def get_base(args, tokenizer, out: Path, seed: int) -> SpikeGPTForSequenceClassification:
+def run_all(comparison: Comparison) -> int:
+    args, out = comparison.args, comparison.args.output_dir
+    runs = [(seed, method) for seed in args.seeds for method in args.methods]
+    started = time.perf_counter()
+    try:
+        for number, (seed, method) in enumerate(runs, 1):
+            if not (out / method / f"seed{seed}" / "run.json").is_file():
+                run(comparison, method, seed, f"{number}/{len(runs)} {method} seed {seed}")
+            write_results(comparison.results, out, complete=number == len(runs))
+    except KeyboardInterrupt:
+        write_results(comparison.results, out, complete=False)
+        print(f"\nstopped. What is finished stands in {out / 'results.md'}; the same command goes on from here.")
+        return 130
+    print("\n" + (out / "results.md").read_text(encoding="utf-8"))
+    print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Written to {out}:")
+    print(
+        "results.md, results.json, accuracy.png; models and adapters by method and seed; traces/ with a picture each."
+    )
+    return 0
+
+
+def run(comparison: Comparison, method: str, seed: int, description: str) -> None:
+    """Train one method on one seed, save the model, its card and its spikes; `run.json`, last, says it is finished."""
+    args, tokenizer = comparison.args, comparison.tokenizer
+    folder = args.output_dir / method / f"seed{seed}"
+    shared = {key: getattr(args, key) for key in ("epochs", "batch_size", "rank", "v_threshold", "bf16")}
+    options = FinetuneOptions(learning_rate=args.learning_rate[method], alpha=args.rank, **shared)
+    model = adapt(get_base(args, tokenizer, seed), method, options, seed)
+    model, record = finetune(
+        model, method, comparison.tokens, tokenizer, folder / "training", seed, options, description
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_text(folder / "README.md", report.model_card(comparison.results, record))
+    record_traces(comparison, model, f"{method}-seed{seed}")
+    write_json(folder / "run.json", record)
+    shutil.rmtree(folder / "training")
+
+
+def get_base(args, tokenizer, seed: int) -> SpikeGPTForSequenceClassification:
     """The model that every method of this seed starts from, its initial `score` included; made once, then read."""
-    folder = out / "base" / f"seed{seed}"
+    folder = args.output_dir / "base" / f"seed{seed}"
     if not folder.is_dir():
         set_seed(seed)
-        labels = {0: "objective", 1: "subjective"}
-        changes = {"pooling": args.pooling, "dropout": args.dropout, "id2label": labels}
-        changes |= {"label2id": {name: i for i, name in labels.items()}}
+        changes = {"pooling": args.pooling, "dropout": args.dropout, "id2label": dict(enumerate(LABELS))}
+        changes |= {"label2id": {name: i for i, name in enumerate(LABELS)}}
         changes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
         if args.model == "random":
             sizes = {"vocab_size": len(tokenizer), "n_embd": args.n_embd, "n_layer": args.n_layer}
@@ -226,9 +272,8 @@ def get_base(args, tokenizer, out: Path, seed: int) -> SpikeGPTForSequenceClassi
         elif Path(args.model).is_dir():
             model = SpikeGPTForSequenceClassification.from_pretrained(args.model, **changes)
         else:
-            model = SpikeGPTForSequenceClassification.from_language_model(
-                load_upstream_checkpoint(args.model), **changes
-            )
+            lm = load_upstream_checkpoint(args.model)
+            model = SpikeGPTForSequenceClassification.from_language_model(lm, **changes)
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         model.save_pretrained(unfinished)
@@ -237,63 +282,28 @@ def get_base(args, tokenizer, out: Path, seed: int) -> SpikeGPTForSequenceClassi
     return SpikeGPTForSequenceClassification.from_pretrained(folder)
 
 
-def run(args, method, seed, tokens, data, tokenizer, out: Path, directory: Path, description: str):
-    shared = ("epochs", "batch_size", "rank", "v_threshold", "bf16")
-    options = FinetuneOptions(
-        learning_rate=args.learning_rate[method], alpha=args.rank, **{key: getattr(args, key) for key in shared}
+def record_traces(comparison: Comparison, model, name: str) -> None:
+    args, test = comparison.args, comparison.data["test"]
+    rows = test[: args.trace_sentences]
+    batch = comparison.tokenizer(
+        rows["text"], padding=True, truncation=True, max_length=args.max_length, return_tensors="pt"
     )
-    model = adapt(get_base(args, tokenizer, out, seed), method, options, seed)
-    model, record = finetune(model, method, tokens, tokenizer, directory / "training", seed, options, description)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    record_traces(
-        args, model, tokens, data, tokenizer, out / "traces" / f"{method}-seed{seed}", f"{method}, seed {seed}"
-    )
-    write_json(directory / "run.json", record)  # last: it says that the run is finished
-    shutil.rmtree(directory / "training")
+    batch["labels"] = rows["label"]
+    trace = record_spikes(model, batch, comparison.tokenizer)
+    folder = args.output_dir / "traces"
+    folder.mkdir(exist_ok=True)
+    trace.save(folder / f"{name}.npz")
+    report.draw_raster(trace, folder / f"{name}.png", title=f"{name}: first test sentence ({LABELS[trace.labels[0]]})")
 
 
-def record_traces(args, model, tokens, data, tokenizer, path: Path, title: str):
-    path.parent.mkdir(exist_ok=True)
-    count = min(args.trace_sentences, len(data["test"]))
-    batch = tokenizer(
-        list(data["test"]["text"][:count]),
-        padding=True,
-        truncation=True,
-        max_length=args.max_length,
-        return_tensors="pt",
-    )
-    batch["labels"] = data["test"]["label"][:count]
-    trace = record_spikes(model, batch, tokenizer)
-    trace.save(path.with_suffix(".npz"))
-    report.draw_raster(
-        trace,
-        path.with_suffix(".png"),
-        title=f"{title}: test sentence 1 ({data['test'].features['label'].int2str(int(trace.labels[0]))})",
-    )
-
-
-def write_results(results: dict, out: Path, complete: bool):
+def write_results(results: dict, out: Path, complete: bool) -> None:
     """results.json, results.md and accuracy.png from every finished run in the folder."""
-    files = sorted(out.glob("*/seed*/run.json"))
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/seed*/run.json"))]
     results |= {"complete": complete, "runs": runs}
     results |= {"summary": report.summarize(runs), "comparisons": report.compare(runs)}
     write_json(out / "results.json", results)
     write_text(out / "results.md", report.markdown(results))
     report.draw_accuracy(results, out / "accuracy.png")
-
-
-def print_data(task, data, cut, args):
-    print(f"task {task}: " + ", ".join(f"{split} {len(rows):,}" for split, rows in data.items()) + " sentences")
-    if cut:
-        print(f"note: {cut} sentences are cut to --max-length {args.max_length} tokens")
-    print(f"model {args.model}; methods {' '.join(args.methods)}; seeds {' '.join(map(str, args.seeds))}")
-
-
-def quieten_libraries():
-    transformers.utils.logging.disable_progress_bar()  # of files, within a second
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft's
 
 
 if __name__ == "__main__":

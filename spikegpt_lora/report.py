@@ -14,6 +14,7 @@ results.json, schema "spikegpt_lora/finetune/1":
 Accuracies, sparsity and dead_ranks are fractions of 1; seconds are wall-clock.
 """
 
+import json
 from itertools import combinations
 from pathlib import Path
 
@@ -96,6 +97,37 @@ def markdown(results: dict) -> str:
     if results["comparisons"]:
         lines += ["", "| paired difference on the test split, points | mean | 95 % interval over sentences | |"]
         lines += ["| --- | ---: | ---: | --- |"] + [_comparison(row) for row in results["comparisons"]]
+    return "\n".join(lines) + "\n"
+
+
+def model_card(results: dict, record: dict) -> str:
+    """The README.md of one run's folder, in the hub's format: what it is, what it scored, how to load and repeat it."""
+    adapter, task = record["adapters"] is not None, results["task"]
+    auto = "AutoPeftModelForSequenceClassification" if adapter else "AutoModelForSequenceClassification"
+    activity = {key: record["adapters"][key] for key in ("sparsity", "dead_ranks", "contribution")} if adapter else {}
+    lines = [
+        "---",
+        f"library_name: {'peft' if adapter else 'transformers'}",
+        "pipeline_tag: text-classification",
+        "---",
+    ]
+    lines += ["", f"# SpikeGPT on {task}: {NAMES[record['method']]}, seed {record['seed']}", ""]
+    lines += [f"- base model: {results['model']}; trained parameters: {record['trainable_parameters']:,}"]
+    lines += [f"- test accuracy {100 * record['test_accuracy']:.2f} % on {results['data']['test']:,} sentences, "]
+    lines[-1] += f"validation {100 * record['validation_accuracy']:.2f} % (epoch {record['best_epoch']} of "
+    lines[-1] += f"{len(record['validation_by_epoch'])}, picked on validation)"
+    lines += [f"- {key.replace('_', ' ')}: {value:.4f}" for key, value in activity.items() if value is not None]
+    lines += ["- " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()), ""]
+    lines += ["```python", "import spikegpt_lora"]
+    lines += [
+        f"from {'peft' if adapter else 'transformers'} import {auto}",
+        f'model = {auto}.from_pretrained("FOLDER")',
+    ]
+    lines += ["```", "", "Made by recipes/subj_finetune.py with these settings:", "", "```json"]
+    lines += [json.dumps(results["options"], indent=1), "```", ""]
+    lines += [
+        "Trained on English film sentences alone: not meant for other text. One seed says little; see results.md."
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,7 @@
 """LIF against spikingjelly's LIFNode, and the mask's meaning."""
 
+import math
+
 import pytest
 import torch
 from conftest import largest_difference
@@ -37,6 +39,35 @@ def test_spikes_and_gradient_equal_spikingjelly(settings, dtype):
     assert 0.05 < ours.mean() < 0.95
     assert torch.equal(ours, theirs)
     assert largest_difference(x.grad, y.grad) < 1e-6
+
+
+def by_hand(x, tau=2.0, v_threshold=1.0, v_reset=0.0, decay_input=True, detach_reset=False, surrogate_alpha=2.0):
+    """The three equations of spikes.py, step by step; the surrogate as a straight-through sum."""
+    rest = v_reset or 0.0
+    v, spikes = torch.full_like(x[:, 0], rest), []
+    for x_t in x.unbind(1):
+        h = v + (x_t - (v - rest)) / tau if decay_input else v - (v - rest) / tau + x_t
+        smooth = torch.atan(math.pi / 2 * surrogate_alpha * (h - v_threshold)) / math.pi
+        s = (h >= v_threshold).to(x.dtype) + smooth - smooth.detach()
+        spikes.append(s)
+        s = s.detach() if detach_reset else s
+        v = h - s * v_threshold if v_reset is None else h * (1 - s) + s * v_reset
+    return torch.stack(spikes, 1), v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("settings", NEURONS, ids=str)
+def test_spikes_membrane_and_gradients_equal_the_equations(settings, dtype):
+    x, y = (current(2, 9, 4, dtype=dtype).requires_grad_() for _ in range(2))
+    spikes, membrane = LIF(**settings).step(x)
+    expected, expected_membrane = by_hand(y, **settings)
+    weight = current(2, 9, 4, dtype=dtype)
+    ((spikes * weight).sum() + membrane.square().sum()).backward()
+    ((expected * weight).sum() + expected_membrane.square().sum()).backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert torch.equal(spikes, expected.round())
+    assert largest_difference(membrane, expected_membrane) < tolerance
+    assert largest_difference(x.grad, y.grad) < tolerance
 
 
 @pytest.mark.parametrize("settings", NEURONS, ids=str)
