@@ -15,6 +15,7 @@ comparison runs only what is new.
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -24,7 +25,9 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
+from accelerate import PartialState
 from datasets import DatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
@@ -51,6 +54,7 @@ PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
 
 def main() -> int:
     args = parse_arguments()
+    PartialState(cpu=not torch.cuda.is_available())  # one process, or what torchrun started
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # of files, within a second
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft's
@@ -85,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=["subj", "subj-mini"],
     )
     add(parser, "--data-dir", "folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub", type=Path)
-    add(parser, "--output-dir", "results go here", Path("runs/subj"), type=Path)
+    add(parser, "--output-dir", "results go here (default: runs/ and the task's name)", type=Path)
     add(parser, "--methods", "which to compare", list(METHODS), nargs="+", choices=METHODS, metavar="METHOD")
     add(parser, "--seeds", "one run a method and seed", [0, 1, 2], nargs="+", type=int, metavar="SEED")
     add(parser, "--trace-sentences", "test sentences whose spikes are recorded", 32, type=positive)
@@ -101,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
 
     training = parser.add_argument_group("training")
     add(training, "--epochs", "the best on validation is kept", 5, type=positive)
-    add(training, "--batch-size", "sentences a step", 32, type=positive)
+    add(training, "--batch-size", "sentences a step and device", 32, type=positive)
     add(training, "--learning-rate", f"one for all, or METHOD=RATE ... (default: {rates})", nargs="+", metavar="RATE")
     add(training, "--rank", "of LoRA and SpikeLoRA; alpha is the same", 16, type=positive)
     add(training, "--v-threshold", "of SpikeLoRA's gate", 0.1, type=float)
@@ -117,6 +121,11 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def say(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text)
+
+
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -126,12 +135,14 @@ def positive(text: str) -> int:
 
 def learning_rates(given: list[str]) -> dict[str, float]:
     if len(given) == 1 and "=" not in given[0]:
-        return dict.fromkeys(METHODS, float(given[0]))
-    named = dict(item.partition("=")[::2] for item in given)
-    unknown = [name for name in named if name not in METHODS]
+        given = [f"{method}={given[0]}" for method in METHODS]
+    rates = LEARNING_RATES | {name: float(rate) for name, _, rate in (item.partition("=") for item in given)}
+    unknown = [name for name in rates if name not in METHODS]
     if unknown:
         raise ValueError(f"no method {', '.join(unknown)}")
-    return LEARNING_RATES | {name: float(rate) for name, rate in named.items()}
+    if not all(0 < rate < float("inf") for rate in rates.values()):
+        raise ValueError(f"a rate must be > 0 and finite, got {rates}")
+    return rates
 
 
 @dataclass
@@ -149,14 +160,15 @@ def prepare(args: argparse.Namespace) -> Comparison:
     task, data = load_data(args)
     if args.max_train_samples:
         data["train"] = data["train"].select(range(min(args.max_train_samples, len(data["train"]))))
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    options = check_options(args, task)
-    tokenizer = get_tokenizer(args, data)
+    args.output_dir = (args.output_dir or Path("runs") / task).resolve()  # adapters keep the path to their base model
+    with PartialState().main_process_first():  # on several devices: one writes, then all read
+        options = check_options(args, task, data)
+        tokenizer = get_tokenizer(args, data)
     tokens, cut = tokenize(data, tokenizer, args.max_length)
     sizes = {split: len(rows) for split, rows in data.items()}
-    print(f"{task}: " + ", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " sentences")
+    say(f"{task}: " + ", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " sentences")
     if cut:
-        print(f"note: {cut} sentences are cut to --max-length {args.max_length} tokens")
+        say(f"note: {cut} sentences are cut to --max-length {args.max_length} tokens")
     results = {
         "schema": report.SCHEMA,
         "task": task,
@@ -179,18 +191,20 @@ def load_data(args) -> tuple[str, DatasetDict]:
         return "subj", load_task("subj")
     except FileNotFoundError as error:
         rule = "!" * 100
-        print(
-            f"{rule}\n{error}\n\nGoing on with subj-mini: 600 sentences, good for a try, useless as a result.\n{rule}"
-        )
+        say(f"{rule}\n{error}\n\nGoing on with subj-mini: 600 sentences, good for a try, useless as a result.\n{rule}")
         return "subj-mini", load_task("subj-mini")
 
 
-def check_options(args, task: str) -> dict:
+def check_options(args, task: str, data: DatasetDict) -> dict:
     """The settings that results depend on; raises if the output folder holds results of other ones."""
-    not_results = {"output_dir", "data_dir", "methods", "seeds"}
+    not_results = {"output_dir", "data_dir", "methods", "seeds", "trace_sentences"}
     options = {key: value for key, value in vars(args).items() if key not in not_results} | {"task": task}
+    texts = "\n".join(text for split in data.values() for text in split["text"])
+    options["text_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / "options.json"
-    if not file.exists():
+    if not file.exists() or not any(args.output_dir.glob("*/seed*/*")):  # nothing was run: a false start is forgotten
+        shutil.rmtree(args.output_dir / "tokenizer", ignore_errors=True)
         write_json(file, options)
     before = json.loads(file.read_text(encoding="utf-8"))
     differing = [key for key in options if before.get(key) != options[key]]
@@ -220,18 +234,23 @@ def get_tokenizer(args, data: DatasetDict) -> PreTrainedTokenizerBase:
 
 
 def run_all(comparison: Comparison) -> int:
-    args, out = comparison.args, comparison.args.output_dir
+    args, out, devices = comparison.args, comparison.args.output_dir, PartialState()
     runs = [(seed, method) for seed in args.seeds for method in args.methods]
     started = time.perf_counter()
     try:
         for number, (seed, method) in enumerate(runs, 1):
             if not (out / method / f"seed{seed}" / "run.json").is_file():
                 run(comparison, method, seed, f"{number}/{len(runs)} {method} seed {seed}")
-            write_results(comparison.results, out, complete=number == len(runs))
+                devices.wait_for_everyone()
+            if devices.is_main_process:
+                write_results(comparison.results, out, complete=number == len(runs))
     except KeyboardInterrupt:
-        write_results(comparison.results, out, complete=False)
-        print(f"\nstopped. What is finished stands in {out / 'results.md'}; the same command goes on from here.")
+        if devices.is_main_process:
+            write_results(comparison.results, out, complete=False)
+            print(f"\nstopped. What is finished stands in {out / 'results.md'}; the same command goes on from here.")
         return 130
+    if not devices.is_main_process:
+        return 0
     print("\n" + (out / "results.md").read_text(encoding="utf-8"))
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Written to {out}:")
     print(
@@ -246,10 +265,15 @@ def run(comparison: Comparison, method: str, seed: int, description: str) -> Non
     folder = args.output_dir / method / f"seed{seed}"
     shared = {key: getattr(args, key) for key in ("epochs", "batch_size", "rank", "v_threshold", "bf16")}
     options = FinetuneOptions(learning_rate=args.learning_rate[method], alpha=args.rank, **shared)
-    model = adapt(get_base(args, tokenizer, seed), method, options, seed)
+    with PartialState().main_process_first():
+        base = get_base(comparison, seed)
+    model = adapt(base, method, options, seed)
     model, record = finetune(
         model, method, comparison.tokens, tokenizer, folder / "training", seed, options, description
     )
+    if not PartialState().is_main_process:
+        return
+    record = {"task": comparison.results["task"], **record}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_text(folder / "README.md", report.model_card(comparison.results, record))
@@ -258,8 +282,9 @@ def run(comparison: Comparison, method: str, seed: int, description: str) -> Non
     shutil.rmtree(folder / "training")
 
 
-def get_base(args, tokenizer, seed: int) -> SpikeGPTForSequenceClassification:
+def get_base(comparison: Comparison, seed: int) -> SpikeGPTForSequenceClassification:
     """The model that every method of this seed starts from, its initial `score` included; made once, then read."""
+    args, tokenizer = comparison.args, comparison.tokenizer
     folder = args.output_dir / "base" / f"seed{seed}"
     if not folder.is_dir():
         set_seed(seed)
@@ -270,10 +295,18 @@ def get_base(args, tokenizer, seed: int) -> SpikeGPTForSequenceClassification:
             sizes = {"vocab_size": len(tokenizer), "n_embd": args.n_embd, "n_layer": args.n_layer}
             model = SpikeGPTForSequenceClassification(SpikeGPTConfig(**sizes, **changes))
         elif Path(args.model).is_dir():
+            if not (Path(args.model) / "config.json").is_file():
+                raise ValueError(f"{args.model} holds no config.json: give a whole model (an adapter is none)")
             model = SpikeGPTForSequenceClassification.from_pretrained(args.model, **changes)
         else:
             lm = load_upstream_checkpoint(args.model)
             model = SpikeGPTForSequenceClassification.from_language_model(lm, **changes)
+        largest = max(max(ids) for split in comparison.tokens.values() for ids in split["input_ids"])
+        if largest >= model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {largest}, the model knows {model.config.vocab_size} tokens: they do not "
+                "belong together; name the model's own with --tokenizer"
+            )
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         model.save_pretrained(unfinished)
@@ -289,18 +322,19 @@ def record_traces(comparison: Comparison, model, name: str) -> None:
         rows["text"], padding=True, truncation=True, max_length=args.max_length, return_tensors="pt"
     )
     batch["labels"] = rows["label"]
-    trace = record_spikes(model, batch, comparison.tokenizer)
+    title = f"{comparison.results['task']}: {name}"
+    trace = record_spikes(model, batch, comparison.tokenizer, note=f"{title}, first test sentences")
     folder = args.output_dir / "traces"
     folder.mkdir(exist_ok=True)
     trace.save(folder / f"{name}.npz")
-    report.draw_raster(trace, folder / f"{name}.png", title=f"{name}: first test sentence ({LABELS[trace.labels[0]]})")
+    report.draw_raster(trace, folder / f"{name}.png", title=f"{title}, first test sentence ({LABELS[trace.labels[0]]})")
 
 
 def write_results(results: dict, out: Path, complete: bool) -> None:
     """results.json, results.md and accuracy.png from every finished run in the folder."""
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/seed*/run.json"))]
-    results |= {"complete": complete, "runs": runs}
-    results |= {"summary": report.summarize(runs), "comparisons": report.compare(runs)}
+    results |= {"runs": runs, "summary": report.summarize(runs), "comparisons": report.compare(runs)}
+    results["complete"] = complete and len({tuple(row["seeds"]) for row in results["summary"]}) == 1
     write_json(out / "results.json", results)
     write_text(out / "results.md", report.markdown(results))
     report.draw_accuracy(results, out / "accuracy.png")

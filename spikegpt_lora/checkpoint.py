@@ -21,6 +21,8 @@ from .model import SpikeGPTForCausalLM
 
 KNOWN_FILES = {"ridger/SpikeGPT-OpenWebText-216M": "SpikeGPT-216M.pth"}
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # What upstream's code fixes and a .pth file therefore cannot say.
 UPSTREAM_CONSTANTS = {
     "lif_tau": 2.0,
@@ -74,9 +76,13 @@ def save_upstream_checkpoint(model: SpikeGPTForCausalLM, path: str | os.PathLike
     ]
     if differing:
         raise ValueError("upstream's code cannot run this model: " + ", ".join(differing) + "; use save_pretrained")
+    with torch.device("meta"):
+        foreign = sorted(model.state_dict().keys() - SpikeGPTForCausalLM(model.config).state_dict().keys())
+    if foreign:
+        raise ValueError(f"upstream's code knows no {foreign[0]} ({len(foreign)} such tensors): merge adapters first")
     tensors = {key.removeprefix("spikegpt."): t.detach().cpu().contiguous() for key, t in model.state_dict().items()}
-    with whole_file(path) as temporary:
-        torch.save(tensors, temporary)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(tensors, file)
 
 
 def _find(source) -> Path:
@@ -115,7 +121,7 @@ def _read(path: Path):
             f"{path} was refused: it holds something else than tensors, or is damaged, and nothing in it was executed. "
             f"A SpikeGPT checkpoint is torch.save(model.state_dict(), ...). Reader's words: {_first_line(error)}"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged file can fail anywhere in the reader
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is not a whole PyTorch file, perhaps a broken download: fetch it "
             f"again. Reader's words: {_first_line(error)}"
@@ -130,12 +136,22 @@ def _flat_tensors(tensors, name: str) -> dict[str, Tensor]:
     if not isinstance(tensors, Mapping) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
         inside = f"keys {list(tensors)[:8]}" if isinstance(tensors, Mapping) else f"a {type(tensors).__name__}"
         raise ValueError(f"{name} must be a dict of named tensors, got {inside}; pass the state dict inside it")
+    problems = [f"{key!r} is no name" for key in tensors if not isinstance(key, str)]
+    allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    problems += [
+        f"{key} must be a dense tensor of {allowed}, got {tensor.layout} {tensor.dtype} on {tensor.device}"
+        for key, tensor in tensors.items()
+        if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.is_meta
+    ]
+    if problems:
+        raise ValueError(f"{name} does not fit SpikeGPT:\n  " + "\n  ".join(problems))
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}  # as saved under DataParallel
 
 
 def _config_from_sizes(tensors: dict[str, Tensor], name: str) -> SpikeGPTConfig:
     embedding = tensors.get("emb.weight")
-    layers = [int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))]
+    numbers = {int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))}
+    layers = next(n for n in range(len(numbers) + 1) if n not in numbers)  # those without a gap from 0
     if embedding is None or embedding.dim() != 2 or not layers:
         raise ValueError(
             f"{name} is no SpikeGPT checkpoint: it needs emb.weight (vocabulary, width) and blocks.0.*, "
@@ -143,7 +159,7 @@ def _config_from_sizes(tensors: dict[str, Tensor], name: str) -> SpikeGPTConfig:
         )
     vocab_size, n_embd = embedding.shape
     neox = {"eos_token_id": 0, "pad_token_id": 1} if vocab_size == 50277 else {}  # the GPT-NeoX-20B tokenizer's
-    return SpikeGPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_layer=max(layers) + 1, **neox)
+    return SpikeGPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_layer=layers, **neox)
 
 
 def _our_name(key: str) -> str:

@@ -81,10 +81,21 @@ class SpikeGPTConfig(PretrainedConfig):
         return [f"unknown key {key!r}" for key in unknown]
 
     def _bad_values(self) -> list[str]:
-        rules = [
-            (key, "an integer >= 1", isinstance(getattr(self, key), int) and getattr(self, key) >= 1)
-            for key in ("vocab_size", "n_embd", "n_layer", "n_ffn", "context_length")
+        sizes = ("vocab_size", "n_embd", "n_layer", "n_ffn", "context_length")
+        numbers = ("dropout", "layer_norm_eps", "lif_tau", "lif_v_threshold", "lif_surrogate_alpha")
+        wrong = [
+            f"{key} must be an integer, got {getattr(self, key)!r}"
+            for key in sizes
+            if type(getattr(self, key)) is not int
         ]
+        wrong += [
+            f"{key} must be a number, got {getattr(self, key)!r}"
+            for key in numbers
+            if not isinstance(getattr(self, key), (int, float))
+        ]
+        if wrong:
+            return wrong
+        rules = [(key, ">= 1", getattr(self, key) >= 1) for key in sizes]
         rules += [
             ("dropout", "in [0, 1)", 0 <= self.dropout < 1),
             ("layer_norm_eps", "> 0", self.layer_norm_eps > 0),

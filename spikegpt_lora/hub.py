@@ -13,7 +13,7 @@ def fetch(filenames: list[str], repo_id: str, repo_type: str = "model", revision
     """Paths of a repository's files in the local hub cache, downloaded if need be.
 
     Raises:
-        OSError: not cached, and the hub does not answer or HF_HUB_OFFLINE is set; the message says which.
+        ConnectionError: not cached, and HF_HUB_OFFLINE is set, the hub does not answer, or the download breaks off.
     """
     from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 
@@ -23,7 +23,10 @@ def fetch(filenames: list[str], repo_id: str, repo_type: str = "model", revision
         return [Path(path) for path in cached]
     require_reachable(hf_hub_url(filename=filenames[0], **place))
     logger.info("downloading %s from the Hugging Face hub", repo_id)
-    return [Path(hf_hub_download(filename=name, **place)) for name in filenames]
+    try:
+        return [Path(hf_hub_download(filename=name, **place)) for name in filenames]
+    except Exception as error:  # the HTTP library's own kinds are no OSError
+        raise ConnectionError(f"the download broke off: {type(error).__name__}: {error}") from error
 
 
 def require_reachable(url: str) -> None:

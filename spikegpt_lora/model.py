@@ -305,7 +305,11 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
             inputs_embeds = self.emb(input_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        mask = _real_tokens(attention_mask, inputs_embeds, state)
+        mask = _real_tokens(attention_mask, inputs_embeds)
+        if state is not None and state.wkv.shape[:2] != (inputs_embeds.shape[0], self.config.n_layer):
+            held = tuple(state.wkv.shape[:2])
+            expected = (inputs_embeds.shape[0], self.config.n_layer)
+            raise ValueError(f"state must be of (sequences, layers) {expected}, got {held}")
 
         x = self.emb_spike(inputs_embeds)
         if mask is not None:
@@ -330,18 +334,23 @@ def _default(value, default):
     return default if value is None else value
 
 
-def _real_tokens(attention_mask: Tensor | None, x: Tensor, state: SpikeGPTState | None) -> Tensor | None:
-    """The attention mask as bool `(B, T)`, or None; raises when it, the state or x `(B, T, C)` do not fit."""
+def _real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The attention mask as bool `(B, T)`, or None; raises when it or x `(B, T, C)` does not fit."""
     B, T, _ = x.shape
     if T == 0:
         raise ValueError(f"SpikeGPT needs at least one token per sequence, got input of shape {(B, T)}")
-    if state is not None and state.wkv.shape[0] != B:
-        raise ValueError(f"the state holds {state.wkv.shape[0]} sequences, the input {B}")
     if attention_mask is None:
         return None
     if attention_mask.shape != (B, T):
         raise ValueError(f"attention_mask must be {(B, T)}, got {tuple(attention_mask.shape)}")
     return attention_mask.bool()
+
+
+def _predictable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    if attention_mask is None:
+        return labels
+    after_nothing = nn.functional.pad(~attention_mask.bool()[:, :-1], (1, 0))
+    return labels.masked_fill(after_nothing, -100)
 
 
 class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
@@ -377,7 +386,8 @@ class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
     ) -> SpikeGPTHeadOutput | tuple:
         """As `SpikeGPTModel.forward`; logits `(B, T, V)`, or of the last `logits_to_keep` positions only.
 
-        labels `(B, T)`: token ids, -100 is ignored; shifted inside, so pass `input_ids` with padding at -100.
+        labels `(B, T)`: token ids, -100 is ignored; shifted inside, so pass `input_ids` with padding at -100. A token
+        that follows a masked step is not predicted: a sentence's loss is the same on whichever side it is padded.
         """
         output = self.spikegpt(
             input_ids, attention_mask, inputs_embeds, state, use_cache, output_hidden_states, return_dict=True
@@ -385,13 +395,14 @@ class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
         logits = self.head(output.last_hidden_state[:, -logits_to_keep:])  # [:, -0:] is everything
         loss = None
         if labels is not None:
+            labels = _predictable(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return _head_output(self, loss, logits, output, return_dict)
 
     def prepare_inputs_for_generation(
         self, input_ids, state=None, attention_mask=None, inputs_embeds=None, is_first_iteration=False, **kwargs
     ):
-        if state is not None and not is_first_iteration:  # the state has read all but the newest token
+        if state is not None and not is_first_iteration and kwargs.get("use_cache"):  # it has read all but the newest
             input_ids = input_ids[:, -1:]
             attention_mask = None  # the newest token is real in every row
         embeds_first = inputs_embeds is not None and is_first_iteration
@@ -401,6 +412,7 @@ class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
             "attention_mask": attention_mask,
             "state": state,
             "use_cache": kwargs.get("use_cache"),
+            "output_hidden_states": kwargs.get("output_hidden_states"),
             "logits_to_keep": kwargs.get("logits_to_keep", 0),
         }
 
@@ -433,12 +445,21 @@ class SpikeGPTForSequenceClassification(SpikeGPTPreTrainedModel):
 
     @classmethod
     def from_language_model(cls, model: SpikeGPTForCausalLM, **changes) -> "SpikeGPTForSequenceClassification":
-        """A classifier on `model`'s base, which both then share; `changes` to its config, e.g. `num_labels=3`."""
+        """A classifier on `model`'s weights, shared and not copied, with a new `score`.
+
+        Args:
+            changes: to the configuration, e.g. `num_labels=3`, `pooling="mean"`, `dropout=0.1`; not to the sizes.
+
+        Raises:
+            RuntimeError: the changed configuration asks for other weights than `model` has.
+        """
         config = SpikeGPTConfig.from_dict({**model.config.to_dict(), "architectures": None, **changes})
-        classifier = cls(config)
-        classifier.spikegpt = model.spikegpt
-        classifier.spikegpt.config = config
-        return classifier.to(device=model.device, dtype=model.dtype)
+        with torch.device("meta"):  # nothing is drawn at random that the next line would overwrite
+            classifier = cls(config)
+        classifier.spikegpt.load_state_dict(model.spikegpt.state_dict(), assign=True)
+        classifier.score = classifier.score.to_empty(device=model.device).to(model.dtype)
+        classifier._init_weights(classifier.score)
+        return classifier.train(model.training)
 
     def forward(
         self,
@@ -466,7 +487,7 @@ class SpikeGPTForSequenceClassification(SpikeGPTPreTrainedModel):
 def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     """What the classifier reads of hidden `(B, T, C)`: `(B, C)`, or `(B, 2 C)` for "last_mean"; 0 without a token."""
     B, T, _ = hidden.shape
-    mask = torch.ones(B, T, dtype=torch.long, device=hidden.device) if attention_mask is None else attention_mask.long()
+    mask = hidden.new_ones(B, T, dtype=torch.long) if attention_mask is None else attention_mask.bool().long()
     newest = (torch.arange(T, device=hidden.device) * mask).argmax(dim=1)
     last = hidden[torch.arange(B, device=hidden.device), newest] * mask.amax(dim=1, keepdim=True)
     if pooling == "last":

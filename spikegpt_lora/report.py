@@ -1,12 +1,12 @@
 """What a comparison of fine-tuning methods leaves behind: results.json, results.md and pictures.
 
 results.json, schema "spikegpt_lora/finetune/1":
-    schema, task, model, complete   complete is false while runs are missing
+    schema, task, model, complete   complete is false while runs are missing, or methods have different seeds
     options, versions, data         settings; package versions; sentences per split and how many were cut short
     baselines                       [{method, accuracy_validation, accuracy_test, seconds, parameters}]
     published                       [{method, accuracy}]: figures of the papers, in percent, with a 216M model
     runs                            one a (method, seed), as `training.finetune` returns it:
-        method, seed, learning_rate, trainable_parameters, total_parameters, seconds (training and validation),
+        task, method, seed, learning_rate, trainable_parameters, total_parameters, seconds (training and validation),
         best_epoch, validation_accuracy, validation_by_epoch, test_accuracy, test_correct ("0110...", one a sentence),
         adapters: null or {sparsity, dead_ranks, contribution, modules}: see `trace.AdapterActivity`
     summary                         one a method: seeds, mean and spread (sample standard deviation) of what runs hold
@@ -44,7 +44,7 @@ def summarize(runs: list[dict]) -> list[dict]:
     rows = []
     for method in [name for name in NAMES if any(run["method"] == name for run in runs)]:
         of_method = [run for run in runs if run["method"] == method]
-        row = {"method": method, "seeds": [run["seed"] for run in of_method]}
+        row = {"method": method, "seeds": sorted(run["seed"] for run in of_method)}
         row["trainable_parameters"] = of_method[0]["trainable_parameters"]
         for key in ("validation_accuracy", "test_accuracy", "seconds"):
             row[key], row[f"{key}_spread"] = _mean_and_spread([run[key] for run in of_method])
@@ -93,7 +93,7 @@ def markdown(results: dict) -> str:
         )
     for row in results["published"]:
         lines.append(f"| *published, 216M model: {row['method']}* | | *{row['accuracy']:.2f}* | | | | | |")
-    lines += ["", f"Mean ± standard deviation over seeds {_seeds(results['runs'])}.", _LEGEND]
+    lines += ["", f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.", _LEGEND]
     if results["comparisons"]:
         lines += ["", "| paired difference on the test split, points | mean | 95 % interval over sentences | |"]
         lines += ["| --- | ---: | ---: | --- |"] + [_comparison(row) for row in results["comparisons"]]
@@ -138,8 +138,11 @@ _LEGEND = (
 )
 
 
-def _seeds(runs: list[dict]) -> str:
-    return ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs})) or "(none yet)"
+def _seeds(summary: list[dict]) -> str:
+    by_method = {NAMES[row["method"]]: ", ".join(map(str, row["seeds"])) for row in summary}
+    if len(set(by_method.values())) <= 1:
+        return next(iter(by_method.values()), "(none yet)")
+    return "that differ: " + "; ".join(f"{name} {seeds}" for name, seeds in by_method.items())
 
 
 def _row(row: dict) -> str:

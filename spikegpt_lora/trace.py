@@ -5,10 +5,13 @@ Populations are named by their module's path inside SpikeGPTModel: "emb" (the em
 "blocks.0.lif2", and for an adapter's gate "blocks.0.att.key.lora_gate.default" (adapter name last).
 """
 
+import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +35,8 @@ class SpikeTrace:
     values: graded populations only, name -> float32 `(B, T, C)`, what is passed on: spike times activation.
     lengths: int64 `(B,)`, tokens per sentence.
     tokens, words: str `(B, T)`, the token at each time step and the word it is part of.
-    labels: int64 `(B,)`, -1 where unknown.
+    labels: `(B,)` as given, -1 where unknown.
+    note: what was recorded, in the words of whoever recorded it.
     """
 
     spikes: dict[str, np.ndarray]
@@ -41,6 +45,7 @@ class SpikeTrace:
     tokens: np.ndarray
     words: np.ndarray
     labels: np.ndarray
+    note: str = ""
 
     def firing_rate(self, population: str) -> float:
         """Spikes per neuron and real token."""
@@ -64,7 +69,7 @@ class SpikeTrace:
         """Write one .npz file; `numpy.load` reads it without this package (no pickled objects)."""
         arrays = {f"spikes/{name}": array for name, array in self.spikes.items()}
         arrays |= {f"values/{name}": array for name, array in self.values.items()}
-        arrays |= {name: getattr(self, name) for name in ("lengths", "tokens", "words", "labels")}
+        arrays |= {name: getattr(self, name) for name in ("lengths", "tokens", "words", "labels", "note")}
         with whole_file(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -81,12 +86,12 @@ class SpikeTrace:
                 for key in file.files:
                     group, _, name = key.rpartition("/")
                     groups[group][name] = file[key]
-            return cls(groups["spikes"], groups["values"], **groups[""])
-        except (KeyError, TypeError, ValueError, EOFError) as error:
+            return cls(groups["spikes"], groups["values"], **groups[""] | {"note": str(groups[""]["note"])})
+        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} is no spike trace written by SpikeTrace.save: {error}") from error
 
 
-def record_spikes(model: nn.Module, batch: Mapping, tokenizer=None) -> SpikeTrace:
+def record_spikes(model: nn.Module, batch: Mapping, tokenizer=None, note: str = "") -> SpikeTrace:
     """Run `model` on `batch` in evaluation mode and return the spikes of every population.
 
     Args:
@@ -94,6 +99,7 @@ def record_spikes(model: nn.Module, batch: Mapping, tokenizer=None) -> SpikeTrac
         batch: what the model takes (input_ids, attention_mask), labels optional; a tokenizer's BatchEncoding knows
             the words too.
         tokenizer: turns ids into readable tokens and words; without it they are the ids as text.
+        note: kept with the trace.
 
     Raises:
         ValueError: the model holds no SpikeGPT, or a spike is no integer in [-128, 127].
@@ -130,7 +136,8 @@ def record_spikes(model: nn.Module, batch: Mapping, tokenizer=None) -> SpikeTrac
         lengths=mask.sum(1).numpy(),
         tokens=tokens,
         words=words,
-        labels=np.asarray(labels, dtype=np.int64),
+        note=note,
+        labels=np.asarray(labels),
     )
 
 
@@ -140,13 +147,14 @@ class AdapterActivity:
 
     sparsity: share of gate outputs that are silent; None without spiking gates.
     dead_ranks: share of rank units that never fired; None without spiking gates.
-    contribution: norm of what the adapters add over the norm of W0 x, both over all adapted modules and real tokens.
-    modules: the same three by module name (contribution is None where W0 x is 0).
+    contribution: norm of what the adapters add over the norm of W0 x, both over all adapted modules and real tokens;
+        None where W0 x is 0.
+    modules: the same three by module name.
     """
 
     sparsity: float | None
     dead_ranks: float | None
-    contribution: float
+    contribution: float | None
     modules: dict[str, dict]
 
 
@@ -155,66 +163,71 @@ def adapter_activity(model: nn.Module, batches: Iterable[Mapping]) -> AdapterAct
 
     Counts are summed over all batches, so a batch's size or padding does not weigh (the authors' library reports the
     last batch only, padding included).
+
+    Raises:
+        ValueError: no real token in `batches`.
     """
-    base = _base_model(model)
-    adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    if not adapted:
+    observer = _AdapterObserver(_base_model(model))
+    if not observer.adapted:
         return None
-    squares = defaultdict(lambda: [0.0, 0.0])  # name -> |adapter's part|^2, |W0 x|^2
-    fired: dict[str, Tensor] = {}  # name of the gate -> spikes per rank unit
-    frozen_output: dict[str, Tensor] = {}
-    mask = None
-    tokens = 0
-
-    def on_frozen(name):
-        def hook(module, inputs, output):
-            frozen_output[name] = output
-
-        return hook
-
-    def on_adapted(name):
-        def hook(module, inputs, output):
-            before = frozen_output.pop(name)
-            squares[name][0] += float(((output - before)[mask].double() ** 2).sum())
-            squares[name][1] += float((before[mask].double() ** 2).sum())
-
-        return hook
-
-    def on_gate(name):
-        def hook(module, inputs, output):
-            fired[name] = fired.get(name, 0) + output[mask].double().sum(0)
-
-        return hook
-
-    gates = [(name, module) for name, module in base.named_modules() if isinstance(module, SpikeGate)]
-    wanted = [(module.base_layer, on_frozen(name)) for name, module in adapted.items()]
-    wanted += [(module, on_adapted(name)) for name, module in adapted.items()]
-    wanted += [(module, on_gate(name)) for name, module in gates]
-    with _hooks(wanted):
+    with _hooks(observer.hooks()):
         for batch in batches:
-            mask = _mask(batch).to(next(model.parameters()).device)
-            tokens += int(mask.sum())
+            observer.mask = _mask(batch).to(next(model.parameters()).device)
+            observer.tokens += int(observer.mask.sum())
             _run(model, batch)
-    return _summary(squares, fired, tokens)
+    return observer.summary()
 
 
-def _summary(squares, fired, tokens) -> AdapterActivity:
-    modules = {
-        name: {"contribution": (added / frozen) ** 0.5 if frozen else None} for name, (added, frozen) in squares.items()
-    }
-    for name, counts in fired.items():
-        modules[name.split(".lora_gate.")[0]] |= {
-            "sparsity": 1 - float(counts.mean()) / tokens,
-            "dead_ranks": float((counts == 0).double().mean()),
-        }
-    counts = torch.cat(list(fired.values())) if fired else None
-    added, frozen = (sum(pair[i] for pair in squares.values()) for i in (0, 1))
-    return AdapterActivity(
-        sparsity=None if counts is None else 1 - float(counts.mean()) / tokens,
-        dead_ranks=None if counts is None else float((counts == 0).double().mean()),
-        contribution=(added / frozen) ** 0.5,
-        modules=modules,
-    )
+class _AdapterObserver:
+    def __init__(self, base: SpikeGPTModel):
+        self.adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+        self.gates = {name: module for name, module in base.named_modules() if isinstance(module, SpikeGate)}
+        self.added = dict.fromkeys(self.adapted, 0.0)  # |adapter's part|^2, summed over real tokens
+        self.frozen = dict.fromkeys(self.adapted, 0.0)  # |W0 x|^2
+        self.fired: dict[str, Tensor] = {}  # gate's name -> spikes per rank unit
+        self.frozen_output: dict[str, Tensor] = {}
+        self.mask: Tensor | None = None  # (B, T) of the batch being read
+        self.tokens = 0
+
+    def hooks(self):
+        for name, module in self.adapted.items():
+            yield module.base_layer, partial(self.see_frozen, name)
+            yield module, partial(self.see_adapted, name)
+        for name, gate in self.gates.items():
+            yield gate, partial(self.see_gate, name)
+
+    def see_frozen(self, name, module, inputs, output):
+        self.frozen_output[name] = output
+
+    def see_adapted(self, name, module, inputs, output):
+        before = self.frozen_output.pop(name)
+        self.added[name] += float((output - before)[self.mask].double().square().sum())
+        self.frozen[name] += float(before[self.mask].double().square().sum())
+
+    def see_gate(self, name, module, inputs, output):
+        self.fired[name] = self.fired.get(name, 0) + output[self.mask].double().sum(0)
+
+    def summary(self) -> AdapterActivity:
+        if self.tokens == 0:
+            raise ValueError("adapter_activity needs at least one batch with a real token")
+        modules = {name: {"contribution": _ratio(self.added[name], self.frozen[name])} for name in self.adapted}
+        for name, counts in self.fired.items():
+            modules[name.split(".lora_gate.")[0]] |= self._of_gates(counts)
+        overall = self._of_gates(torch.cat(list(self.fired.values()))) if self.fired else {}
+        return AdapterActivity(
+            sparsity=overall.get("sparsity"),
+            dead_ranks=overall.get("dead_ranks"),
+            contribution=_ratio(sum(self.added.values()), sum(self.frozen.values())),
+            modules=modules,
+        )
+
+    def _of_gates(self, counts: Tensor) -> dict[str, float]:
+        silent = 1 - float(counts.mean()) / self.tokens
+        return {"sparsity": silent, "dead_ranks": float((counts == 0).double().mean())}
+
+
+def _ratio(added: float, frozen: float) -> float | None:
+    return (added / frozen) ** 0.5 if frozen else None
 
 
 def _base_model(model: nn.Module) -> SpikeGPTModel:
@@ -270,5 +283,8 @@ def _tokens_and_words(batch, tokenizer, mask: Tensor, front: Tensor) -> tuple[np
         pieces = defaultdict(list)
         for t, token_id in zip(row, ids):
             pieces[of_word[t]].append(token_id)
-        words[i, : len(ids)] = [tokenizer.decode(pieces[of_word[t]]).strip() for t in row[: len(ids)]]
+        words[i, : len(ids)] = [
+            token if of_word[t] is None else tokenizer.decode(pieces[of_word[t]]).strip()  # special tokens: no word
+            for t, token in zip(row, tokens[i, : len(ids)])
+        ]
     return tokens.astype(np.str_), words.astype(np.str_)

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
@@ -131,7 +132,8 @@ def finetune(
     trainer.add_callback(Progress(description))
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(directory))
     test = trainer.predict(data["test"])  # the only time that the test labels are read
-    activity = adapter_activity(model, trainer.get_test_dataloader(data["test"]))
+    batches = DataLoader(data["test"], 2 * options.batch_size, collate_fn=trainer.data_collator)
+    activity = adapter_activity(model, batches)  # on several devices each reads it all: the counts are the same
     record = {"method": method, "seed": seed, "learning_rate": options.learning_rate, **_record(trainer, test)}
     return model.eval(), record | {"adapters": None if activity is None else vars(activity)}
 
@@ -209,9 +211,10 @@ class Progress(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.set_description(self.description)
-        self.training_bar.update(state.global_step)
         self.current_step = state.global_step
+        if self.training_bar is not None:  # only the first process shows a bar
+            self.training_bar.set_description(self.description)
+            self.training_bar.update(state.global_step)
 
     def on_prediction_step(self, args, state, control, **kwargs):
         pass  # a bar for a second or two of validation would only flicker

@@ -215,6 +215,12 @@ def test_layers_that_are_no_plain_linear_are_refused_by_name():
         ({"spikelora_v_threshold": -0.1}, "spikelora_v_threshold must be >= 0, got -0.1"),
         ({"spikelora_surrogate_alpha": 0}, "spikelora_surrogate_alpha must be > 0"),
         ({"use_dora": True}, "use_dora must be False"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights must be True, False or 'gaussian' with the gate, got 'pissa'",
+        ),
+        ({"spikelora_time": "token"}, "spikelora_time must be 'pointwise', got 'token'"),
+        ({"spikelora_gate": "binary"}, "spikelora_gate must be 'graded', got 'binary'"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from conftest import lively
+from peft import LoraConfig, get_peft_model
 
 from spikegpt_lora import (
     SpikeGPTConfig,
@@ -99,10 +100,33 @@ def test_all_wrong_keys_and_shapes_are_named_at_once(tmp_path):
         assert finding in str(error.value)
 
 
-def test_a_truncated_file_is_refused(file):
-    file.write_bytes(file.read_bytes()[:-2000])
-    with pytest.raises(ValueError, match="not a whole PyTorch file.*broken download"):
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9, 0.99])
+def test_a_truncated_file_is_refused(tmp_path, share, zipped):
+    file = tmp_path / "model.pth"
+    torch.save(upstream_tensors(), file, _use_new_zipfile_serialization=zipped)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match="model.pth.*(broken download|damaged)"):
         load_upstream_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"emb.weight": torch.ones(77, 8).to_sparse()}, "emb.weight must be a dense tensor of float16.*sparse"),
+        ({"ln_out.bias": torch.ones(8, dtype=torch.int8)}, "ln_out.bias must be a dense tensor.*int8"),
+        ({3: torch.ones(1)}, "3 is no name"),
+        ({"blocks.3000.ln1.weight": torch.ones(8)}, r"1 problems\):\n  unexpected blocks.3000.ln1.weight \(8,\)"),
+    ],
+)
+def test_tensors_of_another_kind_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_upstream_checkpoint(upstream_tensors() | change)
+
+
+def test_names_as_saved_under_data_parallel_load():
+    tensors = {f"module.{name}": tensor for name, tensor in upstream_tensors().items()}
+    assert load_upstream_checkpoint(tensors).config.n_layer == 2
 
 
 class Trap:
@@ -172,4 +196,13 @@ def test_what_upstream_cannot_run_is_not_written(tmp_path):
         save_upstream_checkpoint(model, tmp_path / "x.pth")
     with pytest.raises(TypeError, match="got SpikeGPTModel"):
         save_upstream_checkpoint(model.spikegpt, tmp_path / "x.pth")
+    adapted = SpikeGPTForCausalLM(SpikeGPTConfig(vocab_size=9, n_embd=4, n_layer=1))
+    get_peft_model(adapted, LoraConfig(r=2))
+    with pytest.raises(ValueError, match="no spikegpt.blocks.0.att.key.base_layer.weight.*merge adapters first"):
+        save_upstream_checkpoint(adapted, tmp_path / "x.pth")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_without_suffix_is_written_too(tmp_path):
+    save_upstream_checkpoint(load_upstream_checkpoint(upstream_tensors()), tmp_path / "noext")
+    assert load_upstream_checkpoint(tmp_path / "noext").config.n_embd == 8

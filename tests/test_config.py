@@ -12,8 +12,13 @@ def test_unknown_keys_are_an_error_that_names_them_all():
 
 
 def test_values_out_of_range_are_named_in_one_message():
-    with pytest.raises(ValueError, match="n_layer must be an integer >= 1, got 0.*lif_tau must be > 1, got 1.0"):
+    with pytest.raises(ValueError, match="n_layer must be >= 1, got 0.*lif_tau must be > 1, got 1.0"):
         SpikeGPTConfig(n_layer=0, lif_tau=1.0)
+
+
+def test_values_of_another_type_are_named():
+    with pytest.raises(ValueError, match="n_embd must be an integer, got 8.0.*dropout must be a number, got '0.1'"):
+        SpikeGPTConfig(n_embd=8.0, dropout="0.1")
 
 
 def test_transformers_names_are_accepted():

@@ -197,6 +197,23 @@ def distance_of_first_flip(model, ids, traces, names, row):
     return abs(h - 1)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_sentences_loss_is_the_same_on_whichever_side_it_is_padded(lm, ids, side):
+    batch, mask = padded(ids[1:2], [5], side)
+    alone = batch[mask.bool()][None]
+    loss = lm(batch, attention_mask=mask, labels=batch.masked_fill(mask == 0, -100)).loss
+    assert abs(loss - lm(alone, labels=alone).loss) < 1e-6
+
+
+def test_masks_may_have_holes(lm, ids):
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(4)) < 0.6
+    output = lm(ids, attention_mask=mask, use_cache=True)
+    for row in range(4):
+        alone = lm(ids[row][mask[row]][None], use_cache=True)
+        assert largest_difference(output.logits[row][mask[row]], alone.logits[0]) < 1e-12
+        assert largest_difference(output.state.select([row]).to_tuple(), alone.state.to_tuple()) < 1e-12
+
+
 def test_token_shift_reads_the_last_real_token():
     x = torch.arange(1.0, 6.0).view(1, 5, 1)
     previous, last = token_shift(x, torch.tensor([[9.0]]), torch.tensor([[False, True, False, True, False]]))
@@ -230,10 +247,29 @@ def test_wrong_input_is_named(lm, arguments, message):
         lm(**arguments)
 
 
-def test_a_state_of_another_batch_is_refused(lm, ids):
+def test_a_state_of_another_batch_or_depth_is_refused(lm, ids):
     state = lm(ids, use_cache=True).state
-    with pytest.raises(ValueError, match="holds 4 sequences, the input 2"):
+    with pytest.raises(ValueError, match=r"\(2, 3\), got \(4, 3\)"):
         lm(ids[:2], state=state)
+    deeper = SpikeGPTForCausalLM(SpikeGPTConfig(**(SIZES | {"n_layer": 4})))(ids, use_cache=True).state
+    with pytest.raises(ValueError, match=r"\(4, 3\), got \(4, 4\)"):
+        lm(ids, state=deeper)
+
+
+def test_generate_returns_several_sequences_and_hidden_states(lm, ids):
+    torch.manual_seed(0)
+    result = lm.generate(
+        ids, do_sample=True, num_return_sequences=3, max_new_tokens=4, pad_token_id=0,
+        return_dict_in_generate=True, output_hidden_states=True,
+    )  # fmt: skip
+    assert result.sequences.shape == (12, 13) and len(result.hidden_states) == 4
+    assert result.hidden_states[1][0].shape == (12, 1, 12)
+
+
+def test_generate_from_inputs_embeds(lm, ids):
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    embeds = lm.get_input_embeddings()(ids)
+    assert torch.equal(lm.generate(inputs_embeds=embeds, **settings), lm.generate(ids, **settings)[:, 9:])
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -248,9 +284,10 @@ def test_generate_with_the_state_equals_full_recompute(lm, ids, rows, beams):
         assert torch.equal(alone[0, -12:], cached[row, -12:])
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generate_goes_on_from_a_state(lm, ids, beams):
-    settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+def test_generate_goes_on_from_a_state(lm, ids, beams, use_cache):
+    settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "use_cache": use_cache}
     state = lm(ids[:, :4], use_cache=True).state
     assert torch.equal(lm.generate(ids[:, 4:], state=state, **settings)[:, 5:], lm.generate(ids, **settings)[:, 9:])
 
@@ -408,11 +445,21 @@ def test_pipeline_classifies_text(classifier):
     assert together[1]["label"] == alone["label"] and abs(together[1]["score"] - alone["score"]) < 1e-9
 
 
-def test_a_language_model_becomes_a_classifier_on_the_same_base(lm, ids):
+def test_a_language_model_becomes_a_classifier_on_the_same_weights(lm, ids):
     classifier = SpikeGPTForSequenceClassification.from_language_model(lm, num_labels=3, pooling="mean")
-    assert classifier.spikegpt is lm.spikegpt
-    assert classifier(ids).logits.shape == (4, 3) and classifier.dtype == torch.float64
+    for ours, theirs in zip(classifier.spikegpt.parameters(), lm.spikegpt.parameters(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr() and ours.requires_grad
+    assert classifier(ids).logits.shape == (4, 3) and classifier.dtype == torch.float64 and not classifier.training
+    assert 0.005 < classifier.score.weight.std() < 0.05
     assert classifier.config.pooling == "mean" and lm.config.pooling == "last"
+
+
+def test_changes_to_its_configuration_reach_the_classifiers_modules(lm):
+    classifier = SpikeGPTForSequenceClassification.from_language_model(lm, dropout=0.5, lif_tau=4.0)
+    block = classifier.spikegpt.blocks[2]
+    assert (block.dropout.p, block.lif1.tau) == (0.5, 4.0) and lm.spikegpt.blocks[2].lif1.tau == 2.0
+    with pytest.raises(RuntimeError, match="blocks.2"):
+        SpikeGPTForSequenceClassification.from_language_model(lm, n_layer=2)
 
 
 def test_tied_embeddings_are_saved_once(ids, tmp_path):

@@ -14,8 +14,9 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeTrace, save_upstream_checkpoint
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeTrace, load_task, save_upstream_checkpoint
 from spikegpt_lora.report import NAMES, SCHEMA
+from spikegpt_lora.tokenizer import train_tokenizer
 from spikegpt_lora.training import METHODS
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "subj_finetune.py"
@@ -102,8 +103,6 @@ def test_methods_of_a_seed_start_from_the_same_model(finished):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_saved_model_gives_the_recorded_test_accuracy(finished, method):
-    from spikegpt_lora import load_task
-
     out, _ = finished
     auto = AutoModelForSequenceClassification if method in ("full", "head") else AutoPeftModelForSequenceClassification
     model = auto.from_pretrained(out / method / "seed0").eval()
@@ -120,6 +119,7 @@ def test_traces_of_test_sentences_are_saved_with_a_picture(finished):
     out, _ = finished
     trace = SpikeTrace.load(out / "traces" / "spikelora-seed1.npz")
     assert len(trace.lengths) == 32 and set(trace.labels) == {0, 1} and trace.values
+    assert trace.note.startswith("subj-mini: spikelora-seed1")
     assert (out / "traces" / "spikelora-seed1.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -131,9 +131,40 @@ def test_a_finished_comparison_runs_nothing_again_and_takes_more_seeds(finished)
     assert sum(run["method"] == "head" for run in results_in(out)["runs"]) == 3
 
 
+def test_methods_with_other_seeds_are_not_called_complete(finished):
+    out, _ = finished
+    assert recipe(out, "--seeds", "3", "--methods", "head", "--max-train-samples", "64").returncode == 0
+    assert results_in(out)["complete"] is False
+    assert "over seeds that differ" in (out / "results.md").read_text(encoding="utf-8")
+
+
 def test_other_settings_do_not_mix_into_a_folder(finished):
     refused = recipe(finished[0], "--rank", "3", "--max-train-samples", "64")
     assert refused.returncode == 2 and "rank was 16, is 3" in refused.stderr and "--output-dir" in refused.stderr
+
+
+def test_a_failed_command_does_not_lock_the_folder(tmp_path):
+    arguments = ["--task", "subj-mini", "--seeds", "0", "--methods", "head", "--max-train-samples", "32"]
+    assert recipe(tmp_path, *arguments, "--vocab-size", "3").returncode == 2
+    assert recipe(tmp_path, *arguments, "--model", "nowhere.pth").returncode == 2
+    assert recipe(tmp_path, *arguments).returncode == 0
+
+
+def test_a_saved_adapter_finds_its_base_from_any_working_directory(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    AutoPeftModelForSequenceClassification.from_pretrained(finished[0] / "spikelora" / "seed0")
+
+
+def test_two_processes_share_one_run(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    arguments = ["--seeds", "0", "--methods", "spikelora", "--max-train-samples", "64"]
+    done = subprocess.run(
+        launch + command(tmp_path, *arguments)[1:], capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1")
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = results_in(tmp_path)["runs"]
+    assert len(run["test_correct"]) == results_in(tmp_path)["data"]["test"] and run["adapters"]["sparsity"] > 0
+    assert done.stdout.count("# subj-mini: random") == 1
 
 
 def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
@@ -198,7 +229,9 @@ def test_an_upstream_checkpoint_is_fine_tuned(finished, tmp_path):
         (["--task", "subj-mini", "--model", "nowhere.pth", "--tokenizer", "nowhere"], "no tokenizer at 'nowhere'"),
         (["--learning-rate", "quick"], "--learning-rate takes one number"),
         (["--learning-rate", "lore=1e-3"], "no method lore"),
-        (["--task", "subj-mini", "--n-layer", "0"], "n_layer must be an integer >= 1, got 0"),
+        (["--learning-rate", "nan"], "must be > 0 and finite"),
+        (["--task", "subj-mini", "--epochs", "0"], "must be >= 1, got 0"),
+        (["--task", "subj-mini", "--n-layer", "0"], "n_layer must be >= 1, got 0"),
     ],
 )
 def test_wrong_input_is_one_clear_error(tmp_path, arguments, message):
@@ -218,6 +251,18 @@ def test_a_broken_checkpoint_is_one_clear_error(tmp_path, finished):
         str(finished[0] / "tokenizer"),
     )
     assert done.returncode == 2 and "broken.pth" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["adapter", "tokenizer"])
+def test_models_that_do_not_fit_are_refused(finished, tmp_path, wrong):
+    model = finished[0] / ("lora/seed0" if wrong == "adapter" else "full/seed0")
+    tokenizer = finished[0] / "tokenizer"
+    if wrong == "tokenizer":
+        tokenizer = tmp_path / "larger"
+        train_tokenizer(load_task("subj-mini")["train"]["text"], 3000).save_pretrained(tokenizer)
+    done = recipe(tmp_path / "out", "--model", str(model), "--tokenizer", str(tokenizer), "--task", "subj-mini")
+    message = "an adapter is none" if wrong == "adapter" else "do not belong together"
+    assert done.returncode == 2 and message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
 
 
 def test_help_lists_what_it_leaves_behind():

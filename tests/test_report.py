@@ -72,6 +72,25 @@ def test_the_table_shows_methods_baselines_and_published_figures():
     assert "full fine-tuning − SpikeLoRA | +25.00" in table
 
 
+def test_methods_with_other_seeds_are_said():
+    table = report.markdown(results(RUNS[1:]))
+    assert "over seeds that differ: full fine-tuning 0, 1; SpikeLoRA 1." in table
+    assert "over seeds 0, 1." in report.markdown(results())
+
+
+def test_the_model_card_says_what_it_is_and_how_to_load_it():
+    card = report.model_card(results() | {"options": {"rank": 3}, "versions": {"torch": "1"}}, RUNS[0])
+    for text in (
+        "subj: SpikeLoRA, seed 0",
+        "75.00 %",
+        "AutoPeftModel",
+        "sparsity: 0.7500",
+        '"rank": 3',
+        "library_name: peft",
+    ):
+        assert text in card
+
+
 def test_an_incomplete_comparison_says_so():
     assert "incomplete" in report.markdown(results(complete=False)).splitlines()[0]
     assert "incomplete" not in report.markdown(results())

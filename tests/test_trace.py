@@ -107,7 +107,7 @@ def test_hooks_are_gone_and_the_mode_is_restored_also_after_an_exception(classif
 
 
 def test_a_saved_trace_comes_back(classifier, ids, tmp_path):
-    trace = record_spikes(spiking(classifier), batch_of(ids))
+    trace = record_spikes(spiking(classifier), batch_of(ids), note="four sentences")
     trace.save(tmp_path / "trace.npz")
     again = SpikeTrace.load(tmp_path / "trace.npz")
     for field in ("spikes", "values"):
@@ -115,6 +115,7 @@ def test_a_saved_trace_comes_back(classifier, ids, tmp_path):
         assert a.keys() == b.keys() and all((a[k] == b[k]).all() and a[k].dtype == b[k].dtype for k in a)
     for field in ("lengths", "tokens", "words", "labels"):
         assert (getattr(trace, field) == getattr(again, field)).all()
+    assert again.note == "four sentences"
 
 
 def test_numpy_alone_reads_the_file(classifier, ids, tmp_path):
@@ -125,11 +126,18 @@ def test_numpy_alone_reads_the_file(classifier, ids, tmp_path):
     assert printed.strip() == "(4, 9, 12) [9 5 1 7]"
 
 
-@pytest.mark.parametrize("content", [b"", b"not a zip"])
-def test_a_file_that_is_no_trace_is_refused(tmp_path, content):
-    (tmp_path / "x.npz").write_bytes(content)
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "flipped", "other arrays"])
+def test_a_file_that_is_no_trace_is_refused(classifier, ids, tmp_path, damage):
+    file = tmp_path / "x.npz"
+    record_spikes(classifier, {"input_ids": ids}).save(file)
+    whole = file.read_bytes()
+    flipped = whole[:60] + bytes(byte ^ 255 for byte in whole[60:400]) + whole[400:]
+    contents = {"empty": b"", "text": b"not a zip", "truncated": whole[: len(whole) // 2], "flipped": flipped}
+    file.write_bytes(contents.get(damage, whole))
+    if damage == "other arrays":
+        np.savez(file, a=np.ones(3))
     with pytest.raises(ValueError, match="x.npz is no spike trace"):
-        SpikeTrace.load(tmp_path / "x.npz")
+        SpikeTrace.load(file)
 
 
 def test_a_model_without_spikegpt_is_refused():
@@ -163,6 +171,21 @@ def test_contribution_is_the_norm_of_what_the_adapter_adds(classifier, ids):
     expected = (x @ layer.get_delta_weight("default").T).norm() / (x @ layer.base_layer.weight.T).norm()
     assert abs(activity.contribution - expected) < 1e-9
     assert (activity.sparsity, activity.dead_ranks) == (None, None)
+
+
+def test_special_tokens_are_words_of_their_own(classifier):
+    tokenizer = train_tokenizer(["unhappy films"] * 2, 37)
+    batch = tokenizer(["<eos> unhappy <eos>"], return_tensors="pt")
+    words = record_spikes(classifier, batch, tokenizer).words[0]
+    assert words[0] == words[-1] == "<eos>" and set(words[1:-1]) == {"unhappy"}
+
+
+def test_activity_of_a_silent_base_has_no_contribution_and_no_batch_is_an_error(classifier, ids):
+    torch.nn.init.zeros_(classifier.spikegpt.blocks[0].att.key.weight)
+    model = get_peft_model(classifier, SpikeLoraConfig(task_type="SEQ_CLS", target_modules=r".*blocks\.0\.att\.key"))
+    assert adapter_activity(model.double(), [batch_of(ids)]).contribution is None
+    with pytest.raises(ValueError, match="at least one batch"):
+        adapter_activity(model, [])
 
 
 def test_a_model_without_adapters_has_no_activity(classifier, ids):

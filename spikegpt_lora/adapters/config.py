@@ -41,6 +41,14 @@ class SpikeLoraConfig(LoraConfig):
         default=True,
         metadata={"help": "Gate A x with spikes; False is stock LoRA, bit for bit.", "is_lora_variant": True},
     )
+    spikelora_time: str = field(
+        default="pointwise",
+        metadata={"help": '"pointwise": one step from rest at each token (the authors\' code). The only one so far.'},
+    )
+    spikelora_gate: str = field(
+        default="graded",
+        metadata={"help": '"graded": spike times activation goes to B (the paper). The only one so far.'},
+    )
     spikelora_v_threshold: float = field(
         default=0.1,
         metadata={"help": "Threshold V_theta of the membrane: from rest, a unit fires at A x >= tau * V_theta."},
@@ -57,8 +65,18 @@ class SpikeLoraConfig(LoraConfig):
             ("spikelora_tau", "> 1", self.spikelora_tau > 1),
             ("spikelora_v_threshold", ">= 0", self.spikelora_v_threshold >= 0),
             ("spikelora_surrogate_alpha", "> 0", self.spikelora_surrogate_alpha > 0),
-            ("use_dora", "False with use_spikelora=True", not (self.use_spikelora and self.use_dora)),
+            ("spikelora_time", "'pointwise'", self.spikelora_time == "pointwise"),
+            ("spikelora_gate", "'graded'", self.spikelora_gate == "graded"),
+        ]
+        # Initial values that cancel W0's share in B A (PiSSA, OLoRA, ...) cannot cancel it through a gate.
+        plain = not self.use_spikelora
+        rules += [
+            ("use_dora", "False with the gate", plain or not self.use_dora),
+            ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self._starts_without_effect()),
         ]
         problems = [f"{name} must be {rule}, got {getattr(self, name)!r}" for name, rule, holds in rules if not holds]
         if problems:
             raise ValueError("SpikeLoraConfig: " + "; ".join(problems))
+
+    def _starts_without_effect(self) -> bool:
+        return isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
