@@ -20,6 +20,8 @@ setup(
         "accelerate>=1.10",
         "peft>=0.21,<0.22",  # adapters/ rests on private seams of 0.21: see spikegpt_lora/adapters/layer.py
         "datasets>=4.0",
+        "tokenizers>=0.22",
+        "huggingface_hub>=1.0",
         "numpy>=1.26",
         "safetensors>=0.5",
         "scikit-learn>=1.4",

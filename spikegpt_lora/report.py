@@ -112,10 +112,11 @@ def model_card(results: dict, record: dict) -> str:
         "---",
     ]
     lines += ["", f"# SpikeGPT on {task}: {NAMES[record['method']]}, seed {record['seed']}", ""]
-    lines += [f"- base model: {results['model']}; trained parameters: {record['trainable_parameters']:,}"]
-    lines += [f"- test accuracy {100 * record['test_accuracy']:.2f} % on {results['data']['test']:,} sentences, "]
-    lines[-1] += f"validation {100 * record['validation_accuracy']:.2f} % (epoch {record['best_epoch']} of "
-    lines[-1] += f"{len(record['validation_by_epoch'])}, picked on validation)"
+    lines += [f"- starts from ../../base/seed{record['seed']} (model: {results['model']})"]
+    lines += [f"- trained parameters: {record['trainable_parameters']:,} of {record['total_parameters']:,}"]
+    lines += [f"- test accuracy {100 * record['test_accuracy']:.2f} % on {results['data']['test']:,} sentences"]
+    epoch = f"epoch {record['best_epoch']} of {len(record['validation_by_epoch'])}, picked there"
+    lines += [f"- validation accuracy {100 * record['validation_accuracy']:.2f} % ({epoch})"]
     lines += [f"- {key.replace('_', ' ')}: {value:.4f}" for key, value in activity.items() if value is not None]
     lines += ["- " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()), ""]
     lines += ["```python", "import spikegpt_lora"]

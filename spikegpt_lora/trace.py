@@ -122,23 +122,28 @@ def record_spikes(model: nn.Module, batch: Mapping, tokenizer=None, note: str = 
     mask = _mask(batch).cpu()
     front = mask.logical_not().long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]  # real tokens first
 
-    def real(x, dtype):  # (B, T, C) -> numpy, left-aligned, zeros behind
-        x = (x * mask.to(x.device)[..., None]).cpu().gather(1, front[..., None].expand(-1, -1, x.shape[-1]))
-        if dtype == np.int8 and not torch.equal(x, x.to(torch.int8).to(x.dtype)):
-            raise ValueError("a recorded spike is no integer in [-128, 127]")
-        return x.float().numpy().astype(dtype)
-
     tokens, words = _tokens_and_words(batch, tokenizer, mask, front)
     labels = batch["labels"] if "labels" in batch else torch.full((len(mask),), -1)
     return SpikeTrace(
-        spikes={name: real(x, np.int8) for name, x in recorded.items()},
-        values={name: real(x, np.float32) for name, x in values.items()},
+        spikes={name: _as_int8(_left_aligned(x, mask, front)) for name, x in recorded.items()},
+        values={name: _left_aligned(x, mask, front).float().numpy() for name, x in values.items()},
         lengths=mask.sum(1).numpy(),
         tokens=tokens,
         words=words,
         note=note,
         labels=np.asarray(labels),
     )
+
+
+def _left_aligned(x: Tensor, mask: Tensor, front: Tensor) -> Tensor:
+    """x `(B, T, C)` on the CPU with the real tokens in front and zeros behind."""
+    return (x * mask.to(x.device)[..., None]).cpu().gather(1, front[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _as_int8(spikes: Tensor) -> np.ndarray:
+    if not torch.equal(spikes, spikes.to(torch.int8).to(spikes.dtype)):
+        raise ValueError("a recorded spike is no integer in [-128, 127]")
+    return spikes.to(torch.int8).numpy()
 
 
 @dataclass

@@ -68,15 +68,15 @@ class SpikeLoraConfig(LoraConfig):
             ("spikelora_time", "'pointwise'", self.spikelora_time == "pointwise"),
             ("spikelora_gate", "'graded'", self.spikelora_gate == "graded"),
         ]
-        # Initial values that cancel W0's share in B A (PiSSA, OLoRA, ...) cannot cancel it through a gate.
+        # PiSSA, OLoRA and the like take B A out of W0 at the start: through a gate, B A does not put it back.
         plain = not self.use_spikelora
         rules += [
             ("use_dora", "False with the gate", plain or not self.use_dora),
-            ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self._starts_without_effect()),
+            ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self._leaves_the_base_alone()),
         ]
         problems = [f"{name} must be {rule}, got {getattr(self, name)!r}" for name, rule, holds in rules if not holds]
         if problems:
             raise ValueError("SpikeLoraConfig: " + "; ".join(problems))
 
-    def _starts_without_effect(self) -> bool:
+    def _leaves_the_base_alone(self) -> bool:
         return isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
