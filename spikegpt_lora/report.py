@@ -102,35 +102,51 @@ def markdown(results: dict) -> str:
 
 def model_card(results: dict, record: dict) -> str:
     """The README.md of one run's folder, in the hub's format: what it is, what it scored, how to load and repeat it."""
-    adapter, task = record["adapters"] is not None, results["task"]
-    auto = "AutoPeftModelForSequenceClassification" if adapter else "AutoModelForSequenceClassification"
-    activity = {key: record["adapters"][key] for key in ("sparsity", "dead_ranks", "contribution")} if adapter else {}
-    lines = [
-        "---",
-        f"library_name: {'peft' if adapter else 'transformers'}",
-        "pipeline_tag: text-classification",
-        "---",
-    ]
-    lines += ["", f"# SpikeGPT on {task}: {NAMES[record['method']]}, seed {record['seed']}", ""]
-    lines += [f"- starts from ../../base/seed{record['seed']} (model: {results['model']})"]
-    lines += [f"- trained parameters: {record['trainable_parameters']:,} of {record['total_parameters']:,}"]
-    lines += [f"- test accuracy {100 * record['test_accuracy']:.2f} % on {results['data']['test']:,} sentences"]
-    epoch = f"epoch {record['best_epoch']} of {len(record['validation_by_epoch'])}, picked there"
-    lines += [f"- validation accuracy {100 * record['validation_accuracy']:.2f} % ({epoch})"]
-    lines += [f"- {key.replace('_', ' ')}: {value:.4f}" for key, value in activity.items() if value is not None]
-    lines += ["- " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()), ""]
-    lines += ["```python", "import spikegpt_lora"]
-    lines += [
-        f"from {'peft' if adapter else 'transformers'} import {auto}",
-        f'model = {auto}.from_pretrained("FOLDER")',
-    ]
-    lines += ["```", "", "Made by recipes/subj_finetune.py with these settings:", "", "```json"]
-    lines += [json.dumps(results["options"], indent=1), "```", ""]
-    lines += [
-        "Trained on English film sentences alone: not meant for other text. One seed says little; see results.md."
-    ]
-    return "\n".join(lines) + "\n"
+    adapter = record["adapters"] or {}
+    activity = [f"- {key.replace('_', ' ')}: {value:.4f}" for key, value in adapter.items() if isinstance(value, float)]
+    versions = [f"{name} {version}" for name, version in results["versions"].items()]
+    return _CARD.format(
+        library="peft" if adapter else "transformers",
+        auto="AutoPeftModelForSequenceClassification" if adapter else "AutoModelForSequenceClassification",
+        task=results["task"],
+        name=NAMES[record["method"]],
+        model=results["model"],
+        test_sentences=results["data"]["test"],
+        epochs=len(record["validation_by_epoch"]),
+        details="\n".join([*activity, "- " + ", ".join(versions)]),
+        options=json.dumps(results["options"], indent=1),
+        **{key: record[key] for key in ("seed", "best_epoch", "trainable_parameters", "total_parameters")},
+        **{key: 100 * record[key] for key in ("test_accuracy", "validation_accuracy")},
+    )
 
+
+_CARD = """---
+library_name: {library}
+pipeline_tag: text-classification
+---
+
+# SpikeGPT on {task}: {name}, seed {seed}
+
+- starts from ../../base/seed{seed} (model: {model})
+- trained parameters: {trainable_parameters:,} of {total_parameters:,}
+- test accuracy {test_accuracy:.2f} % on {test_sentences:,} sentences
+- validation accuracy {validation_accuracy:.2f} % (epoch {best_epoch} of {epochs}, picked there)
+{details}
+
+```python
+import spikegpt_lora
+from {library} import {auto}
+model = {auto}.from_pretrained("FOLDER")
+```
+
+Made by recipes/subj_finetune.py with these settings:
+
+```json
+{options}
+```
+
+Trained on English film sentences alone: not meant for other text. One seed says little; see results.md.
+"""
 
 _LEGEND = (
     "Sparsity: silent share of the gate's outputs over all real tokens of the test split; dead ranks: units that never "
