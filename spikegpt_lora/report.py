@@ -95,7 +95,10 @@ def markdown(results: dict) -> str:
         lines.append(f"| *published, 216M model: {row['method']}* | | *{row['accuracy']:.2f}* | | | | | |")
     lines += ["", f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.", _LEGEND]
     if results["comparisons"]:
-        lines += ["", "| paired difference on the test split, points | mean | 95 % interval over sentences | |"]
+        lines += [
+            "",
+            "| paired difference on the test split, points | mean | 95 % interval over sentences and seeds | |",
+        ]
         lines += ["| --- | ---: | ---: | --- |"] + [_comparison(row) for row in results["comparisons"]]
     return "\n".join(lines) + "\n"
 

@@ -22,11 +22,19 @@ def test_equal_methods_differ_by_exactly_nothing():
 
 
 def test_the_interval_is_as_wide_as_the_central_limit_says():
-    a, b = outcomes(0.9, seed=1), outcomes(0.8, seed=2)
+    a, b = outcomes(0.9, (1, 400), seed=1), outcomes(0.8, (1, 400), seed=2)
     result = paired_difference(a, b, resamples=20000)
     deviation = (a.astype(float) - b).mean(0).std() / np.sqrt(400)
     assert result.high - result.low == pytest.approx(2 * 1.96 * deviation, rel=0.05)
     assert result.low < result.difference < result.high and not result.is_noise
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    b = outcomes(0.8, (1, 400), 2).repeat(3, 0)
+    better = np.ones_like(b)
+    agree, disagree = better, np.stack([better[0], b[1], ~b[2]])
+    assert not paired_difference(agree, b).is_noise
+    assert paired_difference(disagree, b).is_noise
 
 
 def test_a_small_difference_is_called_noise():
