@@ -2,7 +2,7 @@
 
     python recipes/subj_finetune.py --data-dir FOLDER_WITH_SUBJ
 
-With the default sizes two CPU cores need about MINUTES minutes for 4 methods x 3 seeds. It leaves in --output-dir:
+With the default sizes two CPU cores need about half an hour for 4 methods x 3 seeds. It leaves in --output-dir:
 
     results.md  results.json  accuracy.png     the comparison (results.json's schema: spikegpt_lora/report.py)
     base/seed0/                                the model that all methods of seed 0 start from, and its tokenizer
