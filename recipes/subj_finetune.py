@@ -239,11 +239,12 @@ def run_all(comparison: Comparison) -> int:
     started = time.perf_counter()
     try:
         for number, (seed, method) in enumerate(runs, 1):
-            if not (out / method / f"seed{seed}" / "run.json").is_file():
-                run(comparison, method, seed, f"{number}/{len(runs)} {method} seed {seed}")
-                devices.wait_for_everyone()
+            if (out / method / f"seed{seed}" / "run.json").is_file():
+                continue
+            run(comparison, method, seed, f"{number}/{len(runs)} {method} seed {seed}")
+            devices.wait_for_everyone()
             if devices.is_main_process:
-                write_results(comparison.results, out, complete=number == len(runs))
+                write_results(comparison.results, out, complete=False)
     except KeyboardInterrupt:
         if devices.is_main_process:
             write_results(comparison.results, out, complete=False)
@@ -251,6 +252,7 @@ def run_all(comparison: Comparison) -> int:
         return 130
     if not devices.is_main_process:
         return 0
+    write_results(comparison.results, out, complete=True)
     print("\n" + (out / "results.md").read_text(encoding="utf-8"))
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Written to {out}:")
     print(

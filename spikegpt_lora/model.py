@@ -305,6 +305,8 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
             inputs_embeds = self.emb(input_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         mask = _real_tokens(attention_mask, inputs_embeds)
         if state is not None and state.wkv.shape[:2] != (inputs_embeds.shape[0], self.config.n_layer):
             held = tuple(state.wkv.shape[:2])
@@ -314,18 +316,18 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
         x = self.emb_spike(inputs_embeds)
         if mask is not None:
             x = x * mask[..., None]
-        hidden_states, new_states = (), []
+        hidden_states, new_states = [], []
         for i, block in enumerate(self.blocks):
-            hidden_states += (x,)
+            if output_hidden_states:  # else no layer's activations outlive it
+                hidden_states.append(x)
             x, new_state = block(x, (None,) * 5 if state is None else state.layer(i), mask)
             new_states.append(new_state)
         x = self.ln_out(x)
-        hidden_states += (x,)
 
         output = SpikeGPTOutput(
             last_hidden_state=x,
             state=SpikeGPTState(*(torch.stack(t, dim=1) for t in zip(*new_states))) if use_cache else None,
-            hidden_states=hidden_states if _default(output_hidden_states, self.config.output_hidden_states) else None,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
         )
         return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
 
@@ -347,6 +349,7 @@ def _real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _predictable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """labels `(B, T)` with -100 where the step before is masked, so that nothing real could predict the token."""
     if attention_mask is None:
         return labels
     after_nothing = nn.functional.pad(~attention_mask.bool()[:, :-1], (1, 0))

@@ -34,7 +34,7 @@ class SpikeLoraConfig(LoraConfig):
     SRWKV and SRFFN on a SpikeGPT ("rkv+srffn"); "all-linear" adds att.output.
 
     Raises:
-        ValueError: a gate setting out of range, or DoRA together with the gate.
+        ValueError: a gate setting out of range, or DoRA or initial values that change W0 together with the gate.
     """
 
     use_spikelora: bool = field(
@@ -61,16 +61,13 @@ class SpikeLoraConfig(LoraConfig):
             self.target_modules = PRESETS.get(self.target_modules, self.target_modules)
         super().__post_init__()
         self.peft_type = SPIKELORA
+        plain = not self.use_spikelora
         rules = [
             ("spikelora_tau", "> 1", self.spikelora_tau > 1),
             ("spikelora_v_threshold", ">= 0", self.spikelora_v_threshold >= 0),
             ("spikelora_surrogate_alpha", "> 0", self.spikelora_surrogate_alpha > 0),
             ("spikelora_time", "'pointwise'", self.spikelora_time == "pointwise"),
             ("spikelora_gate", "'graded'", self.spikelora_gate == "graded"),
-        ]
-        # PiSSA, OLoRA and the like take B A out of W0 at the start: through a gate, B A does not put it back.
-        plain = not self.use_spikelora
-        rules += [
             ("use_dora", "False with the gate", plain or not self.use_dora),
             ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self._leaves_the_base_alone()),
         ]
@@ -79,4 +76,5 @@ class SpikeLoraConfig(LoraConfig):
             raise ValueError("SpikeLoraConfig: " + "; ".join(problems))
 
     def _leaves_the_base_alone(self) -> bool:
+        # PiSSA, OLoRA and the like take B A out of W0 at the start; through a gate, B A does not put it back.
         return isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
