@@ -10,8 +10,11 @@ setup(
     long_description_content_type="text/markdown",
     license="BSD-2-Clause",
     license_files=["LICENSE"],
-    packages=["spikegpt_lora", "spikegpt_lora.adapters"],
-    package_data={"spikegpt_lora": ["assets/*"]},
+    packages=["spikegpt_lora", "spikegpt_lora.adapters", "spikegpt_lora.extension", "spikegpt_lora.cuda"],
+    package_dir={
+        "spikegpt_lora.cuda": "cuda"
+    },  # the kernels' sources travel with the package: they are built on first use
+    package_data={"spikegpt_lora": ["assets/*"], "spikegpt_lora.cuda": ["*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9",
@@ -22,6 +25,8 @@ setup(
         "datasets>=4.0",
         "tokenizers>=0.22",
         "huggingface_hub>=1.0",
+        "ninja>=1.11",
+        "filelock>=3.12",
         "numpy>=1.26",
         "safetensors>=0.5",
         "scikit-learn>=1.4",

@@ -29,7 +29,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .config import SpikeGPTConfig
+from .gates import sigmoid_gate, squared_relu
 from .spikes import LIF
+from .token_shift import token_shift
 from .wkv import wkv
 
 
@@ -75,30 +77,11 @@ class SpikeGPTHeadOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-def token_shift(x: Tensor, last: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x `(B, T, C)` one real token later: at each step the previous real token's x, and the new last one `(B, C)`."""
-    if last is None:
-        last = torch.zeros_like(x[:, 0])
-    x = torch.cat([last[:, None], x], dim=1)  # (B, T + 1, C)
-    if mask is None:
-        return x[:, :-1], x[:, -1]
-    steps = torch.arange(1, x.shape[1], device=x.device)
-    newest = (steps * mask).cummax(dim=1).values  # (B, T): where in x the newest real token stands, 0 = `last`
-    previous = nn.functional.pad(newest[:, :-1], (1, 0))
-    rows = torch.arange(x.shape[0], device=x.device)
-    return x.gather(1, previous[..., None].expand(-1, -1, x.shape[-1])), x[rows, newest[:, -1]]
-
-
 def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
     """A linear layer without bias whose initial weight is orthogonal with this gain: see `_init_weights`."""
     linear = nn.Linear(inputs, outputs, bias=False)
     linear.init_gain = gain
     return linear
-
-
-def _mix(x: Tensor, previous: Tensor, share: Tensor) -> Tensor:
-    # Upstream's order of operations: torch.lerp rounds differently, and a rounding can flip a spike.
-    return x * share + previous * (1 - share)
 
 
 class SRWKV(nn.Module):
@@ -120,12 +103,10 @@ class SRWKV(nn.Module):
 
     def forward(self, x, shift=None, wkv_state=None, mask=None):
         """x `(B, T, C)` -> current for lif1 `(B, T, C)`, new shift `(B, C)`, new wkv state `(B, 3, C)`."""
-        previous, shift = token_shift(x, shift, mask)
-        k = self.key(_mix(x, previous, self.time_mix_k))
-        v = self.value(_mix(x, previous, self.time_mix_v))
-        r = self.receptance(_mix(x, previous, self.time_mix_r))
+        for_k, for_v, for_r, shift = token_shift(x, shift, mask, self.time_mix_k, self.time_mix_v, self.time_mix_r)
+        k, v, r = self.key(for_k), self.value(for_v), self.receptance(for_r)
         y, wkv_state = wkv(self.time_decay, self.time_first, k, v, wkv_state, mask)
-        return self.output(torch.sigmoid(r) * y), shift, wkv_state
+        return self.output(sigmoid_gate(r, y)), shift, wkv_state
 
 
 class SRFFN(nn.Module):
@@ -143,10 +124,9 @@ class SRFFN(nn.Module):
 
     def forward(self, x, shift=None, mask=None):
         """x `(B, T, C)` -> current for lif2 `(B, T, C)`, new shift `(B, C)`."""
-        previous, shift = token_shift(x, shift, mask)
-        k = self.key(_mix(x, previous, self.time_mix_k))
-        r = self.receptance(_mix(x, previous, self.time_mix_r))
-        return torch.sigmoid(r) * self.value(torch.relu(k).square()), shift
+        for_k, for_r, shift = token_shift(x, shift, mask, self.time_mix_k, self.time_mix_r)
+        k, r = self.key(for_k), self.receptance(for_r)
+        return sigmoid_gate(r, self.value(squared_relu(k))), shift
 
 
 class Block(GradientCheckpointingLayer):

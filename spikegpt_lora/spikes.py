@@ -4,7 +4,8 @@
     s[t] = 1[h[t] >= v_threshold]                          fire     (backward: ATan surrogate)
     v[t] = h[t] where s[t] = 0, v_reset where s[t] = 1     reset    (v_reset None: h[t] - s[t] * v_threshold)
 
-The neuron is spikingjelly's `LIFNode`; this file adds the model's layout, the mask and the explicit membrane.
+The neuron is spikingjelly's `LIFNode`; this file adds the model's layout, the mask, the explicit membrane, and a kernel
+that does the same operations in one pass (`cuda/lif.h`: spikes equal bit for bit).
 Source: SpikeGPT (Zhu, Zhao & Eshraghian 2023, section 3.2), upstream `src/model.py`.
 """
 
@@ -12,12 +13,15 @@ import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
 
+from . import extension
+
 
 class LIF(neuron.LIFNode):
     """spikingjelly's `LIFNode` on `(B, T, C)` input whose membrane never outlives a call.
 
     `forward` returns the spikes alone, so spikingjelly's monitors and plain forward hooks see what they expect;
-    `step` returns the membrane too. `functional.reset_net` finds nothing to reset.
+    `step` returns the membrane too. `functional.reset_net` finds nothing to reset. The compiled kernel runs where it
+    can be built; spikingjelly's code runs elsewhere, and for a surrogate function other than ATan.
     """
 
     def __init__(
@@ -61,27 +65,38 @@ class LIF(neuron.LIFNode):
     def forward(self, x: Tensor, carry: list | None = None, mask: Tensor | None = None) -> Tensor:
         """Spikes `(B, T, C)` for the current `(B, T, C)`; `carry` is the one-element list in which `step` hands over
         the membrane and takes it back."""
-        membrane = self._membrane_before(x, carry[0] if carry else None, mask)
-        if mask is None:
-            spikes, membrane, _ = self._run(x, membrane, store_v_seq=False)
+        membrane = carry[0] if carry else None
+        _check_shapes(x, membrane, mask)
+        if type(self.surrogate_function) is surrogate.ATan and extension.use_extension("auto", x.device):
+            spikes, membrane = self._run_kernel(x, membrane, mask)
+        elif mask is None:
+            spikes, membrane, _ = self._run(x, self._membrane_before(x, membrane), store_v_seq=False)
         else:
-            spikes, membrane = self._run_real_steps(x, membrane, mask)
+            spikes, membrane = self._run_real_steps(x, self._membrane_before(x, membrane), mask)
         if carry is not None:
             carry[0] = membrane
         return spikes.to(x.dtype)
 
-    def _membrane_before(self, x, membrane, mask):
-        if x.dim() != 3 or x.shape[1] == 0:
-            raise ValueError(f"LIF input must be (B, T, C) with T >= 1, got {tuple(x.shape)}")
-        B, T, C = x.shape
-        if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
-            raise ValueError(f"LIF mask must be bool {(B, T)}, got {mask.dtype} {tuple(mask.shape)}")
-        state_dtype = torch.promote_types(x.dtype, torch.float32)
+    def _run_kernel(self, x, membrane, mask):
+        if membrane is not None:
+            membrane = membrane.to(torch.promote_types(x.dtype, torch.float32))
+        return torch.ops.spikegpt_lora.lif(
+            x,
+            membrane,
+            mask,
+            self.tau,
+            self.v_threshold,
+            self.v_reset,
+            self.decay_input,
+            self.surrogate_function.alpha,
+            self.detach_reset,
+        )
+
+    def _membrane_before(self, x, membrane):
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if membrane is None:
-            return x.new_full((B, C), self.v_reset or 0.0, dtype=state_dtype)
-        if membrane.shape != (B, C):
-            raise ValueError(f"LIF membrane must be {(B, C)}, got {tuple(membrane.shape)}")
-        return membrane.to(state_dtype)
+            return x.new_full((x.shape[0], x.shape[2]), self.v_reset or 0.0, dtype=dtype)
+        return membrane.to(dtype)
 
     def _run_real_steps(self, x, membrane, mask):
         # The real steps are moved to the front, where the ones behind them cannot disturb them; then moved back.
@@ -110,3 +125,38 @@ class LIF(neuron.LIFNode):
 def _take(x: Tensor, order: Tensor) -> Tensor:
     """Rows of x `(B, T, C)` in the order `(B, T)`."""
     return x.gather(1, order[..., None].expand_as(x))
+
+
+def _check_shapes(x, membrane, mask):
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"LIF input must be (B, T, C) with T >= 1, got {tuple(x.shape)}")
+    B, T, C = x.shape
+    if membrane is not None and membrane.shape != (B, C):
+        raise ValueError(f"LIF membrane must be {(B, C)}, got {tuple(membrane.shape)}")
+    if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
+        raise ValueError(f"LIF mask must be bool {(B, T)}, got {mask.dtype} {tuple(mask.shape)}")
+
+
+@extension.bind
+def _bind():
+    def fake(x, *settings):
+        return x.new_empty(x.shape), _state_like(x)
+
+    def setup(ctx, inputs, output):
+        x, membrane, mask, *ctx.settings = inputs
+        ctx.save_for_backward(x, membrane, mask)
+
+    def backward(ctx, grad_spikes, grad_membrane):
+        x, membrane, mask = ctx.saved_tensors  # once: gradient checkpointing allows no second look
+        grad_x, grad_membrane = torch.ops.spikegpt_lora.lif_backward(
+            x, membrane, mask, *ctx.settings, grad_spikes, grad_membrane
+        )
+        return grad_x, None if membrane is None else grad_membrane, *[None] * 7
+
+    torch.library.register_fake("spikegpt_lora::lif", fake)
+    torch.library.register_fake("spikegpt_lora::lif_backward", fake)
+    torch.library.register_autograd("spikegpt_lora::lif", backward, setup_context=setup)
+
+
+def _state_like(x):
+    return x.new_empty((x.shape[0], x.shape[2]), dtype=torch.promote_types(x.dtype, torch.float32))

@@ -11,9 +11,9 @@ Source: RWKV-4 (Peng et al. 2023, appendix D), SpikeGPT section 3.3, upstream `c
 import torch
 from torch import Tensor
 
-NOTHING_YET = -1e38  # exponent of an empty state: exp(NOTHING_YET - p) is 0 for every p that a real token sets
+from . import extension
 
-BACKENDS = ("auto", "reference")
+NOTHING_YET = -1e38  # exponent of an empty state: exp(NOTHING_YET - p) is 0 for every p that a real token sets
 
 
 def wkv(
@@ -33,17 +33,26 @@ def wkv(
         k, v: `(B, T, C)`, T >= 1, any values, no limit on T.
         state: `(B, 3, C)` = numerator, denominator, exponent after the previous stretch; None at a sentence's start.
         mask: bool `(B, T)`; where False the token does not exist: y is 0, the state is carried, no gradient.
-        backend: "auto" (the fastest there is) or "reference" (plain torch).
+        backend: "extension" (the kernels of `cuda/`), "reference" (plain torch), or "auto": the first where it can be
+            built, else the second.
 
     Returns:
         y `(B, T, C)` in v's dtype and the new state `(B, 3, C)` (float32, or float64 for float64 input).
 
     Raises:
         ValueError: a shape or the backend does not fit; the message names it.
+        ExtensionError: backend is "extension" and it cannot be built here.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"wkv backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    return wkv_reference(time_decay, time_first, k, v, state, mask)
+    if not extension.use_extension(backend, k.device):
+        return wkv_reference(time_decay, time_first, k, v, state, mask)
+    _check_shapes(time_decay, time_first, k, v, state, mask)
+    dtype, v_dtype = torch.promote_types(k.dtype, torch.float32), v.dtype
+    if v_dtype != k.dtype:
+        k, v = (x.to(torch.promote_types(k.dtype, v_dtype)) for x in (k, v))
+    w, u = -torch.exp(time_decay.to(dtype)), time_first.to(dtype)
+    state = None if state is None else state.to(dtype)
+    y, state = torch.ops.spikegpt_lora.wkv(w, u, k, v, state, mask)
+    return y.to(v_dtype), state
 
 
 def wkv_reference(
@@ -99,3 +108,24 @@ def _check_shapes(time_decay, time_first, k, v, state, mask):
             raise ValueError(f"wkv: {name} must be {expected[name]} for k {(B, T, C)}, got {tuple(tensor.shape)}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"wkv: mask must be bool, got {mask.dtype}")
+
+
+@extension.bind
+def _bind():
+    def fake(w, u, k, v, state, mask):
+        return k.new_empty(k.shape), w.new_empty(k.shape[0], 3, k.shape[2])
+
+    def fake_backward(w, u, k, v, state, mask, grad_y, grad_state):
+        return tuple(tensor.new_empty(tensor.shape) for tensor in (w, u, k, v, grad_state))
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx, grad_y, grad_state):
+        w, u, k, v, state, mask = ctx.saved_tensors
+        *grads, grad_state = torch.ops.spikegpt_lora.wkv_backward(w, u, k, v, state, mask, grad_y, grad_state)
+        return *grads, None if state is None else grad_state, None
+
+    torch.library.register_fake("spikegpt_lora::wkv", fake)
+    torch.library.register_fake("spikegpt_lora::wkv_backward", fake_backward)
+    torch.library.register_autograd("spikegpt_lora::wkv", backward, setup_context=setup)

@@ -7,7 +7,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, and n
 import pytest
 import torch
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, extension
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
 
 SIZES = {"vocab_size": 37, "n_embd": 12, "n_layer": 3}
 
@@ -20,6 +27,22 @@ def lively(model, seed=0):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
+
+
+@pytest.fixture(params=["reference", "extension"])
+def backend(request):
+    """Runs a test twice: in plain torch, and in the kernels where they can be built."""
+    if request.param == "extension":
+        need_extension()
+    with extension.default_backend(request.param):
+        yield request.param
+
+
+def need_extension(device="cpu"):
+    try:
+        extension.load(device)
+    except extension.ExtensionError as error:
+        pytest.skip(f"no kernels here: {error}")
 
 
 @pytest.fixture

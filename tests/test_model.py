@@ -28,7 +28,6 @@ from spikegpt_lora import (
     SpikeGPTModel,
     record_spikes,
 )
-from spikegpt_lora.model import token_shift
 from spikegpt_lora.spikes import LIF
 from spikegpt_lora.tokenizer import train_tokenizer
 
@@ -212,12 +211,6 @@ def test_masks_may_have_holes(lm, ids):
         alone = lm(ids[row][mask[row]][None], use_cache=True)
         assert largest_difference(output.logits[row][mask[row]], alone.logits[0]) < 1e-12
         assert largest_difference(output.state.select([row]).to_tuple(), alone.state.to_tuple()) < 1e-12
-
-
-def test_token_shift_reads_the_last_real_token():
-    x = torch.arange(1.0, 6.0).view(1, 5, 1)
-    previous, last = token_shift(x, torch.tensor([[9.0]]), torch.tensor([[False, True, False, True, False]]))
-    assert previous[0, [1, 3], 0].tolist() == [9.0, 2.0] and last.item() == 4.0
 
 
 def test_no_state_survives_an_exception(lm, ids):

@@ -1,4 +1,4 @@
-"""LIF against spikingjelly's LIFNode, and the mask's meaning."""
+"""LIF, kernel and spikingjelly's code, against spikingjelly's LIFNode and the equations; the mask's meaning."""
 
 import math
 
@@ -8,6 +8,8 @@ from conftest import largest_difference
 from spikingjelly.activation_based import functional, monitor, neuron, surrogate
 
 from spikegpt_lora.spikes import LIF
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 NEURONS = [
     {},
@@ -154,3 +156,12 @@ def test_spikingjellys_output_monitor_sees_the_spikes():
 def test_wrong_arguments_are_named(x, membrane, mask, message):
     with pytest.raises(ValueError, match=message):
         LIF().step(x, membrane, mask)
+
+
+def test_another_surrogate_function_is_respected():
+    lif, x = LIF(), current(1, 4, 3).requires_grad_()
+    lif.surrogate_function = surrogate.Sigmoid(4.0)
+    node = neuron.LIFNode(tau=2.0, surrogate_function=surrogate.Sigmoid(4.0), step_mode="m")
+    (ours,) = torch.autograd.grad(lif(x).sum(), x)
+    (theirs,) = torch.autograd.grad(node(x.transpose(0, 1)).sum(), x)
+    assert largest_difference(ours, theirs) < 1e-12

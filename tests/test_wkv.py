@@ -1,10 +1,12 @@
-"""wkv_reference against the defining sums, written out; state, mask, gradients and extreme values."""
+"""wkv, kernel and reference, against the defining sums; state, mask, gradients and extreme values."""
 
 import pytest
 import torch
 from conftest import largest_difference
 
 from spikegpt_lora.wkv import wkv, wkv_reference
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def inputs(B=2, T=7, C=3, dtype=torch.float64, k_scale=1.0):
@@ -111,11 +113,14 @@ def test_half_precision_input_keeps_a_float32_state(dtype):
     assert y.dtype == dtype and state.dtype == torch.float32
 
 
-def test_the_reference_is_a_backend():
+def test_the_reference_can_be_asked_for():
     arguments = inputs()
     assert torch.equal(wkv(*arguments, backend="reference")[0], wkv_reference(*arguments)[0])
-    with pytest.raises(ValueError, match="'cupy'"):
-        wkv(*arguments, backend="cupy")
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="auto, extension, reference, got 'cupy'"):
+        wkv(*inputs(), backend="cupy")
 
 
 @pytest.mark.parametrize(
@@ -134,3 +139,13 @@ def test_wrong_shapes_are_named(name, shape, message):
     arguments = dict(zip(("time_decay", "time_first", "k", "v"), inputs())) | {name: torch.zeros(shape)}
     with pytest.raises(ValueError, match=message):
         wkv(**arguments)
+
+
+def test_strided_inputs_are_read_as_they_are():
+    time_decay, time_first, k, v = inputs(2, 6, 4)
+    y, state = wkv(time_decay, time_first, k, v)
+    wide = torch.stack([k, v], -1)
+    assert torch.equal(wkv(time_decay, time_first, wide[..., 0], wide[..., 1])[0], y)
+    carried = torch.stack([state, state], 1)[:, 1]
+    again = wkv(time_decay, time_first, k, v, carried)[0]
+    assert torch.equal(again, wkv(time_decay, time_first, k, v, state)[0])

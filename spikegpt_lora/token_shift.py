@@ -1,0 +1,87 @@
+"""Token shift: every linear layer of a block reads a mix of the token and of the real token before it.
+
+    mixed = x * share + previous * (1 - share)              `share` per channel and per layer, learned
+
+Source: SpikeGPT section 3.3 (eq. 6), upstream `src/model.py` (`time_shift`, `time_mix_k`, ...).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from . import extension
+
+
+def token_shift(
+    x: Tensor, last: Tensor | None, mask: Tensor | None, *shares: Tensor, backend: str = "auto"
+) -> tuple[Tensor, ...]:
+    """Mix every token with the one before it.
+
+    Args:
+        x: `(B, T, C)`.
+        last: `(B, C)`, x at the last real token of the previous stretch; None at a sentence's start (0).
+        mask: bool `(B, T)`; where False the token does not exist: the mixes are 0, the token after it is mixed with
+            the real one before it, no gradient.
+        shares: two or three tensors of C elements, one for each layer that reads.
+        backend: as in `wkv`.
+
+    Returns:
+        The mixes `(B, T, C)`, one for each share, and at the end x at the last real token `(B, C)`.
+    """
+    if not extension.use_extension(backend, x.device) or len(shares) not in (2, 3):
+        return token_shift_reference(x, last, mask, *shares)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    shares = [share.reshape(-1).to(dtype) for share in shares]
+    shift = torch.ops.spikegpt_lora.token_shift2 if len(shares) == 2 else torch.ops.spikegpt_lora.token_shift3
+    return shift(x, None if last is None else last.to(x.dtype), mask, *shares)
+
+
+def token_shift_reference(x: Tensor, last: Tensor | None, mask: Tensor | None, *shares: Tensor) -> tuple[Tensor, ...]:
+    """`token_shift` in plain torch: the definition that the kernel is compared with."""
+    previous, last = _previous(x, last, mask)
+    # Upstream's order of operations: torch.lerp rounds differently, and a rounding can flip a spike.
+    mixes = [x * share + previous * (1 - share) for share in shares]
+    if mask is not None:
+        mixes = [mixed.where(mask[..., None], 0) for mixed in mixes]
+    return *mixes, last
+
+
+def _previous(x: Tensor, last: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x one real token later: at each step the previous real token's x, and the new last one `(B, C)`."""
+    if last is None:
+        last = torch.zeros_like(x[:, 0])
+    x = torch.cat([last[:, None], x], dim=1)  # (B, T + 1, C)
+    if mask is None:
+        return x[:, :-1], x[:, -1]
+    steps = torch.arange(1, x.shape[1], device=x.device)
+    newest = (steps * mask).cummax(dim=1).values  # (B, T): where in x the newest real token stands, 0 = `last`
+    previous = nn.functional.pad(newest[:, :-1], (1, 0))
+    rows = torch.arange(x.shape[0], device=x.device)
+    return x.gather(1, previous[..., None].expand(-1, -1, x.shape[-1])), x[rows, newest[:, -1]]
+
+
+@extension.bind
+def _bind():
+    for count in (2, 3):
+        _bind_for(f"spikegpt_lora::token_shift{count}", count)
+
+
+def _bind_for(name: str, count: int):
+    def fake(x, last, mask, *shares):
+        return *(x.new_empty(x.shape) for _ in shares), x.new_empty(x.shape[0], x.shape[2])
+
+    def fake_backward(x, last, mask, *rest):
+        return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2]), rest[0].new_empty(count, x.shape[2])
+
+    def setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx, *grads):
+        x, last, mask, *shares = ctx.saved_tensors
+        wanted = any(ctx.needs_input_grad[3:])
+        run = getattr(torch.ops.spikegpt_lora, f"token_shift{count}_backward")
+        grad_x, grad_last, grad_shares = run(x, last, mask, *shares, *grads, wanted)
+        return grad_x, None if last is None else grad_last, None, *(grad_shares if wanted else [None] * count)
+
+    torch.library.register_fake(name, fake)
+    torch.library.register_fake(f"{name}_backward", fake_backward)
+    torch.library.register_autograd(name, backward, setup_context=setup)

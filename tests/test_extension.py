@@ -1,0 +1,218 @@
+"""Building the kernels: what is cached, what happens to two builds at once, to a killed one, and without a compiler.
+
+Most tests put a script in the compiler's place, so that they take seconds and see exactly one thing.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import need_extension
+
+from spikegpt_lora import extension
+from spikegpt_lora.extension.build import ExtensionError, build_library
+
+COMPILER = """#!{python}
+import pathlib, sys, time
+if "--version" in sys.argv:
+    print("scripted compiler 1.0")
+elif "-c" in sys.argv or "-shared" in sys.argv:
+    {action}
+    pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_text("made by " + sys.argv[0])
+"""
+
+BUILD = "from spikegpt_lora.extension.build import build_library; print(build_library())"
+
+
+def scripted_compiler(folder: Path, action: str = "pass", name: str = "cxx") -> Path:
+    script = folder / name
+    script.write_text(COMPILER.format(python=sys.executable, action=action))
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def start(code: str, **environment) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, **{key: str(value) for key, value in environment.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_library_is_built_once_and_then_found(cache, tmp_path, monkeypatch):
+    log = tmp_path / "calls"
+    action = f"open({str(log)!r}, 'a').write('x')"
+    monkeypatch.setenv("CXX", str(scripted_compiler(tmp_path, action)))
+    library = build_library()
+    assert library.is_relative_to(cache) and library.read_text().startswith("made by")
+    calls = len(log.read_text())
+    assert build_library() == library
+    assert len(log.read_text()) == calls + 1  # the probe for OpenMP
+    assert [file.name for file in library.parent.iterdir() if file.name.startswith("build-")] == []
+
+
+def test_processor_features_compiler_and_sources_have_libraries_of_their_own(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(scripted_compiler(tmp_path)))
+    libraries = {build_library()}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    libraries.add(build_library())
+    other = scripted_compiler(tmp_path, name="other")
+    other.write_text(other.read_text().replace("1.0", "2.0"))
+    monkeypatch.setenv("CXX", str(other))
+    libraries.add(build_library())
+    sources = tmp_path / "cuda"
+    shutil.copytree(Path(__file__).parents[1] / "cuda", sources)
+    (sources / "wkv.h").write_text("// changed\n")
+    monkeypatch.setattr("spikegpt_lora.extension.build._sources", lambda: sources)
+    libraries.add(build_library())
+    assert len(libraries) == 4
+
+
+def test_two_processes_that_build_at_once_both_succeed(cache, tmp_path):
+    log = tmp_path / "calls"
+    action = f"time.sleep(1.0 if '-c' in sys.argv else 0); '-c' in sys.argv and open({str(log)!r}, 'a').write('x')"
+    compiler = scripted_compiler(tmp_path, action)
+    processes = [start(BUILD, CXX=compiler) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0] != ""
+    assert log.read_text() == "x"  # the second waited for the first
+
+
+def test_a_killed_build_neither_blocks_nor_litters_the_next(cache, tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    slow = scripted_compiler(
+        tmp_path, f"'-c' in sys.argv and (pathlib.Path({str(started)!r}).touch(), time.sleep(100))"
+    )
+    process = start(BUILD, CXX=slow)
+    while not started.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(cache.glob("**/build-*"))
+    monkeypatch.setenv("CXX", str(scripted_compiler(tmp_path)))  # same path and version: same place
+    begin = time.monotonic()
+    assert build_library().is_file()
+    assert time.monotonic() - begin < 20
+    assert not list(cache.glob("**/build-*"))
+
+
+def test_a_failed_build_says_why_in_the_compilers_words(cache, tmp_path, monkeypatch):
+    action = "'-c' in sys.argv and sys.exit('wkv.h:1: error: this compiler is having a bad day')"
+    monkeypatch.setenv("CXX", str(scripted_compiler(tmp_path, action)))
+    with pytest.raises(ExtensionError, match=r"cxx failed on .*ops.cpp(.|\n)*having a bad day"):
+        build_library()
+
+
+def test_without_a_compiler_everything_works_after_one_warning(cache, tmp_path):
+    code = """
+import logging, torch
+from spikegpt_lora import wkv, wkv_reference
+from spikegpt_lora.spikes import LIF
+logging.basicConfig(format="%(levelname)s %(message)s")
+x = torch.randn(2, 5, 3)
+for _ in range(2):
+    assert torch.equal(wkv(x[0, 0], x[0, 1], x, x)[0], wkv_reference(x[0, 0], x[0, 1], x, x)[0])
+    LIF()(x)
+try:
+    wkv(x[0, 0], x[0, 1], x, x, backend="extension")
+except RuntimeError as error:
+    print(error)
+"""
+    process = start(code, PATH=tmp_path, CXX=tmp_path / "missing")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert err.count("WARNING no compiled kernels for cpu") == 1
+    assert "no C++ compiler found" in err and "no C++ compiler found" in out
+
+
+def test_a_library_built_earlier_serves_a_machine_without_compiler(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(scripted_compiler(tmp_path)))
+    library = build_library()
+    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    assert build_library() == library
+
+
+def test_a_cache_that_cannot_be_written_is_named(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(scripted_compiler(tmp_path)))
+    cache.write_text("a file where a folder should be")
+    with pytest.raises(ExtensionError, match="cannot build in .*TORCH_EXTENSIONS_DIR"):
+        build_library()
+
+
+def test_cuda_without_nvcc_is_a_cpu_build(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(ExtensionError, match="nvcc not found|built without CUDA"):
+        build_library("cuda")
+    monkeypatch.setenv("CXX", str(scripted_compiler(tmp_path)))
+    assert build_library("cpu").is_file()
+
+
+def test_other_devices_use_plain_torch_and_say_so_once(caplog, monkeypatch):
+    monkeypatch.setattr(extension, "_failed", {})
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert not extension.use_extension("auto", torch.device("mps"))
+    assert caplog.text.count("no compiled kernels for mps") == 1
+    with pytest.raises(ExtensionError, match="not for mps"):
+        extension.use_extension("extension", torch.device("mps"))
+
+
+def test_the_default_backend_can_be_set_by_the_environment():
+    code = "import torch; from spikegpt_lora import extension as e; print(e.use_extension('auto', torch.device('cpu')))"
+    process = start(code, SPIKEGPT_LORA_BACKEND="reference", CXX="missing")
+    assert process.communicate(timeout=120)[0].strip() == "False"
+
+
+def test_the_command_reports_what_it_built_and_where(cache, tmp_path):
+    for action, code in (("pass", 0), ("'-c' in sys.argv and sys.exit('error: no')", 1)):
+        environment = {
+            **os.environ,
+            "CXX": str(scripted_compiler(tmp_path, action)),
+            "TORCH_EXTENSIONS_DIR": str(cache),
+        }
+        command = [sys.executable, "-m", "spikegpt_lora.extension", "--device", "cpu"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert ("spikegpt_lora_cpu.so" in done.stdout) if code == 0 else ("error: no" in done.stderr)
+        shutil.rmtree(cache)
+
+
+def test_the_kernels_build_wherever_there_is_a_compiler():
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    extension.load("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2", None])
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_every_compiler_and_instruction_set_passes_the_kernels_tests(compiler, capability, tmp_path):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    need_extension()
+    environment = {**os.environ, "CXX": compiler, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    if capability:
+        environment["ATEN_CPU_CAPABILITY"] = capability
+    tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "gates", "token_shift")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
