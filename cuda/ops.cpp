@@ -64,6 +64,7 @@ TORCH_LIBRARY(spikegpt_lora, library) {
   library.def("gate_backward(Tensor r, Tensor y, Tensor grad) -> (Tensor, Tensor)");
   library.def("squared_relu(Tensor k) -> Tensor");
   library.def("squared_relu_backward(Tensor k, Tensor grad) -> Tensor");
+  library.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(spikegpt_lora, CPU, library) { spikegpt::register_kernels<spikegpt::Cpu>(library); }

@@ -12,6 +12,7 @@
 #include <sstream>
 #include <tuple>
 
+#include "dropout.h"
 #include "gates.h"
 #include "lif.h"
 #include "token_shift.h"
@@ -354,6 +355,22 @@ Tensor squared_relu_backward(const Tensor& k, const Tensor& grad) {
   return grad_k;
 }
 
+// ---- dropout; its gradient is itself, with the same seed
+
+template <class Device>
+Tensor dropout(const Tensor& x, const Tensor& seed, double p) {
+  check("dropout: seed", seed, {1}, at::kLong, x);
+  TORCH_CHECK_VALUE(p >= 0 && p < 1, "dropout: p must be at least 0 and less than 1, got ", p);
+  const Tensor x_ = x.contiguous(), seed_ = seed.contiguous();
+  Tensor out = at::empty(x.sizes(), x.options());
+  DISPATCH(x, "dropout", {
+    Device::template run<real, 0>(1, 1, x.numel(), x, Dropout<scalar_t, real>{
+        x_.const_data_ptr<scalar_t>(), seed_.const_data_ptr<int64_t>(), out.mutable_data_ptr<scalar_t>(),
+        static_cast<uint32_t>(p * 4294967296.0), static_cast<real>(1 / (1 - p))});
+  });
+  return out;
+}
+
 // Called by TORCH_LIBRARY_IMPL of each device: the names are those of the schemas in ops.cpp.
 template <class Device, class Library>
 void register_kernels(Library& library) {
@@ -368,6 +385,7 @@ void register_kernels(Library& library) {
   library.impl("gate", &gate<Device>);
   library.impl("gate_backward", &gate_backward<Device>);
   library.impl("squared_relu", &squared_relu<Device>);
+  library.impl("dropout", &dropout<Device>);
   library.impl("squared_relu_backward", &squared_relu_backward<Device>);
 }
 

@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .config import SpikeGPTConfig
+from .dropout import Dropout
 from .gates import sigmoid_gate, squared_relu
 from .spikes import LIF
 from .token_shift import token_shift
@@ -142,7 +143,7 @@ class Block(GradientCheckpointingLayer):
         self.ffn = SRFFN(config, layer_id)
         self.lif1 = _lif(config)
         self.lif2 = _lif(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x, state, mask=None):
         """x `(B, T, C)`, the five tensors of `SpikeGPTState.layer` or five None -> x, the five new ones."""

@@ -177,9 +177,10 @@ def operator_calls():
     yield "token_shift3", (x, None, None, w, u, share)
     yield "gate", (x, y)
     yield "squared_relu", (wide,)
+    yield "dropout", (wide, torch.tensor([7]), 0.3)
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_opcheck(number):
     need_extension()
     name, arguments = list(operator_calls())[number]

@@ -15,7 +15,7 @@ PACKAGE = Path(spikegpt_lora.__file__).parent
 LAYERS = [
     {"files", "hub", "statistics", "config", "tokenizer", "baselines", "extension.build"},
     {"data", "extension"},
-    {"extension.__main__", "wkv", "spikes", "token_shift", "gates"},
+    {"extension.__main__", "wkv", "spikes", "token_shift", "gates", "dropout"},
     {"model", "adapters.layer", "adapters.config"},
     {"adapters.model"},
     {"adapters"},
