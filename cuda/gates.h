@@ -22,7 +22,6 @@ struct GateForward {
 
 template <class scalar, class real>
 struct GateBackward {
-  static constexpr int SCRATCH = 0;
   const scalar *r, *y, *grad;
   scalar *grad_r, *grad_y;
 
@@ -62,7 +61,6 @@ struct SquaredReluForward {
 
 template <class scalar, class real>
 struct SquaredReluBackward {
-  static constexpr int SCRATCH = 0;
   const scalar *k, *grad;
   scalar* grad_k;
 

@@ -87,7 +87,7 @@ struct LifForward {
 // Runs forward once more, keeping h, then back.
 template <class scalar, class real>
 struct LifBackward {
-  static constexpr int SCRATCH = 1;
+  static int64_t scratch(int64_t T) { return T; }
   LifInput<scalar, real> in;
   const scalar* grad_spikes;
   const real* grad_membrane_after;

@@ -5,31 +5,37 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "ops.h"
 
 namespace spikegpt {
 namespace {
 
-constexpr int LANES = 64;                  // channels of a block: four 512-bit registers of float32 in flight
+constexpr int LANES = 512;                 // channels of a block at most: whole rows are read faster than pieces
+constexpr int64_t VECTORS = 64;            // blocks are multiples of this: four 512-bit registers of float32
 constexpr int64_t WORTH_A_THREAD = 16384;  // numbers below which starting another thread costs more than it saves
 
+// Blocks as wide as they can be while every thread has work.
+int64_t block_width(int64_t B, int64_t T, int64_t C) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), std::max<int64_t>(1, B * T * C / WORTH_A_THREAD));
+  const int64_t blocks = std::max<int64_t>(1, threads / std::max<int64_t>(B, 1));
+  const int64_t width = (C / blocks + VECTORS - 1) / VECTORS * VECTORS;
+  return std::clamp<int64_t>(width, VECTORS, LANES);
+}
+
 struct Cpu {
-  template <class real, int SCRATCH, class Kernel>
-  static void run(int64_t B, int64_t T, int64_t C, const Tensor&, const Kernel& kernel) {
-    const int64_t blocks = (C + LANES - 1) / LANES;
-    const int64_t grain = std::max<int64_t>(1, WORTH_A_THREAD / (T * LANES));
+  // `numbers`: how many the kernel's scratch memory holds for each lane.
+  template <class real, class Kernel>
+  static void run(int64_t B, int64_t T, int64_t C, const Tensor&, const Kernel& kernel, int64_t numbers = 0) {
+    const int64_t width = block_width(B, T, C), blocks = (C + width - 1) / width;
+    const int64_t grain = std::max<int64_t>(1, WORTH_A_THREAD / (T * width));
     at::parallel_for(0, B * blocks, grain, [&](int64_t begin, int64_t end) {
-      std::vector<real> memory(SCRATCH * T * LANES);
-      const Scratch<real> scratch = {memory.data(), LANES};
+      const std::unique_ptr<real[]> memory(new real[numbers * width]);
+      const Scratch<real> scratch = {memory.get(), width};
       for (int64_t i = begin; i < end; i++) {
-        const int64_t b = i / blocks, channel = i % blocks * LANES;
-        if (channel + LANES <= C) {
-          kernel.template operator()<LANES>(b, channel, LANES, scratch);
-        } else {
-          kernel.template operator()<LANES>(b, channel, static_cast<int>(C - channel), scratch);
-        }
+        const int64_t b = i / blocks, channel = i % blocks * width;
+        kernel.template operator()<LANES>(b, channel, static_cast<int>(std::min(width, C - channel)), scratch);
       }
     });
   }

@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> wkv(const Tensor& w, const Tensor& u, const Tensor& k
   const int64_t B = k.size(0), T = k.size(1), C = k.size(2);
   Tensor y = at::empty({B, T, C}, k.options()), state_after = new_state(k, {B, 3, C});
   DISPATCH(k, "wkv", {
-    Device::template run<real, 0>(B, T, C, k, WkvForward<scalar_t, real>{
+    Device::template run<real>(B, T, C, k, WkvForward<scalar_t, real>{
         arguments.input<scalar_t, real>(), y.mutable_data_ptr<scalar_t>(), state_after.mutable_data_ptr<real>()});
   });
   return {y, state_after};
@@ -129,10 +129,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv_backward(
   Tensor grad_k = at::empty({B, T, C}, k.options()), grad_v = at::empty({B, T, C}, k.options());
   DISPATCH(k, "wkv_backward", {
     using Kernel = WkvBackward<scalar_t, real>;
-    Device::template run<real, Kernel::SCRATCH>(B, T, C, k, Kernel{
+    Device::template run<real>(B, T, C, k, Kernel{
         arguments.input<scalar_t, real>(), gy.const_data_ptr<scalar_t>(), gs.const_data_ptr<real>(),
         grad_w.mutable_data_ptr<real>(), grad_u.mutable_data_ptr<real>(), grad_k.mutable_data_ptr<scalar_t>(),
-        grad_v.mutable_data_ptr<scalar_t>(), grad_state.mutable_data_ptr<real>()});
+        grad_v.mutable_data_ptr<scalar_t>(), grad_state.mutable_data_ptr<real>()}, Kernel::scratch(T));
   });
   return {grad_w.sum(0), grad_u.sum(0), grad_k, grad_v, grad_state};
 }
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor> lif(const Tensor& x, const OptionalTensor& membrane, 
   const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
   Tensor spikes = at::empty({B, T, C}, x.options()), membrane_after = new_state(x, {B, C});
   DISPATCH(x, "lif", {
-    Device::template run<real, 0>(B, T, C, x, LifForward<scalar_t, real>{
+    Device::template run<real>(B, T, C, x, LifForward<scalar_t, real>{
         arguments.input<scalar_t, real>(), spikes.mutable_data_ptr<scalar_t>(),
         membrane_after.mutable_data_ptr<real>()});
   });
@@ -192,9 +192,9 @@ std::tuple<Tensor, Tensor> lif_backward(const Tensor& x, const OptionalTensor& m
   Tensor grad_x = at::empty({B, T, C}, x.options()), grad_membrane = new_state(x, {B, C});
   DISPATCH(x, "lif_backward", {
     using Kernel = LifBackward<scalar_t, real>;
-    Device::template run<real, Kernel::SCRATCH>(B, T, C, x, Kernel{
+    Device::template run<real>(B, T, C, x, Kernel{
         arguments.input<scalar_t, real>(), gs.const_data_ptr<scalar_t>(), gm.const_data_ptr<real>(),
-        grad_x.mutable_data_ptr<scalar_t>(), grad_membrane.mutable_data_ptr<real>()});
+        grad_x.mutable_data_ptr<scalar_t>(), grad_membrane.mutable_data_ptr<real>()}, Kernel::scratch(T));
   });
   return {grad_x, grad_membrane};
 }
@@ -240,7 +240,7 @@ std::pair<std::array<Tensor, N>, Tensor> shift(const Tensor& x, const OptionalTe
     ShiftForward<scalar_t, real, N> kernel = {
         arguments.template input<scalar_t, real>(), {}, last_after.mutable_data_ptr<scalar_t>()};
     for (int j = 0; j < N; j++) kernel.mixed[j] = mixed[j].template mutable_data_ptr<scalar_t>();
-    Device::template run<real, 0>(B, T, C, x, kernel);
+    Device::template run<real>(B, T, C, x, kernel);
   });
   return {mixed, last_after};
 }
@@ -267,7 +267,7 @@ std::tuple<Tensor, Tensor, Tensor> shift_backward(const Tensor& x, const Optiona
         grad_x.mutable_data_ptr<scalar_t>(), grad_last.mutable_data_ptr<scalar_t>(),
         share_gradients ? grad_share.mutable_data_ptr<real>() : nullptr};
     for (int j = 0; j < N; j++) kernel.grad_mixed[j] = grads[j].template const_data_ptr<scalar_t>();
-    Device::template run<real, 0>(B, T, C, x, kernel);
+    Device::template run<real>(B, T, C, x, kernel);
   });
   return {grad_x, grad_last, grad_share.sum(0)};
 }
@@ -312,7 +312,7 @@ Tensor gate(const Tensor& r, const Tensor& y) {
   const Tensor r_ = r.contiguous(), y_ = y.contiguous();
   Tensor out = at::empty(r.sizes(), r.options());
   DISPATCH(r, "gate", {
-    Device::template run<real, 0>(1, 1, r.numel(), r, GateForward<scalar_t, real>{
+    Device::template run<real>(1, 1, r.numel(), r, GateForward<scalar_t, real>{
         r_.const_data_ptr<scalar_t>(), y_.const_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>()});
   });
   return out;
@@ -325,7 +325,7 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& r, const Tensor& y, const
   const Tensor r_ = r.contiguous(), y_ = y.contiguous(), g = grad.contiguous();
   Tensor grad_r = at::empty(r.sizes(), r.options()), grad_y = at::empty(r.sizes(), r.options());
   DISPATCH(r, "gate_backward", {
-    Device::template run<real, 0>(1, 1, r.numel(), r, GateBackward<scalar_t, real>{
+    Device::template run<real>(1, 1, r.numel(), r, GateBackward<scalar_t, real>{
         r_.const_data_ptr<scalar_t>(), y_.const_data_ptr<scalar_t>(), g.const_data_ptr<scalar_t>(),
         grad_r.mutable_data_ptr<scalar_t>(), grad_y.mutable_data_ptr<scalar_t>()});
   });
@@ -337,7 +337,7 @@ Tensor squared_relu(const Tensor& k) {
   const Tensor k_ = k.contiguous();
   Tensor out = at::empty(k.sizes(), k.options());
   DISPATCH(k, "squared_relu", {
-    Device::template run<real, 0>(1, 1, k.numel(), k, SquaredReluForward<scalar_t, real>{
+    Device::template run<real>(1, 1, k.numel(), k, SquaredReluForward<scalar_t, real>{
         k_.const_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>()});
   });
   return out;
@@ -349,7 +349,7 @@ Tensor squared_relu_backward(const Tensor& k, const Tensor& grad) {
   const Tensor k_ = k.contiguous(), g = grad.contiguous();
   Tensor grad_k = at::empty(k.sizes(), k.options());
   DISPATCH(k, "squared_relu_backward", {
-    Device::template run<real, 0>(1, 1, k.numel(), k, SquaredReluBackward<scalar_t, real>{
+    Device::template run<real>(1, 1, k.numel(), k, SquaredReluBackward<scalar_t, real>{
         k_.const_data_ptr<scalar_t>(), g.const_data_ptr<scalar_t>(), grad_k.mutable_data_ptr<scalar_t>()});
   });
   return grad_k;
@@ -364,7 +364,7 @@ Tensor dropout(const Tensor& x, const Tensor& seed, double p) {
   const Tensor x_ = x.contiguous(), seed_ = seed.contiguous();
   Tensor out = at::empty(x.sizes(), x.options());
   DISPATCH(x, "dropout", {
-    Device::template run<real, 0>(1, 1, x.numel(), x, Dropout<scalar_t, real>{
+    Device::template run<real>(1, 1, x.numel(), x, Dropout<scalar_t, real>{
         x_.const_data_ptr<scalar_t>(), seed_.const_data_ptr<int64_t>(), out.mutable_data_ptr<scalar_t>(),
         static_cast<uint32_t>(p * 4294967296.0), static_cast<real>(1 / (1 - p))});
   });

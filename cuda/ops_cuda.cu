@@ -20,12 +20,12 @@ __global__ void __launch_bounds__(THREADS) each_channel(int64_t count, int64_t C
 }
 
 struct Cuda {
-  template <class real, int SCRATCH, class Kernel>
-  static void run(int64_t B, int64_t T, int64_t C, const Tensor& input, const Kernel& kernel) {
+  template <class real, class Kernel>
+  static void run(int64_t B, int64_t T, int64_t C, const Tensor& input, const Kernel& kernel, int64_t numbers = 0) {
     const int64_t count = B * C;
     if (count == 0) return;
     const c10::cuda::CUDAGuard device(input.device());
-    const Tensor scratch = new_state(input, {SCRATCH * T, count});
+    const Tensor scratch = new_state(input, {numbers, count});
     const auto blocks = static_cast<unsigned int>((count + THREADS - 1) / THREADS);
     each_channel<real, Kernel><<<blocks, THREADS, 0, c10::cuda::getCurrentCUDAStream()>>>(
         count, C, scratch.template mutable_data_ptr<real>(), kernel);

@@ -43,6 +43,7 @@ from spikegpt_lora.baselines import bag_of_words_baselines
 from spikegpt_lora.config import POOLINGS
 from spikegpt_lora.data import LABELS
 from spikegpt_lora.files import write_json, write_text
+from spikegpt_lora.memory import keep_freed_memory
 from spikegpt_lora.tokenizer import train_tokenizer
 from spikegpt_lora.training import METHODS, FinetuneOptions, adapt, finetune, tokenize
 
@@ -54,6 +55,7 @@ PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
 
 def main() -> int:
     args = parse_arguments()
+    keep_freed_memory()
     PartialState(cpu=not torch.cuda.is_available())  # one process, or what torchrun started
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # of files, within a second

@@ -67,7 +67,7 @@ class LIF(neuron.LIFNode):
         the membrane and takes it back."""
         membrane = carry[0] if carry else None
         _check_shapes(x, membrane, mask)
-        if type(self.surrogate_function) is surrogate.ATan and extension.use_extension("auto", x.device):
+        if self._has_kernel() and extension.use_extension("auto", x.device):
             spikes, membrane = self._run_kernel(x, membrane, mask)
         elif mask is None:
             spikes, membrane, _ = self._run(x, self._membrane_before(x, membrane), store_v_seq=False)
@@ -76,6 +76,9 @@ class LIF(neuron.LIFNode):
         if carry is not None:
             carry[0] = membrane
         return spikes.to(x.dtype)
+
+    def _has_kernel(self) -> bool:
+        return type(self.surrogate_function) is surrogate.ATan and self.surrogate_function.spiking
 
     def _run_kernel(self, x, membrane, mask):
         if membrane is not None:

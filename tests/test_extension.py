@@ -79,7 +79,7 @@ def test_processor_features_compiler_and_sources_have_libraries_of_their_own(cac
     sources = tmp_path / "cuda"
     shutil.copytree(Path(__file__).parents[1] / "cuda", sources)
     (sources / "wkv.h").write_text("// changed\n")
-    monkeypatch.setattr("spikegpt_lora.extension.build._sources", lambda: sources)
+    monkeypatch.setattr("spikegpt_lora.extension.build.sources", lambda: sources)
     libraries.add(build_library())
     assert len(libraries) == 4
 

@@ -13,7 +13,7 @@ PACKAGE = Path(spikegpt_lora.__file__).parent
 
 # Each module may import from the rows above its own, never from its own row or below.
 LAYERS = [
-    {"files", "hub", "statistics", "config", "tokenizer", "baselines", "extension.build"},
+    {"files", "hub", "statistics", "config", "tokenizer", "baselines", "memory", "extension.build"},
     {"data", "extension"},
     {"extension.__main__", "wkv", "spikes", "token_shift", "gates", "dropout"},
     {"model", "adapters.layer", "adapters.config"},

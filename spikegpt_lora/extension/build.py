@@ -52,7 +52,7 @@ def build_library(device: str = "cpu") -> Path:
     """
     if device not in ("cpu", "cuda"):
         raise ExtensionError(f"there are kernels for cpu and cuda, not for {device}")
-    compiler, flags = _cpp() if device == "cpu" else _nvcc()
+    compiler, flags = cpp_compiler() if device == "cpu" else _nvcc()
     name = f"spikegpt_lora_{device}.so"
     if compiler is None:
         for library in sorted(_cache(device, flags).glob(f"*/{name}")):  # built where there was one
@@ -77,7 +77,7 @@ def _compile(device: str, compiler: str, flags: list[str], library: Path):
     for left_over in library.parent.glob("build-*"):
         shutil.rmtree(left_over, ignore_errors=True)
     logger.info("building %s with %s", library, compiler)
-    source = _sources() / ("ops.cpp" if device == "cpu" else "ops_cuda.cu")
+    source = sources() / ("ops.cpp" if device == "cpu" else "ops_cuda.cu")
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent, ignore_cleanup_errors=True) as folder:
         rules = _ninja_rules(device, compiler, flags, source, library.name)
         (Path(folder) / "build.ninja").write_text(rules, encoding="utf-8")
@@ -116,7 +116,7 @@ def _lock(file: Path) -> Iterator[None]:
         yield
 
 
-def _cpp() -> tuple[str | None, list[str]]:
+def cpp_compiler() -> tuple[str | None, list[str]]:
     flags = FLAGS + INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), [])
     candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
     compiler = next(filter(None, map(shutil.which, candidates)), None)
@@ -152,7 +152,7 @@ def _nvcc() -> tuple[str, list[str]]:
     return nvcc, [*CUDA_FLAGS, *targets]
 
 
-def _sources() -> Path:
+def sources() -> Path:
     """`cuda/`: inside the package where it was installed from a wheel, beside it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / "cuda"
@@ -161,10 +161,10 @@ def _sources() -> Path:
 
 def _cache(device: str, flags: list[str]) -> Path:
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    sources = [file.read_text(encoding="utf-8") for file in sorted(_sources().glob("*.[hc]*"))]
+    texts = [file.read_text(encoding="utf-8") for file in sorted(sources().glob("*.[hc]*"))]
     instructions = torch.backends.cpu.get_cpu_capability() if device == "cpu" else "cuda"
     target = [arguments for arguments in flags if "arch" in arguments]
-    key = _hash(torch.__version__, platform.machine(), sys.platform, *sources, *target)
+    key = _hash(torch.__version__, platform.machine(), sys.platform, *texts, *target)
     return Path(root) / "spikegpt_lora" / f"torch{torch.__version__}-{instructions.lower()}-{key}"
 
 

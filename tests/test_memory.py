@@ -1,0 +1,33 @@
+"""keep_freed_memory: afterwards a process that frees and allocates again touches no new pages."""
+
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource, sys, torch
+from spikegpt_lora.memory import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    raise SystemExit(3)
+def use():
+    a = [torch.ones(2_000_000) for _ in range(6)]
+for _ in range(3):
+    use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(mode):
+    done = subprocess.run([sys.executable, "-c", CODE, mode], capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip("not glibc")
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_memory_that_was_freed_is_used_again():
+    assert faults("keep") < 1000 < faults("default")
