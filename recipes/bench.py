@@ -280,9 +280,12 @@ class Training:
         return recorder.replay()
 
     def check_gradients(self, ways: dict[str, Callable]):
-        """One gradient whichever way; in float64 and without dropout, so that no rounding flips a spike."""
+        """One gradient whichever way; in float64 and without dropout, so that no rounding flips a spike.
+
+        (transformers' loop computes WKV in float32 even then.)
+        """
         self.model.double().eval()
-        agree("gradients of a step", {name: inside(context, self._gradients) for name, context in ways.items()}, 1e-8)
+        agree("gradients of a step", {name: inside(context, self._gradients) for name, context in ways.items()}, 1e-6)
         self.model.float().train()
 
     def _gradients(self) -> list[torch.Tensor]:
@@ -308,7 +311,7 @@ def config(size: dict, **changes) -> SpikeGPTConfig:
 class Recorder(TorchDispatchMode):
     """Notes every matrix product; `replay()` makes them again on random inputs of the same shapes and strides."""
 
-    PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mv", "aten::addmv")
+    PRODUCTS = ("aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::mv", "aten::addmv")
 
     def __init__(self):
         super().__init__()

@@ -216,3 +216,30 @@ def test_every_compiler_and_instruction_set_passes_the_kernels_tests(compiler, c
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_nvcc_compiles_for_every_gpu_generation_without_spills_in_the_forward_kernels(tmp_path):
+    if shutil.which("nvcc") is None or torch.version.cuda is None:
+        pytest.skip("no nvcc, or torch without CUDA")
+    environment = {
+        **os.environ,
+        "TORCH_EXTENSIONS_DIR": str(tmp_path),
+        "TORCH_CUDA_ARCH_LIST": "7.5;8.0;8.6;8.9;9.0;10.0;12.0",
+    }
+    code = """
+import torch
+from spikegpt_lora import extension
+from spikegpt_lora.extension.__main__ import kernel_resources
+from spikegpt_lora.extension.build import build_library
+extension.load("cuda")
+for name in ("wkv", "lif_backward", "token_shift3", "dropout"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spikegpt_lora::{name}", "CUDA"), name
+resources = kernel_resources(build_library("cuda").with_name("build.log").read_text())
+forward = {key: spilled for key, (_, spilled) in resources.items() if "Backward" not in key[0]}
+print(len(resources), len(forward), sum(forward.values()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels, forward, spilled = map(int, done.stdout.split()[-3:])
+    assert kernels == 7 * 48 and forward == 7 * 28 and spilled == 0

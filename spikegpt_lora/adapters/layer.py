@@ -24,7 +24,7 @@ class SpikeGate(LIF):
 
     def forward(self, a: Tensor) -> Tensor:
         """Spikes (0 or 1) `(..., r)` for the activations a = A x `(..., r)`."""
-        return super().forward(a.reshape(-1, 1, a.shape[-1])).view_as(a)
+        return super().forward(a.reshape(1, 1, -1)).view_as(a)  # nothing couples tokens or units
 
 
 class SpikeLoraVariant(LoraVariant):
