@@ -242,4 +242,4 @@ print(len(resources), len(forward), sum(forward.values()))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels, forward, spilled = map(int, done.stdout.split()[-3:])
-    assert kernels == 7 * 48 and forward == 7 * 28 and spilled == 0
+    assert kernels == 7 * 52 and forward == 7 * 28 and spilled == 0
