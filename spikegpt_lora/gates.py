@@ -5,6 +5,7 @@ One pass over memory forward and one backward, where plain torch makes two to fi
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import extension
 
@@ -25,25 +26,20 @@ def squared_relu(k: Tensor, backend: str = "auto") -> Tensor:
 
 @extension.bind
 def _bind():
-    ops = torch.ops.spikegpt_lora
-
     def setup(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 
-    def empty_as_first(x, *rest):
-        return x.new_empty(x.shape)
+    def like_inputs(*tensors):
+        *inputs, grad = tensors
+        return tuple(x.new_empty(x.shape) for x in inputs) if len(inputs) > 1 else inputs[0].new_empty(inputs[0].shape)
 
-    torch.library.register_fake("spikegpt_lora::gate", empty_as_first)
-    torch.library.register_fake(
-        "spikegpt_lora::gate_backward", lambda r, y, g: (r.new_empty(r.shape), y.new_empty(y.shape))
-    )
-    torch.library.register_fake("spikegpt_lora::squared_relu", empty_as_first)
-    torch.library.register_fake("spikegpt_lora::squared_relu_backward", empty_as_first)
-    torch.library.register_autograd(
-        "spikegpt_lora::gate", lambda ctx, g: ops.gate_backward(*ctx.saved_tensors, g), setup_context=setup
-    )
-    torch.library.register_autograd(
-        "spikegpt_lora::squared_relu",
-        lambda ctx, g: ops.squared_relu_backward(*ctx.saved_tensors, g),
-        setup_context=setup,
-    )
+    for name in ("gate", "squared_relu"):
+        run = getattr(torch.ops.spikegpt_lora, f"{name}_backward")
+
+        @once_differentiable
+        def backward(ctx, grad, run=run):
+            return run(*ctx.saved_tensors, grad)
+
+        torch.library.register_fake(f"spikegpt_lora::{name}", lambda x, *rest: x.new_empty(x.shape))
+        torch.library.register_fake(f"spikegpt_lora::{name}_backward", like_inputs)
+        torch.library.register_autograd(f"spikegpt_lora::{name}", backward, setup_context=setup)

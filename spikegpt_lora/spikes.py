@@ -12,6 +12,7 @@ Source: SpikeGPT (Zhu, Zhao & Eshraghian 2023, section 3.2), upstream `src/model
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import extension
 
@@ -149,6 +150,7 @@ def _bind():
         x, membrane, mask, *ctx.settings = inputs
         ctx.save_for_backward(x, membrane, mask)
 
+    @once_differentiable
     def backward(ctx, grad_spikes, grad_membrane):
         x, membrane, mask = ctx.saved_tensors  # once: gradient checkpointing allows no second look
         grad_x, grad_membrane = torch.ops.spikegpt_lora.lif_backward(

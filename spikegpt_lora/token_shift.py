@@ -7,6 +7,7 @@ Source: SpikeGPT section 3.3 (eq. 6), upstream `src/model.py` (`time_shift`, `ti
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import extension
 
@@ -75,6 +76,7 @@ def _bind_for(name: str, count: int):
     def setup(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 
+    @once_differentiable
     def backward(ctx, *grads):
         x, last, mask, *shares = ctx.saved_tensors
         wanted = any(ctx.needs_input_grad[3:])

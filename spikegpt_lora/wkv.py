@@ -10,6 +10,7 @@ Source: RWKV-4 (Peng et al. 2023, appendix D), SpikeGPT section 3.3, upstream `c
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import extension
 
@@ -121,6 +122,7 @@ def _bind():
     def setup(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 
+    @once_differentiable
     def backward(ctx, grad_y, grad_state):
         w, u, k, v, state, mask = ctx.saved_tensors
         *grads, grad_state = torch.ops.spikegpt_lora.wkv_backward(w, u, k, v, state, mask, grad_y, grad_state)

@@ -212,7 +212,18 @@ def test_every_compiler_and_instruction_set_passes_the_kernels_tests(compiler, c
     if capability:
         environment["ATEN_CPU_CAPABILITY"] = capability
     tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("kernels", "gates", "token_shift")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not opcheck and not compiles",
+        *tests,
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout

@@ -235,3 +235,15 @@ def test_autocast_keeps_states_in_float32_and_outputs_in_its_dtype():
         spikes, membrane = lif.step(k)
     assert k.dtype == y.dtype == spikes.dtype == torch.bfloat16
     assert state.dtype == membrane.dtype == torch.float32
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_second_derivative_is_refused_not_wrong(number):
+    need_extension()
+    name, arguments = list(operator_calls())[number]
+    first = next(x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad)
+    result = getattr(torch.ops.spikegpt_lora, name)(*arguments)
+    loss = (result[0] if isinstance(result, tuple) else result).square().sum()
+    (gradient,) = torch.autograd.grad(loss, first, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
