@@ -2,7 +2,7 @@
 
     python recipes/subj_finetune.py --data-dir FOLDER_WITH_SUBJ
 
-With the default sizes two CPU cores need about half an hour for 4 methods x 3 seeds. It leaves in --output-dir:
+With the default sizes two CPU cores need about a quarter of an hour for 4 methods x 3 seeds. It leaves in --output-dir:
 
     results.md  results.json  accuracy.png     the comparison (results.json's schema: spikegpt_lora/report.py)
     base/seed0/                                the model that all methods of seed 0 start from, and its tokenizer
@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import logging
 import shutil
 import sys
 import time
@@ -55,6 +56,8 @@ PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
 
 def main() -> int:
     args = parse_arguments()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("spikegpt_lora").setLevel(logging.INFO)
     keep_freed_memory()
     PartialState(cpu=not torch.cuda.is_available())  # one process, or what torchrun started
     transformers.utils.logging.set_verbosity_error()

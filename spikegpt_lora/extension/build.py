@@ -76,7 +76,7 @@ def _compile(device: str, compiler: str, flags: list[str], library: Path):
     """Build beside `library` and rename; what killed builds left there goes first (we hold the lock)."""
     for left_over in library.parent.glob("build-*"):
         shutil.rmtree(left_over, ignore_errors=True)
-    logger.info("building %s with %s", library, compiler)
+    logger.info("building the kernels with %s, once (about half a minute): %s", compiler, library)
     source = sources() / ("ops.cpp" if device == "cpu" else "ops_cuda.cu")
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent, ignore_cleanup_errors=True) as folder:
         rules = _ninja_rules(device, compiler, flags, source, library.name)
