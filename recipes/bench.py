@@ -1,6 +1,6 @@
 """How fast the kernels, a training step and streaming are here, each against what it could be.
 
-    python recipes/bench.py                          everything, about ten minutes on two CPU cores
+    python recipes/bench.py                          everything, about three minutes on two CPU cores
     python recipes/bench.py --parts kernels lengths  some of it
 
 Everything compared is timed in one process, in turns, and only after its results have been found equal; where they are
