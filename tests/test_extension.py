@@ -76,7 +76,7 @@ def test_processor_features_compiler_and_sources_have_libraries_of_their_own(cac
     other.write_text(other.read_text().replace("1.0", "2.0"))
     monkeypatch.setenv("CXX", str(other))
     libraries.add(build_library())
-    sources = tmp_path / "cuda"
+    sources = tmp_path / "$my: cuda"  # what ninja and the shell would read as something else
     shutil.copytree(Path(__file__).parents[1] / "cuda", sources)
     (sources / "wkv.h").write_text("// changed\n")
     monkeypatch.setattr("spikegpt_lora.extension.build.sources", lambda: sources)

@@ -13,6 +13,8 @@ import hashlib
 import logging
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,6 +39,7 @@ INSTRUCTION_SETS = {  # torch's names of what the processor has
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
+FLAGS_OF_SOME_COMPILERS = ("-fopenmp", "-Wno-pass-failed")
 CUDA_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-Xcompiler", "-fPIC"]
 
 
@@ -58,7 +61,7 @@ def build_library(device: str = "cpu") -> Path:
         for library in sorted(_cache(device, flags).glob(f"*/{name}")):  # built where there was one
             return library
         raise ExtensionError("no C++ compiler found (looked for $CXX, c++, g++, clang++); install one, e.g. g++")
-    folder = _cache(device, flags) / _hash(compiler, _version(compiler))
+    folder = _cache(device, flags) / _hash(compiler, _version(compiler), *flags)
     library = folder / name
     if library.is_file():
         return library
@@ -91,18 +94,19 @@ def _compile(device: str, compiler: str, flags: list[str], library: Path):
 
 def _ninja_rules(device: str, compiler: str, flags: list[str], source: Path, name: str) -> str:
     torch_folder = Path(torch.__file__).parent
-    libraries = [f"-L{_escaped(torch_folder / 'lib')}", "-lc10", "-ltorch", "-ltorch_cpu"]
+    escaped_source = re.sub("[$: ]", r"$\g<0>", str(source))  # ninja's own way; it quotes $in for the shell
+    libraries = [f"-L{_quoted(torch_folder / 'lib')}", "-lc10", "-ltorch", "-ltorch_cpu"]
     if device == "cuda":
         libraries.append("-lc10_cuda")
     if sys.platform == "darwin":
         libraries.append("-undefined dynamic_lookup")
     return f"""\
-flags = {" ".join(flags)} -I{_escaped(torch_folder / "include")}
+flags = {" ".join(flags)} -I{_quoted(torch_folder / "include")}
 rule compile
-  command = {_escaped(compiler)} $flags -c $in -o $out
+  command = {_quoted(compiler)} $flags -c $in -o $out
 rule link
-  command = {_escaped(compiler)} $flags -shared $in -o $out {" ".join(libraries)}
-build ops.o: compile {_escaped(source)}
+  command = {_quoted(compiler)} $flags -shared $in -o $out {" ".join(libraries)}
+build ops.o: compile {escaped_source}
 build {name}: link ops.o
 """
 
@@ -163,8 +167,8 @@ def _cache(device: str, flags: list[str]) -> Path:
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     texts = [file.read_text(encoding="utf-8") for file in sorted(sources().glob("*.[hc]*"))]
     instructions = torch.backends.cpu.get_cpu_capability() if device == "cpu" else "cuda"
-    target = [arguments for arguments in flags if "arch" in arguments]
-    key = _hash(torch.__version__, platform.machine(), sys.platform, *texts, *target)
+    flags = [flag for flag in flags if flag not in FLAGS_OF_SOME_COMPILERS]  # one folder, with and without a compiler
+    key = _hash(torch.__version__, platform.machine(), sys.platform, *texts, *flags)
     return Path(root) / "spikegpt_lora" / f"torch{torch.__version__}-{instructions.lower()}-{key}"
 
 
@@ -184,5 +188,6 @@ def _ninja() -> str:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def _escaped(path: Path | str) -> str:
-    return str(path).replace("$", "$$").replace(" ", "\\ ").replace(":", "$:")
+def _quoted(path: Path | str) -> str:
+    """For the shell, inside a ninja file."""
+    return shlex.quote(str(path)).replace("$", "$$")
