@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import logging
 import platform
 import random
 import statistics
@@ -59,6 +60,8 @@ class Disagreement(Exception):
 
 def main() -> int:
     args = parse_arguments()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("spikegpt_lora").setLevel(logging.INFO)
     keep_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     if args.threads:

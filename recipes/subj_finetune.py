@@ -35,6 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from spikegpt_lora import (
     SpikeGPTConfig,
     SpikeGPTForSequenceClassification,
+    extension,
     load_task,
     load_upstream_checkpoint,
     record_spikes,
@@ -65,6 +66,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft's
     try:
         comparison = prepare(args)
+        extension.use_extension("auto", PartialState().device)  # what it has to say, it says before any progress bar
         return run_all(comparison)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
