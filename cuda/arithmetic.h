@@ -19,7 +19,6 @@
 #else
 #define HOST_DEVICE inline __attribute__((always_inline))
 #define INDEPENDENT _Pragma("GCC ivdep")
-#define HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 // A loop over neighbouring channels. INDEPENDENT tells the compiler what it cannot see: that nothing written overlaps
@@ -27,6 +26,14 @@
 #define FOR_LANES(c, n) INDEPENDENT for (int c = 0; c < (n); c++)
 
 namespace spikegpt {
+
+// How a kernel walks through (B, T, C): which steps exist (mask (B, T), null: all), and where their numbers stand.
+struct Steps {
+  int64_t T, C;
+  const bool* mask;
+  HOST_DEVICE bool real_token(int64_t b, int64_t t) const { return mask == nullptr || mask[b * T + t]; }
+  HOST_DEVICE int64_t at(int64_t b, int64_t t, int64_t channel) const { return (b * T + t) * C + channel; }
+};
 
 // Memory of a backward kernel for what it computes on its way forward: some numbers for each time step and lane.
 template <class real>

@@ -42,14 +42,11 @@ HOST_DEVICE real lif_back(const LifNeuron<real>& neuron, real h, real grad_spike
 
 // Pointers of one call: x (B, T, C), membrane (B, C) or null, mask (B, T) or null.
 template <class scalar, class real>
-struct LifInput {
-  int64_t T, C;
+struct LifInput : Steps {
   LifNeuron<real> neuron;
   const scalar* x;
   const real* membrane;
-  const bool* mask;
 
-  HOST_DEVICE bool real_token(int64_t b, int64_t t) const { return mask == nullptr || mask[b * T + t]; }
   HOST_DEVICE real membrane_before(int64_t b, int64_t channel) const {
     return membrane == nullptr ? neuron.rest : membrane[b * C + channel];
   }
@@ -67,7 +64,7 @@ struct LifForward {
     real v[LANES];
     FOR_LANES(c, n) v[c] = in.membrane_before(b, channel + c);
     for (int64_t t = 0; t < in.T; t++) {
-      const int64_t at = (b * in.T + t) * in.C + channel;
+      const int64_t at = in.at(b, t, channel);
       const scalar* __restrict x = in.x + at;
       scalar* __restrict out = spikes + at;
       if (!in.real_token(b, t)) {
@@ -101,7 +98,7 @@ struct LifBackward {
     FOR_LANES(c, n) v[c] = in.membrane_before(b, channel + c);
     for (int64_t t = 0; t < in.T; t++) {
       if (!in.real_token(b, t)) continue;
-      const scalar* __restrict x = in.x + (b * in.T + t) * in.C + channel;
+      const scalar* __restrict x = in.x + in.at(b, t, channel);
       real* __restrict kept_h = scratch(t);
       FOR_LANES(c, n) {
         const real h = lif_charge(neuron, v[c], static_cast<real>(x[c]));
@@ -113,7 +110,7 @@ struct LifBackward {
     const real per_input = neuron.decay_input ? 1 / neuron.tau : real(1), leak = 1 - 1 / neuron.tau;
     FOR_LANES(c, n) gv[c] = grad_membrane_after[b * in.C + channel + c];
     for (int64_t t = in.T - 1; t >= 0; t--) {
-      const int64_t at = (b * in.T + t) * in.C + channel;
+      const int64_t at = in.at(b, t, channel);
       scalar* __restrict gx = grad_x + at;
       if (!in.real_token(b, t)) {
         FOR_LANES(c, n) gx[c] = scalar(real(0));

@@ -98,8 +98,8 @@ struct WkvArguments {  // contiguous, checked
 
   template <class scalar, class real>
   WkvInput<scalar, real> input() const {
-    return {k.size(1), k.size(2), w.const_data_ptr<real>(), u.const_data_ptr<real>(), k.const_data_ptr<scalar>(),
-            v.const_data_ptr<scalar>(), pointer<real>(state), pointer<bool>(mask)};
+    return {{k.size(1), k.size(2), pointer<bool>(mask)}, w.const_data_ptr<real>(), u.const_data_ptr<real>(),
+            k.const_data_ptr<scalar>(), v.const_data_ptr<scalar>(), pointer<real>(state)};
   }
 };
 
@@ -160,7 +160,7 @@ struct LifArguments {
   LifInput<scalar, real> input() const {
     const LifNeuron<real> neuron = {real(tau), real(threshold), real(reset.value_or(0.0)), real(alpha), decay_input,
                                     !reset.has_value(), detach_reset};
-    return {x.size(1), x.size(2), neuron, x.const_data_ptr<scalar>(), pointer<real>(membrane), pointer<bool>(mask)};
+    return {{x.size(1), x.size(2), pointer<bool>(mask)}, neuron, x.const_data_ptr<scalar>(), pointer<real>(membrane)};
   }
 };
 
@@ -220,8 +220,8 @@ struct ShiftArguments {
 
   template <class scalar, class real>
   ShiftInput<scalar, real, N> input() const {
-    ShiftInput<scalar, real, N> in = {x.size(1), x.size(2), x.const_data_ptr<scalar>(), pointer<scalar>(last),
-                                      pointer<bool>(mask), {}};
+    ShiftInput<scalar, real, N> in = {
+        {x.size(1), x.size(2), pointer<bool>(mask)}, x.const_data_ptr<scalar>(), pointer<scalar>(last), {}};
     for (int j = 0; j < N; j++) in.share[j] = shares[j].template const_data_ptr<real>();
     return in;
   }

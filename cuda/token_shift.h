@@ -16,13 +16,9 @@ HOST_DEVICE real mix(real x, real previous, real share) {
 
 // Pointers of one call: x (B, T, C), last (B, C) or null (then 0), mask (B, T) or null, each share (C,).
 template <class scalar, class real, int N>
-struct ShiftInput {
-  int64_t T, C;
+struct ShiftInput : Steps {
   const scalar *x, *last;
-  const bool* mask;
   const real* share[N];
-
-  HOST_DEVICE bool real_token(int64_t b, int64_t t) const { return mask == nullptr || mask[b * T + t]; }
 
   template <int LANES>
   HOST_DEVICE void load_last(int64_t b, int64_t channel, int n, real (&previous)[LANES]) const {
@@ -41,7 +37,7 @@ struct ShiftForward {
     real previous[LANES];
     in.load_last(b, channel, n, previous);
     for (int64_t t = 0; t < in.T; t++) {
-      const int64_t at = (b * in.T + t) * in.C + channel;
+      const int64_t at = in.at(b, t, channel);
       if (!in.real_token(b, t)) {
         for (int j = 0; j < N; j++) {
           scalar* __restrict out = mixed[j] + at;
@@ -74,7 +70,7 @@ struct ShiftBackward {
     real waiting[LANES];  // the gradient of the real token before this one
     FOR_LANES(c, n) waiting[c] = static_cast<real>(grad_last_after[b * in.C + channel + c]);
     for (int64_t t = in.T - 1; t >= 0; t--) {
-      const int64_t at = (b * in.T + t) * in.C + channel;
+      const int64_t at = in.at(b, t, channel);
       scalar* __restrict gx = grad_x + at;
       if (!in.real_token(b, t)) {
         FOR_LANES(c, n) gx[c] = scalar(real(0));
@@ -103,7 +99,7 @@ struct ShiftBackward {
       FOR_LANES(c, n) sum[c] = 0;
       for (int64_t t = 0; t < in.T; t++) {
         if (!in.real_token(b, t)) continue;
-        const int64_t at = (b * in.T + t) * in.C + channel;
+        const int64_t at = in.at(b, t, channel);
         const scalar *__restrict x = in.x + at, *__restrict g = grad_mixed[j] + at;
         FOR_LANES(c, n) {
           const real x_t = static_cast<real>(x[c]);

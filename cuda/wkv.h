@@ -94,14 +94,10 @@ HOST_DEVICE WkvTokenGradient<real> wkv_back(const WkvState<real>& state, const W
 
 // Pointers of one call. Sequences are (B, T, C), states (B, 3, C), mask (B, T); state and mask may be null.
 template <class scalar, class real>
-struct WkvInput {
-  int64_t T, C;
+struct WkvInput : Steps {
   const real *w, *u;
   const scalar *k, *v;
   const real* state;
-  const bool* mask;
-
-  HOST_DEVICE bool real_token(int64_t b, int64_t t) const { return mask == nullptr || mask[b * T + t]; }
 
   template <int LANES>
   HOST_DEVICE void load_state(int64_t b, int64_t channel, int n, real (&a)[LANES], real (&d)[LANES],
@@ -127,7 +123,7 @@ struct WkvForward {
     in.load_state(b, channel, n, a, d, p);
     const real *__restrict w = in.w + channel, *__restrict u = in.u + channel;
     for (int64_t t = 0; t < in.T; t++) {
-      const int64_t at = (b * in.T + t) * in.C + channel;
+      const int64_t at = in.at(b, t, channel);
       const scalar *__restrict k = in.k + at, *__restrict v = in.v + at;
       scalar* __restrict out = y + at;
       if (!in.real_token(b, t)) {
@@ -171,12 +167,12 @@ struct WkvBackward {
   scalar *grad_k, *grad_v;
   real* grad_state;
 
-  static int64_t segments(int64_t T) { return (T + SEGMENT - 1) / SEGMENT; }
+  HOST_DEVICE static int64_t segments(int64_t T) { return (T + SEGMENT - 1) / SEGMENT; }
   static int64_t scratch(int64_t T) { return START * segments(T) + KEPT * (T < SEGMENT ? T : SEGMENT); }
 
   template <int LANES>
   HOST_DEVICE void operator()(int64_t b, int64_t channel, int n, Scratch<real> memory) const {
-    const int64_t count = (in.T + SEGMENT - 1) / SEGMENT;
+    const int64_t count = segments(in.T);
     const Scratch<real> kept = {memory(START * count), memory.stride};
     real a[LANES], d[LANES], p[LANES];
     in.load_state(b, channel, n, a, d, p);
@@ -234,7 +230,7 @@ struct WkvBackward {
     const real* __restrict w = in.w + channel;
     for (int64_t t = s * SEGMENT; t < end(s); t++) {
       if (!in.real_token(b, t)) continue;
-      const int64_t at = (b * in.T + t) * in.C + channel, i = KEEP ? KEPT * (t - s * SEGMENT) : 0;
+      const int64_t at = in.at(b, t, channel), i = KEEP ? KEPT * (t - s * SEGMENT) : 0;
       const scalar *__restrict k = in.k + at, *__restrict v = in.v + at;
       real *__restrict kept_a = kept(i), *__restrict kept_d = kept(i + 1), *__restrict kept_p = kept(i + 2),
            *__restrict kept_first = kept(i + 3), *__restrict kept_second = kept(i + 4);
@@ -261,7 +257,7 @@ struct WkvBackward {
                             real (&gd)[LANES], real (&own)[LANES], real (&gw)[LANES], real (&gu)[LANES]) const {
     const real *__restrict w = in.w + channel, *__restrict u = in.u + channel;
     for (int64_t t = end(s) - 1; t >= s * SEGMENT; t--) {
-      const int64_t at = (b * in.T + t) * in.C + channel, i = KEPT * (t - s * SEGMENT);
+      const int64_t at = in.at(b, t, channel), i = KEPT * (t - s * SEGMENT);
       scalar *__restrict gk = grad_k + at, *__restrict gv = grad_v + at;
       if (!in.real_token(b, t)) {
         FOR_LANES(c, n) gk[c] = gv[c] = scalar(real(0));
