@@ -6,12 +6,13 @@ import sys
 import pytest
 
 CODE = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of one size, whatever the system's default
 from spikegpt_lora.memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     raise SystemExit(3)
 def use():
-    a = [torch.ones(2_000_000) for _ in range(6)]
+    a = [torch.ones(10_000_000) for _ in range(2)]  # 40 MB each: above what glibc ever learns to keep by itself
 for _ in range(3):
     use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
