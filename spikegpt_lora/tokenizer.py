@@ -1,4 +1,8 @@
-"""A small byte-pair-encoding tokenizer trained on the text at hand, for models that start from scratch."""
+"""A small byte-pair-encoding tokenizer trained on the text at hand: of films, or of whatever a model is trained on.
+
+It reads running text and text that was split into words before (as Subj is) as the same tokens: "It's well-made..." and
+"it's well-made . . .". Everything happens inside the tokenizer, so its tokenizer.json needs no code of ours.
+"""
 
 from collections.abc import Iterable
 
@@ -7,9 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 
+# \x91 to \x97 are cp1252's quotes and dashes in text that was read as latin-1.
+_FOLD = {"[‘’‚‛´`\x91\x92]": "'", "[“”„‟\x84\x93\x94]": '"', "[‐−]": "-", "[–—\x96\x97]": " - ", "\x85": "..."}
+WORD = r"\w+(?:['-]\w+)*|[^\w\s]"  # a word with its inner apostrophes and hyphens, or one sign
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A BPE tokenizer of at most `vocab_size` tokens; lower-cases, drops accents, splits punctuation from words.
+
+    Decoding writes closing punctuation without the space before it; case, accents and odd spacing are lost.
 
     Raises:
         ValueError: `vocab_size` leaves no room beside the three special tokens.
@@ -17,11 +27,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     if vocab_size < 4:
         raise ValueError(f"vocab_size must be >= 4 (three tokens are special), got {vocab_size}")
     bpe = Tokenizer(models.BPE(unk_token=UNKNOWN))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
-    words = pre_tokenizers.Split(Regex(r"[\w']+|[^\w\s']+"), behavior="removed", invert=True)
+    fold = [normalizers.Replace(Regex(pattern), plain) for pattern, plain in _FOLD.items()]
+    bpe.normalizer = normalizers.Sequence(
+        [*fold, normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     # The mark before each word, and no suffix behind it: with a suffix, training breaks ties at random.
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Metaspace(prepend_scheme="always")])
-    bpe.decoder = decoders.Metaspace()
+    closing, opening = decoders.Replace(Regex(r" (?=[.,!?;:)\]])"), ""), decoders.Replace(Regex(r"(?<=[(\[]) "), "")
+    bpe.decoder = decoders.Sequence([decoders.Metaspace(), decoders.Fuse(), closing, opening])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,

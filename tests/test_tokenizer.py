@@ -24,8 +24,18 @@ def test_training_gives_the_same_tokenizer_in_every_process(tokenizer):
 
 
 def test_decoding_gives_the_text_back(tokenizer):
-    text = "don't miss it : the dragon , superb , is 40 feet long !"
+    text = "don't miss it: the well-made dragon (superb, really) is 40 feet long!"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_text_that_was_split_before_gives_the_same_tokens(tokenizer):
+    running, split = "It's well-made (mostly)... \"See\" it!", "it's well-made ( mostly ) . . . \" see \" it !"
+    assert tokenizer(running)["input_ids"] == tokenizer(split)["input_ids"]
+
+
+def test_typographic_signs_are_the_plain_ones_in_every_encoding(tokenizer):
+    for signs in ("it\u2019s \u2013 so \u2026", "it\x92s \x96 so \x85"):
+        assert tokenizer(signs)["input_ids"] == tokenizer("it's - so ...")["input_ids"]
 
 
 def test_case_and_accents_are_dropped_and_punctuation_is_split(tokenizer):

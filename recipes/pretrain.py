@@ -1,0 +1,174 @@
+"""Pre-train a SpikeGPT language model on plain text, on whatever processor there is.
+
+Trains a BPE tokenizer, leaves out the documents that quote the evaluation tasks, trains with a warm-up/stable/decay
+schedule, and leaves a folder that from_pretrained, generate.py and subj_finetune.py --model take. Stop it whenever you
+like: the same command goes on where it was. A finished run is made longer with a larger --steps.
+
+The embedded model is:  python recipes/pretrain.py reviews.txt.xz --steps 24000 --bf16 --output-dir runs/pretrain
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, extension, load_task
+from spikegpt_lora.corpus import Corpus, prepare_corpus
+from spikegpt_lora.files import write_json
+from spikegpt_lora.memory import keep_freed_memory
+from spikegpt_lora.pretraining import PretrainOptions, Pretraining, perplexity, save_rounded, write_log
+
+TASKS = ("subj", "subj-mini")
+
+
+def main() -> int:
+    args = parse_arguments()
+    keep_freed_memory()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        sentences = evaluation_sentences(args.decontaminate, args.data_dir)
+        corpus = prepare_corpus(args.text, args.output_dir / "corpus", args.vocab_size, sentences, bar)
+        describe(corpus)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        extension.use_extension("auto", device)  # what it has to say, it says before any progress bar
+        run = start(args, corpus, device)
+        train(run, args)
+        finish(run, corpus, args)
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last save (every --save-minutes).")
+        return 130
+
+
+def parse_arguments() -> argparse.Namespace:
+    description, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(group, name, help, default=None, **kwargs):
+        group.add_argument(name, default=default, help=f"{help} (default: %(default)s)", **kwargs)
+
+    parser.add_argument("text", help="a text file (a document a line; .xz too), a folder of them, or a hub dataset's id")
+    add(parser, "--output-dir", "everything goes here", Path("runs/pretrain"), type=Path)
+    add(
+        parser,
+        "--decontaminate",
+        "tasks, or files of sentences (tabs part them), whose quotations are left out; none: leave out nothing",
+        list(TASKS),
+        nargs="+",
+        metavar="TASK",
+    )
+    add(parser, "--data-dir", "folder with Subj; else SPIKEGPT_LORA_DATA, else the hub", type=Path)
+    model = parser.add_argument_group("model")
+    add(model, "--n-layer", "blocks", 4, type=int)
+    add(model, "--n-embd", "width", 256, type=int)
+    add(model, "--vocab-size", "tokens of the BPE", 8192, type=int)
+    add(model, "--dropout", "after each block", 0.0, type=float)
+    training = parser.add_argument_group("training")
+    defaults = PretrainOptions(steps=0)
+    add(training, "--steps", "how many; the last fifth is the decay", 10000, type=int)
+    add(training, "--batch-size", "streams of text read side by side", defaults.batch_size, type=int)
+    add(training, "--length", "tokens a step and stream", defaults.length, type=int)
+    add(training, "--learning-rate", "of the stable stretch", defaults.learning_rate, type=float)
+    add(training, "--seed", "of initial values, order and dropout", defaults.seed, type=int)
+    add(training, "--save-minutes", "between saves", 5.0, type=float)
+    training.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision: where the processor has it")
+    return parser.parse_args()
+
+
+def bar(items, task: str, **kwargs):
+    return tqdm(items, task, leave=False, disable=None, **kwargs)
+
+
+def evaluation_sentences(names: list[str], data_dir: Path | None) -> list[str]:
+    """The sentences of the named tasks and files; raises if one of them is not to be had."""
+    sentences = []
+    for name in [name for name in names if name != "none"]:
+        if name in TASKS:
+            task = load_task(name, data_dir if name == "subj" else None)
+            sentences += [text for split in task.values() for text in split["text"]]
+        elif Path(name).is_file():
+            lines = Path(name).read_text(encoding="utf-8").split("\n")
+            sentences += [field for line in lines for field in line.split("\t")]
+        else:
+            raise ValueError(f"--decontaminate takes {', '.join(TASKS)}, a file, or none; got {name!r}")
+    return sentences
+
+
+def describe(corpus: Corpus) -> None:
+    facts = corpus.facts
+    print(
+        f"{facts['documents']:,} documents, without {facts['duplicates']:,} duplicates and {facts['left_out']:,} that "
+        "share 8 words in a row with an evaluation sentence"
+    )
+    for name in ("train", "validation"):
+        print(f"{name}: {facts[name]['documents']:,} documents, {facts[name]['tokens']:,} tokens")
+
+
+def start(args, corpus: Corpus, device: torch.device) -> Pretraining:
+    shared = ("steps", "batch_size", "length", "learning_rate", "bf16", "seed")
+    options = PretrainOptions(**{key: getattr(args, key) for key in shared})
+    config = SpikeGPTConfig(
+        vocab_size=len(corpus.tokenizer),
+        n_layer=args.n_layer,
+        n_embd=args.n_embd,
+        dropout=args.dropout,
+        context_length=args.length,
+        pad_token_id=corpus.tokenizer.pad_token_id,
+        eos_token_id=corpus.tokenizer.eos_token_id,
+    )
+    torch.manual_seed(args.seed)
+    run = Pretraining(SpikeGPTForCausalLM(config).to(device), corpus.train, options)
+    size = sum(p.numel() for p in run.model.parameters())
+    print(f"{size / 1e6:.2f} M parameters; an epoch is {run.streams.per_epoch:,} steps")
+    if run.resume(args.output_dir):
+        print(f"going on from step {run.step:,}")
+    return run
+
+
+def train(run: Pretraining, args) -> None:
+    with tqdm(total=run.options.steps, initial=run.step, desc="training", unit="step", smoothing=0.01) as progress:
+        mean = None
+        for loss in run.train(args.output_dir, 60 * args.save_minutes):
+            mean = loss if mean is None else 0.98 * mean + 0.02 * loss
+            progress.update()
+            if run.step % 10 == 0:
+                tokens = run.options.batch_size * run.options.length * run.step / run.seconds
+                progress.set_postfix({"loss": f"{mean:.3f}", "tokens/s": f"{tokens:,.0f}"})
+
+
+def finish(run: Pretraining, corpus: Corpus, args) -> None:
+    """The model, rounded to bfloat16, with its tokenizer, measures, loss curve and card."""
+    folder = args.output_dir / "model"
+    rounded = save_rounded(run.model, folder)
+    corpus.tokenizer.save_pretrained(folder)
+    measures = perplexity(rounded, corpus.validation, corpus.facts["validation"])
+    record = {
+        "options": vars(run.options),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "tokens": run.step * run.options.batch_size * run.options.length,
+        "hours": run.seconds / 3600,
+        "corpus": corpus.facts,
+        "validation": measures,
+    }
+    write_json(folder / "pretraining.json", record)
+    write_log(run.log, folder / "loss.csv")
+    print(
+        f"validation: {measures['nats_per_token']:.3f} nats a token; perplexity {measures['token_perplexity']:.1f} a "
+        f"token, {measures['word_perplexity']:.1f} a word; {measures['bits_per_character']:.3f} bits a character"
+    )
+    print(f"{record['tokens'] / 1e6:.1f} M tokens in {record['hours']:.2f} hours. The model is in {folder}:")
+    print(f"  python recipes/generate.py --model {folder} --prompt \"this film\"")
+    print(f"  python recipes/subj_finetune.py --model {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Plain text for language-model pre-training: documents in, two rows of token ids (training, validation) out.
+
+    documents -> without duplicates -> without those that share 8 words in a row with an evaluation sentence
+    -> in the order of their sha256; the first 1 % are for validation -> tokens, <eos> after each document
+
+Order and split depend on the documents alone, not on how they were stored, so they can be made again anywhere.
+"""
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from .data import to_ascii
+from .files import whole_file, write_json
+from .hub import require_reachable
+from .tokenizer import train_tokenizer
+
+OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+SEQUENCE = 8  # words in a row that two texts must not share
+VALIDATION = 0.01
+
+
+@dataclass
+class Corpus:
+    """A text as tokens.
+
+    train, validation: token ids `(N,)`, uint16 or int32, memory-mapped; the tokenizer that made them; and facts: counts
+    of documents, duplicates and documents left_out, and of each split's documents, tokens, words (one more a document,
+    for its end) and characters.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    tokenizer: PreTrainedTokenizerFast
+    facts: dict
+
+
+def read_documents(source: str | Path) -> Iterator[str]:
+    """The documents of a text file (one a line; .xz, .gz and .bz2 too), of a folder's .txt files, or of the column
+    `text` of a dataset on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: no such file or folder, and no such dataset within reach.
+        ValueError: a folder without text files, text that is not UTF-8, or a dataset without the column.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if ".txt" in f.suffixes and f.suffix in {".txt", *OPENERS})
+        if not files:
+            raise ValueError(f"{path} must hold .txt files (.xz, .gz, .bz2 too), found none")
+    elif path.is_file():
+        files = [path]
+    else:
+        yield from _read_hub(str(source))
+        return
+    for file in files:
+        try:
+            with OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8", newline="\n") as lines:
+                yield from (line.strip() for line in lines if line.strip())
+        except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"{file} must be UTF-8 text, plain or in a whole archive: {error}") from error
+
+
+def _read_hub(repo_id: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        require_reachable(f"https://huggingface.co/datasets/{repo_id}")
+        rows = load_dataset(repo_id, split="train")
+    except OSError as error:
+        raise FileNotFoundError(f"{repo_id!r} is no file or folder, nor a dataset within reach: {error}") from error
+    if "text" not in rows.column_names:
+        raise ValueError(f"dataset {repo_id} must have a column text, found {', '.join(rows.column_names)}")
+    yield from (text for text in rows["text"] if text.strip())
+
+
+def word_sequences(text: str) -> set[str]:
+    """Every run of 8 words (letters and digits, lower-case ASCII) in `text`; none if it is shorter."""
+    words = re.findall(r"[a-z0-9]+", to_ascii(text))
+    return {" ".join(words[i : i + SEQUENCE]) for i in range(len(words) - SEQUENCE + 1)}
+
+
+def prepare_corpus(
+    source: str | Path,
+    directory: str | Path,
+    vocab_size: int,
+    evaluation: Iterable[str] = (),
+    progress: Callable[[Iterable, str], Iterable] = lambda items, task: items,
+) -> Corpus:
+    """The text at `source` as tokens, kept in `directory` and found there again if nothing has changed.
+
+    Args:
+        source: see `read_documents`; it is held in memory once.
+        vocab_size: of the BPE tokenizer that is trained on the training documents.
+        evaluation: sentences that the model will be judged on; documents that quote one are left out.
+        progress: called with what is gone through, and what for; to draw a bar, return it wrapped.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_documents`; or nothing is left for training or validation.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    everything = list(read_documents(source))
+    documents = sorted(set(everything), key=_digest)
+    evaluation = sorted(set(evaluation))
+    key = _digest("\n".join(map(_digest, documents + evaluation)) + str(vocab_size))
+    if not (facts := _facts(directory)) or facts["key"] != key:
+        kept = _without(documents, evaluation, progress)
+        counts = {
+            "documents": len(everything),
+            "duplicates": len(everything) - len(documents),
+            "left_out": len(documents) - len(kept),
+        }
+        _write(directory, kept, vocab_size, {"key": key, **counts}, progress)
+    return Corpus(
+        np.load(directory / "train.npy", mmap_mode="r"),
+        np.load(directory / "validation.npy", mmap_mode="r"),
+        AutoTokenizer.from_pretrained(directory / "tokenizer"),
+        _facts(directory),
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _facts(directory: Path) -> dict | None:
+    try:
+        return json.loads((directory / "corpus.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _without(documents: list[str], evaluation: list[str], progress: Callable) -> list[str]:
+    known = set().union(*map(word_sequences, evaluation))
+    if not known:
+        return documents
+    documents = progress(documents, "looking for evaluation sentences")
+    return [text for text in documents if known.isdisjoint(word_sequences(text))]
+
+
+def _write(directory: Path, documents: list[str], vocab_size: int, facts: dict, progress: Callable) -> None:
+    share = round(len(documents) * VALIDATION)
+    parts = {"validation": documents[:share], "train": documents[share:]}
+    if not all(parts.values()):
+        raise ValueError(f"at least 100 documents are needed, one of them for validation; got {len(documents)}")
+    tokenizer = train_tokenizer(progress(parts["train"], "training the tokenizer"), vocab_size)
+    tokenizer.save_pretrained(directory / "tokenizer")
+    for name, part in parts.items():
+        ids, words = _tokens(progress(part, f"{name} text to tokens"), tokenizer)
+        with whole_file(directory / f"{name}.npy") as temporary:
+            np.save(temporary, ids)
+        characters = sum(map(len, part))
+        facts[name] = {"documents": len(part), "tokens": len(ids), "words": words, "characters": characters}
+    write_json(directory / "corpus.json", facts)
+
+
+def _tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, int]:
+    """Token ids of all documents in one row, and how many words (and ends) they are."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+    pieces, words = [], 0
+    for batch in batched(documents, 256):
+        for encoding in tokenizer.backend_tokenizer.encode_batch(batch):
+            pieces.append(np.array([*encoding.ids, tokenizer.eos_token_id], dtype))
+            words += 1 + (encoding.word_ids[-1] + 1 if encoding.word_ids else 0)
+    return np.concatenate(pieces), words
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """`items` in lists of `size`, the last one shorter."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch

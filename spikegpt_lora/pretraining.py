@@ -1,0 +1,275 @@
+"""Language-model pre-training on a row of tokens: warm-up, a stable stretch, decay; resumable to the step.
+
+The text is cut into `batch_size` streams that are read side by side, `length` tokens a step. The model is recurrent, so
+its state goes on from step to step: it sees contexts longer than the gradient does.
+
+The rate is constant for most of the way (warm-up/stable/decay, Hu et al. 2024, arXiv 2404.06395). So a finished run can
+be made longer: what `stable.safetensors` holds is from just before the decay, and a longer run starts from there.
+"""
+
+import copy
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .files import whole_file, write_text
+from .model import SpikeGPTForCausalLM, SpikeGPTState
+
+LOG_EVERY = 50  # steps
+
+
+@dataclass
+class PretrainOptions:
+    """Settings of one run; the same ones, and the same tokens, give the same curve on one machine."""
+
+    steps: int
+    batch_size: int = 16  # streams
+    length: int = 128  # tokens that a gradient reaches back
+    learning_rate: float = 3e-3
+    warmup: int = 100  # steps
+    decay: float = 0.2  # share of the steps
+    weight_decay: float = 0.1  # of the matrices
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    seed: int = 0
+
+    @property
+    def decay_start(self) -> int:
+        """The first step of the decay: up to it, runs of different `steps` are one."""
+        return self.steps - round(self.decay * self.steps)
+
+    def rate(self, step: int) -> float:
+        """Learning rate at `step`, 0 <= step < steps."""
+        left = (self.steps - step) / max(1, self.steps - self.decay_start)
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)
+
+
+class Streams:
+    """`batch_size` streams through `tokens`, from a place that differs by epoch; a function of the step alone."""
+
+    def __init__(self, tokens: np.ndarray, batch_size: int, length: int, seed: int):
+        self.tokens, self.batch_size, self.length, self.seed = tokens, batch_size, length, seed
+        self.per_epoch = (len(tokens) // batch_size - 1) // length
+        if self.per_epoch < 1:
+            raise ValueError(
+                f"{batch_size} streams of {length} tokens need {batch_size * (length + 1):,} tokens, got {len(tokens):,}"
+            )
+
+    def __getitem__(self, step: int) -> tuple[Tensor, bool]:
+        """Ids `(batch_size, length + 1)`, the last one to be predicted only; and whether a new epoch starts here."""
+        epoch, position = divmod(step, self.per_epoch)
+        start = int(np.random.default_rng((self.seed, epoch)).integers(len(self.tokens)))
+        stream = len(self.tokens) // self.batch_size
+        first = start + np.arange(self.batch_size)[:, None] * stream + position * self.length
+        where = (first + np.arange(self.length + 1)) % len(self.tokens)
+        return torch.from_numpy(self.tokens[where].astype(np.int64)), position == 0
+
+
+class Pretraining:
+    """One run: model, optimizer, streams, and how far it is.
+
+    Args:
+        model: as it is initialised, or trained already; trained in place.
+        tokens: token ids `(N,)`.
+        options: see `PretrainOptions`.
+
+    Raises:
+        ValueError: too few tokens for one step.
+    """
+
+    def __init__(self, model: SpikeGPTForCausalLM, tokens: np.ndarray, options: PretrainOptions):
+        self.model, self.options = model, options
+        self.streams = Streams(tokens, options.batch_size, options.length, options.seed)
+        self.optimizer = _optimizer(model, options)
+        self.step, self.seconds, self.log = 0, 0.0, []  # log: [step, mean loss since the entry before, seconds]
+        self.state: SpikeGPTState | None = None
+        self._losses = []
+        torch.manual_seed(options.seed)
+
+    def train(self, directory: str | Path, save_seconds: float = 300.0) -> Iterator[float]:
+        """Go on to the last step; yields the loss (nats a token) after each. Saved to `directory` about every
+        `save_seconds`, before the decay, and at the end.
+
+        Raises:
+            FloatingPointError: the loss is not finite; what was saved before is still there.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.model.train()
+        saved = time.perf_counter()
+        while self.step < self.options.steps:
+            if self.step == self.options.decay_start:
+                self.save(directory / "stable.safetensors")
+            yield self._one_step()
+            if time.perf_counter() - saved > save_seconds or self.step == self.options.steps:
+                self.save(directory / "training.safetensors")
+                saved = time.perf_counter()
+
+    def _one_step(self) -> float:
+        started = time.perf_counter()
+        ids, fresh = self.streams[self.step]
+        ids = ids.to(self.model.device)
+        loss, self.state = next_token_loss(self.model, ids, None if fresh else self.state, self.options.bf16)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.rate(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} at step {self.step}: try a lower learning rate")
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+        self._losses.append(value)
+        if self.step % LOG_EVERY == 0:
+            self.log.append([self.step, sum(self._losses) / len(self._losses), self.seconds])
+            self._losses = []
+        return value
+
+    def save(self, path: str | Path) -> None:
+        """Everything that the rest of the run depends on, in one safetensors file."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for index, entries in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in entries.items()}
+        tensors |= {f"state.{name}": value for name, value in (self.state or {}).items()}
+        tensors["rng"] = torch.get_rng_state()
+        facts = {"step": self.step, "seconds": self.seconds, "log": self.log, "losses": self._losses}
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, {"run": json.dumps(facts | {"options": asdict(self.options)})})
+
+    def resume(self, directory: str | Path) -> bool:
+        """Go on from what `directory` holds of this run, or of a shorter one; False if it holds nothing.
+
+        Raises:
+            ValueError: it holds a run of other options, or one that has decayed too far to be part of this one.
+        """
+        for name in ("training.safetensors", "stable.safetensors"):
+            path = Path(directory) / name
+            if path.is_file() and self._belongs(path):
+                self._load(path)
+                return True
+        if any(Path(directory).glob("*.safetensors")):
+            raise ValueError(
+                f"{directory} holds a run that this one cannot go on from: to make it longer, --steps must be enough "
+                "for its stable stretch to fit in; for another run, give another directory"
+            )
+        return False
+
+    def _belongs(self, path: Path) -> bool:
+        with safe_open(path, "pt") as file:
+            held = json.loads(file.metadata()["run"])
+        old = PretrainOptions(**held["options"])
+        differing = [k for k, v in asdict(old).items() if k != "steps" and v != getattr(self.options, k)]
+        if differing:
+            changes = "; ".join(f"{k} was {getattr(old, k)}, is {getattr(self.options, k)}" for k in differing)
+            raise ValueError(f"{path.parent} holds a run of other settings ({changes}): give another directory")
+        stable = held["step"] <= min(old.decay_start, self.options.decay_start)
+        return stable or old.steps == self.options.steps
+
+    def _load(self, path: Path) -> None:
+        with safe_open(path, "pt", device=str(self.model.device)) as file:
+            facts = json.loads(file.metadata()["run"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        parts = {"model": {}, "optimizer": {}, "state": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if part in parts:
+                parts[part][rest] = tensor
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(parts["model"][name])
+        moments = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.state = SpikeGPTState(**parts["state"]) if parts["state"] else None
+        torch.set_rng_state(tensors["rng"].cpu())
+        self.step, self.seconds, self.log = facts["step"], facts["seconds"], facts["log"]
+        self._losses = facts["losses"]
+
+
+def _optimizer(model: nn.Module, options: PretrainOptions) -> torch.optim.Optimizer:
+    """AdamW that decays the blocks' matrices, and neither embedding, head nor vectors."""
+    matrices = [p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2]
+    chosen = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def next_token_loss(
+    model: SpikeGPTForCausalLM, ids: Tensor, state: SpikeGPTState | None, bf16: bool
+) -> tuple[Tensor, SpikeGPTState]:
+    """Mean loss in nats a token of ids `(B, T + 1)`, each predicted from those before it; and the state after T."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+        output = model(ids[:, :-1], state=state, use_cache=True)
+    loss = nn.functional.cross_entropy(output.logits.float().flatten(0, 1), ids[:, 1:].flatten())
+    return loss, SpikeGPTState(**{name: tensor.detach() for name, tensor in output.state.items()})
+
+
+@torch.no_grad()
+def perplexity(model: SpikeGPTForCausalLM, tokens: np.ndarray, facts: dict, bf16: bool = False) -> dict[str, float]:
+    """How well `model` predicts a text that it reads once, in 64 streams with the state carried along.
+
+    Args:
+        tokens, facts: a split of a `Corpus`, and its facts.
+
+    Returns:
+        nats a token; perplexity a token, and a word (the same sum of nats over fewer things); bits a character.
+    """
+    model.eval()
+    streams, length = 64, 256
+    rows = torch.from_numpy(tokens[: len(tokens) // streams * streams].astype(np.int64)).view(streams, -1).to(model.device)
+    total, count, state = 0.0, 0, None
+    for start in range(0, rows.shape[1] - 1, length):
+        ids = rows[:, start : start + length + 1]
+        loss, state = next_token_loss(model, ids, state, bf16)
+        total, count = total + loss.item() * ids[:, 1:].numel(), count + ids[:, 1:].numel()
+    nats = total / count
+    all_nats = nats * facts["tokens"]
+    return {
+        "nats_per_token": nats,
+        "token_perplexity": math.exp(nats),
+        "word_perplexity": math.exp(all_nats / facts["words"]),
+        "bits_per_character": all_nats / facts["characters"] / math.log(2),
+    }
+
+
+def save_rounded(model: SpikeGPTForCausalLM, directory: str | Path) -> SpikeGPTForCausalLM:
+    """Write `model` in bfloat16, half the size; returns it as it will be read again: rounded, in float32.
+
+    A config of float32 stays with the file, so that from_pretrained computes in float32 unless told otherwise.
+
+    Raises:
+        ValueError: rounding turns a spike of the embedding on or off (E >= 0: a tiny negative value becomes -0).
+    """
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    emb, emb_rounded = model.spikegpt.emb.weight, rounded.spikegpt.emb.weight
+    if changed := int(((emb >= 0) != (emb_rounded >= 0)).sum()):
+        raise ValueError(f"{changed} embedding values change their spike when rounded to bfloat16")
+    rounded.save_pretrained(directory)
+    rounded = rounded.float()
+    rounded.config.dtype = torch.float32
+    rounded.config.save_pretrained(directory)
+    return rounded.eval()
+
+
+def write_log(log: list[list[float]], path: str | Path) -> None:
+    """The loss curve as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([["step", "loss", "seconds"], *([step, f"{a:.4f}", f"{b:.0f}"] for step, a, b in log)])
+    write_text(path, text.getvalue())

@@ -1,0 +1,168 @@
+"""Pre-training: the same curve after a kill, a longer run from a shorter one, the schedule, and what is measured."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM
+from spikegpt_lora.pretraining import (
+    PretrainOptions,
+    Pretraining,
+    Streams,
+    next_token_loss,
+    perplexity,
+    save_rounded,
+    write_log,
+)
+
+TOKENS = np.random.default_rng(0).integers(0, 20, 1000).astype(np.uint16)
+
+
+def pretraining(steps=12, tokens=TOKENS, **changes):
+    torch.manual_seed(0)
+    model = SpikeGPTForCausalLM(SpikeGPTConfig(vocab_size=20, n_embd=8, n_layer=2, dropout=0.2))
+    options = {"batch_size": 3, "length": 7, "warmup": 2, "learning_rate": 1e-2} | changes
+    return Pretraining(model, tokens, PretrainOptions(steps=steps, **options))
+
+
+def weights(run):
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_killed_run_goes_on_with_the_same_curve_and_ends_with_the_same_weights(tmp_path):
+    whole = pretraining()
+    curve = list(whole.train(tmp_path / "whole"))
+    killed = pretraining().train(tmp_path / "killed", save_seconds=0)
+    first = [next(killed) for _ in range(5)]  # saved before each next step: the fifth is lost with the process
+    killed.close()
+    again = pretraining()
+    assert again.resume(tmp_path / "killed")
+    assert again.step == 4 and first == curve[:5]
+    assert list(again.train(tmp_path / "killed")) == curve[4:]
+    assert same(weights(again), weights(whole)) and again.log == whole.log
+
+
+def test_a_longer_run_goes_on_from_before_the_decay_of_a_shorter_one(tmp_path):
+    list(pretraining(10).train(tmp_path))
+    longer = pretraining(20)
+    assert longer.resume(tmp_path) and longer.step == 8
+    curve = list(longer.train(tmp_path))
+    assert curve == list(pretraining(20).train(tmp_path / "whole"))[8:]
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path):
+    list(pretraining().train(tmp_path))
+    again = pretraining()
+    assert again.resume(tmp_path) and list(again.train(tmp_path)) == []
+
+
+def test_a_new_directory_starts_from_the_beginning(tmp_path):
+    run = pretraining()
+    assert not run.resume(tmp_path) and run.step == 0
+
+
+def test_a_run_of_other_settings_is_not_mixed_in(tmp_path):
+    list(pretraining().train(tmp_path))
+    with pytest.raises(ValueError, match=r"batch_size was 3, is 2; seed was 0, is 1"):
+        pretraining(batch_size=2, seed=1).resume(tmp_path)
+    with pytest.raises(ValueError, match="--steps must be enough"):
+        pretraining(5).resume(tmp_path)
+
+
+def test_what_is_saved_holds_weights_moments_state_and_generator(tmp_path):
+    list(pretraining().train(tmp_path))
+    names = load_file(tmp_path / "training.safetensors").keys()
+    assert {"model.spikegpt.emb.weight", "optimizer.0.exp_avg", "state.wkv", "rng"} <= set(names)
+
+
+def test_the_rate_warms_up_stays_and_decays():
+    options = PretrainOptions(steps=100, warmup=10, decay=0.2, learning_rate=1.0)
+    rates = [options.rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10:81] == [1.0] * 71 and options.decay_start == 80
+    assert rates[80:] == pytest.approx([(100 - i) / 20 for i in range(80, 100)])
+
+
+def test_streams_go_on_from_step_to_step_and_read_everything_once_an_epoch():
+    tokens = np.arange(100, dtype=np.uint16)
+    streams = Streams(tokens, batch_size=4, length=6, seed=3)
+    batches = [streams[step] for step in range(streams.per_epoch)]
+    assert [fresh for _, fresh in batches] == [True, *[False] * (streams.per_epoch - 1)]
+    for (before, _), (after, _) in zip(batches, batches[1:]):
+        assert torch.equal(before[:, -1], after[:, 0])
+    read = torch.cat([ids[:, :-1] for ids, _ in batches], dim=1)
+    assert len(read.unique()) == read.numel() == 4 * (100 // 4 - 1) // 6 * 6
+    assert not torch.equal(streams[0][0], streams[streams.per_epoch][0])
+
+
+def test_too_few_tokens_are_refused():
+    with pytest.raises(ValueError, match="3 streams of 7 tokens need 24 tokens, got 23"):
+        pretraining(tokens=TOKENS[:23])
+
+
+def test_the_state_goes_on_inside_an_epoch_but_no_gradient_does(tmp_path):
+    run = pretraining(3)
+    states = [run.state for _ in run.train(tmp_path)]
+    assert all(not tensor.requires_grad for state in states for tensor in state.to_tuple())
+    assert not torch.equal(states[0].att_shift, states[1].att_shift)
+
+
+def test_the_loss_of_a_stretch_depends_on_the_state_before_it(lm, ids):
+    _, state = next_token_loss(lm, ids, None, bf16=False)
+    carried, rested = (next_token_loss(lm, ids, before, bf16=False)[0] for before in (state, None))
+    assert carried != rested
+
+
+def test_it_learns_what_is_there_to_learn(tmp_path):
+    run = pretraining(150, np.tile(np.arange(5, dtype=np.uint16), 100))
+    losses = list(run.train(tmp_path))
+    assert losses[0] == pytest.approx(math.log(20), abs=0.5) and losses[-1] < 0.5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    run = pretraining()
+    run.model.head.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+        list(run.train(tmp_path))
+
+
+def test_perplexity_is_that_of_the_summed_loss():
+    run = pretraining()
+    tokens = np.tile(TOKENS, 64)  # so that each of the 64 streams reads the same 1000 tokens
+    measured = perplexity(run.model, tokens, {"tokens": 64000, "words": 32000, "characters": 128000})
+    ids = torch.from_numpy(TOKENS.astype(np.int64))[None]
+    nats = next_token_loss(run.model, ids, None, bf16=False)[0].item()
+    assert measured["nats_per_token"] == pytest.approx(nats, rel=1e-6)
+    assert measured["token_perplexity"] == pytest.approx(math.exp(nats), rel=1e-5)
+    assert measured["word_perplexity"] == pytest.approx(math.exp(2 * nats), rel=1e-5)
+    assert measured["bits_per_character"] == pytest.approx(nats / 2 / math.log(2), rel=1e-5)
+
+
+def test_the_rounded_model_is_half_the_size_and_loads_in_float32_as_it_was_measured(tmp_path):
+    model = pretraining().model.eval()
+    rounded = save_rounded(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["head.weight"].dtype == torch.bfloat16
+    assert loaded.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), rounded.parameters(), strict=True))
+    assert all(torch.allclose(a, b, rtol=2**-8) for a, b in zip(model.parameters(), rounded.parameters(), strict=True))
+
+
+def test_rounding_that_would_change_a_spike_is_refused(tmp_path):
+    model = pretraining().model
+    model.spikegpt.emb.weight.data[3, 2] = -1e-45
+    with pytest.raises(ValueError, match="1 embedding values change their spike"):
+        save_rounded(model, tmp_path)
+
+
+def test_the_curve_is_written_as_csv(tmp_path):
+    write_log([[50, 5.25, 12.3], [100, 4.0, 24.0]], tmp_path / "loss.csv")
+    assert (tmp_path / "loss.csv").read_text() == "step,loss,seconds\n50,5.2500,12\n100,4.0000,24\n"
