@@ -14,7 +14,7 @@ setup(
     package_dir={
         "spikegpt_lora.cuda": "cuda"
     },  # the kernels' sources travel with the package: they are built on first use
-    package_data={"spikegpt_lora": ["assets/*"], "spikegpt_lora.cuda": ["*"]},
+    package_data={"spikegpt_lora": ["assets/*", "assets/spikegpt-reviews/*"], "spikegpt_lora.cuda": ["*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9",

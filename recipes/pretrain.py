@@ -15,11 +15,19 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, extension, load_task
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, extension, load_task, record_spikes
 from spikegpt_lora.corpus import Corpus, prepare_corpus
-from spikegpt_lora.files import write_json
+from spikegpt_lora.files import write_json, write_text
+from spikegpt_lora.kneser_ney import KneserNey
 from spikegpt_lora.memory import keep_freed_memory
-from spikegpt_lora.pretraining import PretrainOptions, Pretraining, perplexity, save_rounded, write_log
+from spikegpt_lora.pretraining import (
+    Pretraining,
+    PretrainOptions,
+    per_token_word_character,
+    perplexity,
+    save_rounded,
+    write_log,
+)
 
 TASKS = ("subj", "subj-mini")
 
@@ -56,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     def add(group, name, help, default=None, **kwargs):
         group.add_argument(name, default=default, help=f"{help} (default: %(default)s)", **kwargs)
 
-    parser.add_argument("text", help="a text file (a document a line; .xz too), a folder of them, or a hub dataset's id")
+    parser.add_argument("text", help="a file (a document a line; .xz too), a folder of them, or a hub dataset's id")
     add(parser, "--output-dir", "everything goes here", Path("runs/pretrain"), type=Path)
     add(
         parser,
@@ -146,28 +154,87 @@ def train(run: Pretraining, args) -> None:
 
 
 def finish(run: Pretraining, corpus: Corpus, args) -> None:
-    """The model, rounded to bfloat16, with its tokenizer, measures, loss curve and card."""
+    """The model, rounded to bfloat16, with its tokenizer, what was measured, the loss curve and a card."""
     folder = args.output_dir / "model"
     rounded = save_rounded(run.model, folder)
     corpus.tokenizer.save_pretrained(folder)
-    measures = perplexity(rounded, corpus.validation, corpus.facts["validation"])
+    print("measuring on the validation text, beside a 5-gram Kneser-Ney model of the same training tokens ...")
+    facts = corpus.facts["validation"]
+    counted = KneserNey(corpus.train, rounded.config.vocab_size).nats(corpus.validation)
     record = {
         "options": vars(run.options),
+        "config": {key: getattr(rounded.config, key) for key in ("vocab_size", "n_layer", "n_embd")},
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "tokens": run.step * run.options.batch_size * run.options.length,
         "hours": run.seconds / 3600,
         "corpus": corpus.facts,
-        "validation": measures,
+        "model": perplexity(rounded, corpus.validation, facts),
+        "kneser_ney": per_token_word_character(float(counted.mean()), facts),
+        "firing": firing(rounded, corpus),
+        "log": run.log,
     }
     write_json(folder / "pretraining.json", record)
     write_log(run.log, folder / "loss.csv")
-    print(
-        f"validation: {measures['nats_per_token']:.3f} nats a token; perplexity {measures['token_perplexity']:.1f} a "
-        f"token, {measures['word_perplexity']:.1f} a word; {measures['bits_per_character']:.3f} bits a character"
-    )
-    print(f"{record['tokens'] / 1e6:.1f} M tokens in {record['hours']:.2f} hours. The model is in {folder}:")
-    print(f"  python recipes/generate.py --model {folder} --prompt \"this film\"")
+    write_text(folder / "README.md", card := model_card(record))
+    print(f"\n{card}\nThe model is in {folder}:")
+    print(f'  python recipes/generate.py --model {folder} --prompt "this film"')
     print(f"  python recipes/subj_finetune.py --model {folder}")
+
+
+def firing(model: SpikeGPTForCausalLM, corpus: Corpus) -> dict[str, dict[str, float]]:
+    """Of each population, over up to 16,384 validation tokens in stretches of 128."""
+    rows = min(128, len(corpus.validation) // 128)
+    ids = torch.from_numpy(corpus.validation[: rows * 128].astype(int)).view(rows, 128).to(model.device)
+    trace = record_spikes(model, {"input_ids": ids})
+    return {
+        name: {"rate": trace.firing_rate(name), "dead": trace.dead(name), "saturated": trace.saturated(name)}
+        for name in trace.spikes
+    }
+
+
+def model_card(record: dict) -> str:
+    options, config, facts = record["options"], record["config"], record["corpus"]
+    measures = {"this model": record["model"], "5-gram Kneser-Ney": record["kneser_ney"]}
+    stride = max(1, len(record["log"]) // 12)
+    sections = [
+        f"# SpikeGPT language model, {record['parameters'] / 1e6:.1f} M parameters",
+        f"{config['n_layer']} layers, width {config['n_embd']}, {config['vocab_size']:,} tokens (lower-case BPE); "
+        "tau 2, threshold 1, reset to 0; weights in bfloat16. Made by recipes/pretrain.py: settings and measures are "
+        "in pretraining.json, the loss of every 50 steps is in loss.csv.",
+        f"- training text: {facts['train']['documents']:,} documents, {facts['train']['tokens']:,} tokens; left out: "
+        f"{facts['duplicates']:,} duplicates and {facts['left_out']:,} documents that share 8 words in a row with an "
+        "evaluation sentence\n"
+        f"- training: {options['steps']:,} steps of {options['batch_size']} x {options['length']} tokens "
+        f"({record['tokens'] / 1e6:.1f} M) in {record['hours']:.2f} hours; AdamW, rate {options['learning_rate']:g}, "
+        f"the last {options['decay']:.0%} of the steps decay",
+        f"Validation ({facts['validation']['documents']:,} documents that were not trained on, read once):",
+        table(
+            ["", "nats a token", "perplexity a token", "perplexity a word", "bits a character"],
+            [
+                [name, *(f"{value:.3f}" if value < 10 else f"{value:.1f}" for value in values.values())]
+                for name, values in measures.items()
+            ],
+        ),
+        "Firing on validation text: spikes a neuron and token; dead neurons never fire, saturated ones always do.",
+        table(
+            ["population", "rate", "dead %", "saturated %"],
+            [
+                [name, f"{row['rate']:.3f}", f"{100 * row['dead']:.1f}", f"{100 * row['saturated']:.1f}"]
+                for name, row in record["firing"].items()
+            ],
+        ),
+        "Training loss, mean of 50 steps:",
+        table(
+            ["step", "loss", "hours"],
+            [[f"{s:,}", f"{a:.3f}", f"{t / 3600:.2f}"] for s, a, t in record["log"][stride - 1 :: stride]],
+        ),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def table(names: list[str], rows: list[list[str]]) -> str:
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

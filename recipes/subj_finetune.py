@@ -2,16 +2,18 @@
 
     python recipes/subj_finetune.py --data-dir FOLDER_WITH_SUBJ
 
-With the default sizes two CPU cores need about a quarter of an hour for 4 methods x 3 seeds. It leaves in --output-dir:
+All methods start from the SpikeGPT that comes with the package, or from --model. It leaves in --output-dir:
 
     results.md  results.json  accuracy.png     the comparison (results.json's schema: spikegpt_lora/report.py)
     base/seed0/                                the model that all methods of seed 0 start from, and its tokenizer
-    full/seed0/  head/seed0/                   fine-tuned models
+    full/seed0/  head/seed0/  scratch/seed0/   fine-tuned models
     lora/seed0/  spikelora/seed0/              adapters in peft's format
     traces/spikelora-seed0.npz, .png           spikes of the first test sentences (spikegpt_lora/trace.py)
 
 Ctrl-C leaves what is finished readable; the same command goes on from there. Adding methods or seeds to a finished
-comparison runs only what is new.
+comparison runs only what is new. --tune N runs N trials a method instead, which see the validation split only, and
+leaves trials.md. --parity runs adapters as the SpikeLoRA authors do: "library", as their code (20 epochs, padding read
+as text, another 90/10 split for each seed, the last epoch tested), or "paper", as far as the paper says.
 """
 
 import argparse
@@ -19,22 +21,24 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import random
 import shutil
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import PartialState
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from spikegpt_lora import (
     SpikeGPTConfig,
     SpikeGPTForSequenceClassification,
+    embedded_checkpoint,
     extension,
     load_task,
     load_upstream_checkpoint,
@@ -43,14 +47,47 @@ from spikegpt_lora import (
 )
 from spikegpt_lora.baselines import bag_of_words_baselines
 from spikegpt_lora.config import POOLINGS
-from spikegpt_lora.data import LABELS
+from spikegpt_lora.data import LABELS, resplit
 from spikegpt_lora.files import write_json, write_text
 from spikegpt_lora.memory import keep_freed_memory
 from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.training import METHODS, FinetuneOptions, adapt, finetune, tokenize
+from spikegpt_lora.training import METHODS, PARITY, FinetuneOptions, adapt, finetune, tokenize
 
-# Each the best of 1e-3, 3e-3 and 1e-2 on Subj's validation split (seed 0, default sizes): see README.
-LEARNING_RATES = {"full": 1e-2, "lora": 3e-3, "spikelora": 3e-3, "head": 3e-3}
+# Found with --tune: equally many trials a method, on Subj's validation split alone (README). Those for "other" models
+# (216M) are smaller steps of the same kind: that model was not to be had where these were tuned.
+SETTINGS = {
+    "embedded": {
+        "full": {"learning_rate": 1e-3},
+        "lora": {"learning_rate": 3e-3},
+        "spikelora": {"learning_rate": 3e-3, "v_threshold": 0.5},
+        "head": {"learning_rate": 1e-2},
+        "scratch": {"learning_rate": 3e-3, "dropout": 0.2},
+    },
+    "random": {
+        "full": {"learning_rate": 1e-2, "dropout": 0.2},
+        "lora": {"learning_rate": 3e-3, "dropout": 0.2},
+        "spikelora": {"learning_rate": 3e-3, "dropout": 0.2},
+        "head": {"learning_rate": 3e-3, "dropout": 0.2},
+        "scratch": {"learning_rate": 1e-2, "dropout": 0.2},
+    },
+    "other": {
+        "full": {"learning_rate": 5e-5, "dropout": 0.03},
+        "lora": {"learning_rate": 3e-4, "dropout": 0.03},
+        "spikelora": {"learning_rate": 3e-4, "dropout": 0.03},
+        "head": {"learning_rate": 1e-3, "dropout": 0.03},
+        "scratch": {"learning_rate": 1e-4, "dropout": 0.03},
+    },
+}
+# What the command line may change, for all methods or for one.
+ADJUSTABLE = {
+    "learning_rate": (float, "at its highest"),
+    "epochs": (int, "the best on validation is kept"),
+    "batch_size": (int, "sentences a step and device"),
+    "warmup": (float, "share of the steps"),
+    "dropout": (float, "after each block"),
+    "rank": (int, "of adapters; alpha is the same"),
+    "v_threshold": (float, "of SpikeLoRA's gate"),
+}
 UPSTREAM_TOKENIZERS = {"ridger/SpikeGPT-OpenWebText-216M": "EleutherAI/gpt-neox-20b"}
 PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
 
@@ -67,7 +104,7 @@ def main() -> int:
     try:
         comparison = prepare(args)
         extension.use_extension("auto", PartialState().device)  # what it has to say, it says before any progress bar
-        return run_all(comparison)
+        return tune(comparison) if args.tune else run_all(comparison)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -81,7 +118,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    rates = " ".join(f"{method}={rate:g}" for method, rate in LEARNING_RATES.items())
 
     def add(group, name, help, default=None, **kwargs):
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
@@ -97,34 +133,37 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(parser, "--data-dir", "folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub", type=Path)
     add(parser, "--output-dir", "results go here (default: runs/ and the task's name)", type=Path)
-    add(parser, "--methods", "which to compare", list(METHODS), nargs="+", choices=METHODS, metavar="METHOD")
-    add(parser, "--seeds", "one run a method and seed", [0, 1, 2], nargs="+", type=int, metavar="SEED")
+    add(parser, "--methods", "which to compare", list(METHODS[:4]), nargs="+", choices=METHODS, metavar="METHOD")
+    add(parser, "--seeds", "one run a method and seed", [0], nargs="+", type=int, metavar="SEED")
     add(parser, "--trace-sentences", "test sentences whose spikes are recorded", 32, type=positive)
+    add(parser, "--tune", "so many trials a method instead, on the validation split", type=positive, metavar="N")
 
     model = parser.add_argument_group("model")
-    add(model, "--model", "random, the folder of a saved model, an upstream .pth file, or a hub id", "random")
+    add(
+        model,
+        "--model",
+        "embedded, random, the folder of a saved model, an upstream .pth file, or a hub id",
+        "embedded",
+    )
     add(model, "--tokenizer", "folder or hub id, where the model does not bring its own")
     add(model, "--pooling", "what the classifier reads", "last_mean", choices=POOLINGS)
-    add(model, "--dropout", "after each block", 0.2, type=float)
     add(model, "--n-layer", "of a random model", 2, type=int)
     add(model, "--n-embd", "of a random model", 128, type=int)
     add(model, "--vocab-size", "of a random model's BPE", 4096, type=int)
 
-    training = parser.add_argument_group("training")
-    add(training, "--epochs", "the best on validation is kept", 5, type=positive)
-    add(training, "--batch-size", "sentences a step and device", 32, type=positive)
-    add(training, "--learning-rate", f"one for all, or METHOD=RATE ... (default: {rates})", nargs="+", metavar="RATE")
-    add(training, "--rank", "of LoRA and SpikeLoRA; alpha is the same", 16, type=positive)
-    add(training, "--v-threshold", "of SpikeLoRA's gate", 0.1, type=float)
+    training = parser.add_argument_group("training", "one VALUE for all methods, or METHOD=VALUE ...")
+    for name, (kind, help) in ADJUSTABLE.items():
+        add(training, f"--{name.replace('_', '-')}", help, nargs="+", metavar="VALUE", type=per_method(kind))
+    add(training, "--parity", "the SpikeLoRA authors' settings", choices=list(PARITY))
     add(training, "--max-length", "tokens a sentence", 128, type=positive)
     add(training, "--max-train-samples", "use only so many training sentences (a quick try)", type=positive)
     training.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
     args = parser.parse_args()
     args.seeds = list(dict.fromkeys(args.seeds))
     try:
-        args.learning_rate = learning_rates(args.learning_rate or [])
+        args.settings = settings(args)
     except ValueError as error:
-        parser.error(f"--learning-rate takes one number, or METHOD=NUMBER for {', '.join(METHODS)}: {error}")
+        parser.error(str(error))
     return args
 
 
@@ -140,27 +179,42 @@ def positive(text: str) -> int:
     return number
 
 
-def learning_rates(given: list[str]) -> dict[str, float]:
-    if len(given) == 1 and "=" not in given[0]:
-        given = [f"{method}={given[0]}" for method in METHODS]
-    rates = LEARNING_RATES | {name: float(rate) for name, _, rate in (item.partition("=") for item in given)}
-    unknown = [name for name in rates if name not in METHODS]
-    if unknown:
-        raise ValueError(f"no method {', '.join(unknown)}")
-    if not all(0 < rate < float("inf") for rate in rates.values()):
-        raise ValueError(f"a rate must be > 0 and finite, got {rates}")
-    return rates
+def per_method(kind: type):
+    def parse(text: str) -> dict:
+        method, _, value = text.rpartition("=")
+        if method and method not in METHODS:
+            raise argparse.ArgumentTypeError(f"no method {method}; there are {', '.join(METHODS)}")
+        return {name: kind(value) for name in ([method] if method else METHODS)}
+
+    parse.__name__ = f"{kind.__name__}, or METHOD={kind.__name__}"  # what argparse calls it in its message
+    return parse
+
+
+def settings(args) -> dict[str, FinetuneOptions]:
+    """Of each method: defaults for this model, then --parity's, then the command line's."""
+    kind = args.model if args.model in SETTINGS else "embedded" if Path(args.model).is_dir() else "other"
+    parity = PARITY.get(args.parity, {})
+    chosen = {method: {"bf16": args.bf16} | SETTINGS[kind][method] | parity for method in METHODS}
+    for name in ADJUSTABLE:
+        for given in getattr(args, name) or []:
+            for method, value in given.items():
+                chosen[method][name] = value
+    return {method: FinetuneOptions(**values) for method, values in chosen.items()}
 
 
 @dataclass
 class Comparison:
-    """What all runs share: settings, the data as text and as tokens, and the results so far (see report.py)."""
+    """What all runs share: settings, the data, and the results so far (see report.py)."""
 
     args: argparse.Namespace
     data: DatasetDict
-    tokens: DatasetDict
     tokenizer: PreTrainedTokenizerBase
     results: dict
+
+    def data_of(self, seed: int) -> tuple[DatasetDict, DatasetDict]:
+        """Text and tokens: the one split, or with --parity library the seed's own."""
+        data = resplit(self.data, seed) if self.args.parity == "library" else self.data
+        return data, tokenize(data, self.tokenizer, self.args.max_length)[0]
 
 
 def prepare(args: argparse.Namespace) -> Comparison:
@@ -171,8 +225,9 @@ def prepare(args: argparse.Namespace) -> Comparison:
     with PartialState().main_process_first():  # on several devices: one writes, then all read
         options = check_options(args, task, data)
         tokenizer = get_tokenizer(args, data)
-    tokens, cut = tokenize(data, tokenizer, args.max_length)
-    sizes = {split: len(rows) for split, rows in data.items()}
+    _, cut = tokenize(data, tokenizer, args.max_length)
+    used = resplit(data, args.seeds[0]) if args.parity == "library" else data
+    sizes = {split: len(rows) for split, rows in used.items()}
     say(f"{task}: " + ", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " sentences")
     if cut:
         say(f"note: {cut} sentences are cut to --max-length {args.max_length} tokens")
@@ -187,7 +242,7 @@ def prepare(args: argparse.Namespace) -> Comparison:
         "baselines": bag_of_words_baselines(data),
         "published": report.PUBLISHED.get(task, []),
     }
-    return Comparison(args, data, tokens, tokenizer, results)
+    return Comparison(args, data, tokenizer, results)
 
 
 def load_data(args) -> tuple[str, DatasetDict]:
@@ -204,8 +259,9 @@ def load_data(args) -> tuple[str, DatasetDict]:
 
 def check_options(args, task: str, data: DatasetDict) -> dict:
     """The settings that results depend on; raises if the output folder holds results of other ones."""
-    not_results = {"output_dir", "data_dir", "methods", "seeds", "trace_sentences"}
+    not_results = {"output_dir", "data_dir", "methods", "seeds", "trace_sentences", "tune", "bf16", *ADJUSTABLE}
     options = {key: value for key, value in vars(args).items() if key not in not_results} | {"task": task}
+    options["settings"] = {method: asdict(of_method) for method, of_method in args.settings.items()}
     texts = "\n".join(text for split in data.values() for text in split["text"])
     options["text_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -214,14 +270,22 @@ def check_options(args, task: str, data: DatasetDict) -> dict:
         shutil.rmtree(args.output_dir / "tokenizer", ignore_errors=True)
         write_json(file, options)
     before = json.loads(file.read_text(encoding="utf-8"))
-    differing = [key for key in options if before.get(key) != options[key]]
-    if differing:
-        changes = "; ".join(f"{key} was {before.get(key)!r}, is {options[key]!r}" for key in differing)
+    old, new = flat(before), flat(options)
+    if differing := [key for key in new if old.get(key) != new[key]]:
+        changes = "; ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in differing)
         raise ValueError(
             f"{args.output_dir} holds results of other settings ({changes}): "
             "give another --output-dir, or delete this one"
         )
     return options
+
+
+def flat(options: dict, prefix: str = "") -> dict:
+    """Nested dicts as one, with dotted keys."""
+    pairs = {}
+    for key, value in options.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return pairs
 
 
 def get_tokenizer(args, data: DatasetDict) -> PreTrainedTokenizerBase:
@@ -230,7 +294,8 @@ def get_tokenizer(args, data: DatasetDict) -> PreTrainedTokenizerBase:
         if not (folder / "tokenizer_config.json").is_file():
             train_tokenizer(data["train"]["text"], args.vocab_size).save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
-    source = args.tokenizer or UPSTREAM_TOKENIZERS.get(args.model, args.model)
+    source = embedded_checkpoint() if args.model == "embedded" else args.model
+    source = args.tokenizer or UPSTREAM_TOKENIZERS.get(source, source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -238,6 +303,45 @@ def get_tokenizer(args, data: DatasetDict) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = "<|padding|>" if "<|padding|>" in tokenizer.get_vocab() else tokenizer.eos_token
     return tokenizer
+
+
+def tune(comparison: Comparison) -> int:
+    """--tune trials of each method on the first seed. No test sentence is read."""
+    args, seed = comparison.args, comparison.args.seeds[0]
+    trials = [(trial, method) for trial in range(args.tune) for method in args.methods]
+    _, tokens = comparison.data_of(seed)
+    del tokens["test"]
+    records = []
+    for number, (trial, method) in enumerate(trials, 1):
+        folder = args.output_dir / "trials" / method / f"trial{trial}"
+        if not (folder / "trial.json").is_file():
+            options = drawn(args.settings[method], trial)
+            model = adapt(get_base(comparison, seed), method, options, seed)
+            description = f"{number}/{len(trials)} {method} trial {trial}"
+            _, record = finetune(
+                model, method, tokens, comparison.tokenizer, folder / "training", seed, options, description
+            )
+            write_json(folder / "trial.json", record)
+            shutil.rmtree(folder / "training")
+        records.append(json.loads((folder / "trial.json").read_text(encoding="utf-8")))
+    write_text(args.output_dir / "trials.md", table := report.trials(records))
+    print(f"\n{table}\nWritten to {args.output_dir / 'trials.md'}.")
+    return 0
+
+
+def drawn(options: FinetuneOptions, trial: int) -> FinetuneOptions:
+    """Trial 0 is the settings themselves; the others draw around them, the same for every method."""
+    if trial == 0:
+        return options
+    draw = random.Random(trial)
+    return replace(
+        options,
+        learning_rate=options.learning_rate * draw.choice([1 / 4, 1 / 2, 1, 2, 4]),
+        epochs=draw.choice([3, 5, 8]),
+        dropout=draw.choice([0.05, 0.1, 0.2, 0.3]),
+        warmup=draw.choice([0.06, 0.2]),
+        rank=draw.choice([8, 16, 32]),
+    )
 
 
 def run_all(comparison: Comparison) -> int:
@@ -272,60 +376,63 @@ def run(comparison: Comparison, method: str, seed: int, description: str) -> Non
     """Train one method on one seed, save the model, its card and its spikes; `run.json`, last, says it is finished."""
     args, tokenizer = comparison.args, comparison.tokenizer
     folder = args.output_dir / method / f"seed{seed}"
-    shared = {key: getattr(args, key) for key in ("epochs", "batch_size", "rank", "v_threshold", "bf16")}
-    options = FinetuneOptions(learning_rate=args.learning_rate[method], alpha=args.rank, **shared)
-    with PartialState().main_process_first():
-        base = get_base(comparison, seed)
-    model = adapt(base, method, options, seed)
-    model, record = finetune(
-        model, method, comparison.tokens, tokenizer, folder / "training", seed, options, description
-    )
+    options = args.settings[method]
+    data, tokens = comparison.data_of(seed)
+    model = adapt(get_base(comparison, seed), method, options, seed)
+    model, record = finetune(model, method, tokens, tokenizer, folder / "training", seed, options, description)
     if not PartialState().is_main_process:
         return
     record = {"task": comparison.results["task"], **record}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_text(folder / "README.md", report.model_card(comparison.results, record))
-    record_traces(comparison, model, f"{method}-seed{seed}")
+    record_traces(comparison, model, data["test"], f"{method}-seed{seed}")
     write_json(folder / "run.json", record)
     shutil.rmtree(folder / "training")
 
 
 def get_base(comparison: Comparison, seed: int) -> SpikeGPTForSequenceClassification:
     """The model that every method of this seed starts from, its initial `score` included; made once, then read."""
-    args, tokenizer = comparison.args, comparison.tokenizer
-    folder = args.output_dir / "base" / f"seed{seed}"
-    if not folder.is_dir():
-        set_seed(seed)
-        changes = {"pooling": args.pooling, "dropout": args.dropout, "id2label": dict(enumerate(LABELS))}
-        changes |= {"label2id": {name: i for i, name in enumerate(LABELS)}}
-        changes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-        if args.model == "random":
-            sizes = {"vocab_size": len(tokenizer), "n_embd": args.n_embd, "n_layer": args.n_layer}
-            model = SpikeGPTForSequenceClassification(SpikeGPTConfig(**sizes, **changes))
-        elif Path(args.model).is_dir():
-            if not (Path(args.model) / "config.json").is_file():
-                raise ValueError(f"{args.model} holds no config.json: give a whole model (an adapter is none)")
-            model = SpikeGPTForSequenceClassification.from_pretrained(args.model, **changes)
-        else:
-            lm = load_upstream_checkpoint(args.model)
-            model = SpikeGPTForSequenceClassification.from_language_model(lm, **changes)
-        largest = max(max(ids) for split in comparison.tokens.values() for ids in split["input_ids"])
-        if largest >= model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer gives token {largest}, the model knows {model.config.vocab_size} tokens: they do not "
-                "belong together; name the model's own with --tokenizer"
-            )
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
+    folder = comparison.args.output_dir / "base" / f"seed{seed}"
+    with PartialState().main_process_first():  # on several devices: one writes, then all read
+        if not folder.is_dir():
+            make_base(comparison, seed, folder)
     return SpikeGPTForSequenceClassification.from_pretrained(folder)
 
 
-def record_traces(comparison: Comparison, model, name: str) -> None:
-    args, test = comparison.args, comparison.data["test"]
+def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
+    args, tokenizer = comparison.args, comparison.tokenizer
+    source = embedded_checkpoint() if args.model == "embedded" else args.model
+    set_seed(seed)
+    pooling = "last" if args.parity == "library" else args.pooling
+    changes = {"pooling": pooling, "id2label": dict(enumerate(LABELS))}
+    changes |= {"label2id": {name: i for i, name in enumerate(LABELS)}}
+    changes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if args.model == "random":
+        sizes = {"vocab_size": len(tokenizer), "n_embd": args.n_embd, "n_layer": args.n_layer}
+        model = SpikeGPTForSequenceClassification(SpikeGPTConfig(**sizes, **changes))
+    elif Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise ValueError(f"{source} holds no config.json: give a whole model (an adapter is none)")
+        model = SpikeGPTForSequenceClassification.from_pretrained(source, dtype=torch.float32, **changes)
+    else:
+        lm = load_upstream_checkpoint(source)
+        model = SpikeGPTForSequenceClassification.from_language_model(lm, **changes)
+    largest = max(max(ids) for split in comparison.data_of(seed)[1].values() for ids in split["input_ids"])
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {largest}, the model knows {model.config.vocab_size} tokens: they do not "
+            "belong together; name the model's own with --tokenizer"
+        )
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
+def record_traces(comparison: Comparison, model, test: Dataset, name: str) -> None:
+    args = comparison.args
     rows = test[: args.trace_sentences]
     batch = comparison.tokenizer(
         rows["text"], padding=True, truncation=True, max_length=args.max_length, return_tensors="pt"

@@ -5,7 +5,7 @@ compiles nothing and changes no setting of torch or logging.
 """
 
 from .adapters import SpikeLoraConfig, SpikeLoraModel
-from .checkpoint import load_upstream_checkpoint, save_upstream_checkpoint
+from .checkpoint import embedded_checkpoint, load_upstream_checkpoint, save_upstream_checkpoint
 from .config import SpikeGPTConfig
 from .data import load_task
 from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTModel, SpikeGPTState
@@ -23,6 +23,7 @@ __all__ = [
     "SpikeLoraConfig",
     "SpikeLoraModel",
     "SpikeTrace",
+    "embedded_checkpoint",
     "load_task",
     "load_upstream_checkpoint",
     "record_spikes",

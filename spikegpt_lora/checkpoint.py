@@ -1,6 +1,7 @@
-"""Upstream SpikeGPT checkpoints (.pth) to our models and back; the tensors' names are upstream's but for one prefix.
+"""Trained models: the one in the package, and upstream SpikeGPT checkpoints (.pth) to our models and back.
 
-lm = load_upstream_checkpoint("ridger/SpikeGPT-OpenWebText-216M")
+lm = SpikeGPTForCausalLM.from_pretrained(embedded_checkpoint())
+lm = load_upstream_checkpoint("ridger/SpikeGPT-OpenWebText-216M")  # tensors' names are upstream's but for one prefix
 classifier = SpikeGPTForSequenceClassification.from_language_model(lm, num_labels=2)
 """
 
@@ -19,6 +20,8 @@ from .files import whole_file
 from .hub import fetch, require_reachable
 from .model import SpikeGPTForCausalLM
 
+EMBEDDED = Path(__file__).parent / "assets" / "spikegpt-reviews"
+
 KNOWN_FILES = {"ridger/SpikeGPT-OpenWebText-216M": "SpikeGPT-216M.pth"}
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,6 +35,12 @@ UPSTREAM_CONSTANTS = {
     "lif_surrogate_alpha": 2.0,
     "layer_norm_eps": 1e-5,
 }
+
+
+def embedded_checkpoint() -> str:
+    """The folder of the SpikeGPT that comes with the package, for any `from_pretrained`: a small English language model
+    of film reviews, and its tokenizer. Its README.md says what it was trained on and what it is not good for."""
+    return str(EMBEDDED)
 
 
 def load_upstream_checkpoint(source: str | os.PathLike | Mapping[str, Tensor]) -> SpikeGPTForCausalLM:

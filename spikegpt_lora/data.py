@@ -80,6 +80,13 @@ def load_task(name: str, data_dir: str | Path | None = None) -> "DatasetDict":
     return _split(rows)
 
 
+def resplit(data: "DatasetDict", seed: int) -> "DatasetDict":
+    """All sentences of `data`, split 90/10 into train and test by `seed`, stratified: what the SpikeLoRA authors do."""
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets(list(data.values())).train_test_split(0.1, stratify_by_column="label", seed=seed)
+
+
 def to_ascii(text: str) -> str:
     """`text` in lower-case ASCII with single spaces, so that neither encoding nor HTML entities give the class away.
 

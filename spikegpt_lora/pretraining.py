@@ -63,7 +63,8 @@ class Streams:
         self.per_epoch = (len(tokens) // batch_size - 1) // length
         if self.per_epoch < 1:
             raise ValueError(
-                f"{batch_size} streams of {length} tokens need {batch_size * (length + 1):,} tokens, got {len(tokens):,}"
+                f"{batch_size} streams of {length} tokens need {batch_size * (length + 1):,} tokens, "
+                f"got {len(tokens):,}"
             )
 
     def __getitem__(self, step: int) -> tuple[Tensor, bool]:
@@ -228,23 +229,29 @@ def perplexity(model: SpikeGPTForCausalLM, tokens: np.ndarray, facts: dict, bf16
         tokens, facts: a split of a `Corpus`, and its facts.
 
     Returns:
-        nats a token; perplexity a token, and a word (the same sum of nats over fewer things); bits a character.
+        See `per_token_word_character`.
     """
     model.eval()
     streams, length = 64, 256
-    rows = torch.from_numpy(tokens[: len(tokens) // streams * streams].astype(np.int64)).view(streams, -1).to(model.device)
+    rows = (
+        torch.from_numpy(tokens[: len(tokens) // streams * streams].astype(np.int64)).view(streams, -1).to(model.device)
+    )
     total, count, state = 0.0, 0, None
     for start in range(0, rows.shape[1] - 1, length):
         ids = rows[:, start : start + length + 1]
         loss, state = next_token_loss(model, ids, state, bf16)
         total, count = total + loss.item() * ids[:, 1:].numel(), count + ids[:, 1:].numel()
-    nats = total / count
-    all_nats = nats * facts["tokens"]
+    return per_token_word_character(total / count, facts)
+
+
+def per_token_word_character(nats: float, facts: dict) -> dict[str, float]:
+    """`nats` a token said in four ways; a word's share of a text is the text's sum of nats over its words."""
+    total = nats * facts["tokens"]
     return {
         "nats_per_token": nats,
         "token_perplexity": math.exp(nats),
-        "word_perplexity": math.exp(all_nats / facts["words"]),
-        "bits_per_character": all_nats / facts["characters"] / math.log(2),
+        "word_perplexity": math.exp(total / facts["words"]),
+        "bits_per_character": total / facts["characters"] / math.log(2),
     }
 
 

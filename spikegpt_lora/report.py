@@ -1,14 +1,15 @@
 """What a comparison of fine-tuning methods leaves behind: results.json, results.md and pictures.
 
-results.json, schema "spikegpt_lora/finetune/1":
+results.json, schema "spikegpt_lora/finetune/2":
     schema, task, model, complete   complete is false while runs are missing, or methods have different seeds
     options, versions, data         settings; package versions; sentences per split and how many were cut short
     baselines                       [{method, accuracy_validation, accuracy_test, seconds, parameters}]
     published                       [{method, accuracy}]: figures of the papers, in percent, with a 216M model
     runs                            one a (method, seed), as `training.finetune` returns it:
-        task, method, seed, learning_rate, trainable_parameters, total_parameters, seconds (training and validation),
-        best_epoch, validation_accuracy, validation_by_epoch, test_accuracy, test_correct ("0110...", one a sentence),
-        adapters: null or {sparsity, dead_ranks, contribution, modules}: see `trace.AdapterActivity`
+        task, method, seed, settings (`training.FinetuneOptions`), trainable_parameters, total_parameters, seconds
+        (training and validation), best_epoch, validation_accuracy (null where no epoch was picked),
+        validation_by_epoch, test_accuracy, test_correct ("0110...", one a sentence), adapters: null or {sparsity,
+        dead_ranks, contribution, modules (see `trace.AdapterActivity`), accuracy_without: with adapters turned off}
     summary                         one a method: seeds, mean and spread (sample standard deviation) of what runs hold
     comparisons                     [{a, b, difference, low, high, per_seed, is_noise}]: see `statistics`
 Accuracies, sparsity and dead_ranks are fractions of 1; seconds are wall-clock.
@@ -24,7 +25,7 @@ from .files import whole_file
 from .statistics import paired_difference
 from .trace import SpikeTrace
 
-SCHEMA = "spikegpt_lora/finetune/1"
+SCHEMA = "spikegpt_lora/finetune/2"
 
 # Subj, SpikeGPT-216M on a GPU: SpikeGPT's own figures for the first two, SpikeLoRA's for the others.
 PUBLISHED = {
@@ -36,7 +37,13 @@ PUBLISHED = {
     ]
 }
 
-NAMES = {"full": "full fine-tuning", "lora": "LoRA", "spikelora": "SpikeLoRA", "head": "head only (frozen model)"}
+NAMES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "spikelora": "SpikeLoRA",
+    "head": "head only (frozen model)",
+    "scratch": "full, from scratch",
+}
 
 
 def summarize(runs: list[dict]) -> list[dict]:
@@ -48,14 +55,16 @@ def summarize(runs: list[dict]) -> list[dict]:
         row["trainable_parameters"] = of_method[0]["trainable_parameters"]
         for key in ("validation_accuracy", "test_accuracy", "seconds"):
             row[key], row[f"{key}_spread"] = _mean_and_spread([run[key] for run in of_method])
-        for key in ("sparsity", "dead_ranks", "contribution"):
+        for key in ("sparsity", "dead_ranks", "contribution", "accuracy_without"):
             values = [run["adapters"][key] for run in of_method if run["adapters"]]
             row[key] = float(np.mean(values)) if values and None not in values else None
         rows.append(row)
     return rows
 
 
-def _mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+def _mean_and_spread(values: list[float | None]) -> tuple[float | None, float | None]:
+    if None in values:
+        return None, None
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
@@ -75,24 +84,26 @@ def compare(runs: list[dict]) -> list[dict]:
 def markdown(results: dict) -> str:
     """The tables of results.json as Markdown; the task's and the model's name stand on top."""
     data = results["data"]
+    counts = " / ".join(f"{data[split]:,} {split}" for split in ("train", "validation", "test") if split in data)
     lines = [
         f"# {results['task']}: {results['model']}" + ("" if results["complete"] else " (incomplete: runs are missing)"),
         "",
-        f"{data['train']:,} / {data['validation']:,} / {data['test']:,} sentences for training / validation / test; "
-        "the epoch was picked on validation, the test split read once a run.",
+        f"Sentences: {counts}. "
+        + ("The epoch was picked on validation, the" if "validation" in data else "The last epoch counts; the")
+        + " test split was read once a run.",
         "",
         "| method | trained parameters | test accuracy % | validation % | seconds | sparsity % | dead ranks % "
-        "| adapter / W0x |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| adapter / W0x | adapters off % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [_row(row) for row in results["summary"]]
     for row in results["baselines"]:
         lines.append(
             f"| {row['method']} | {row['parameters']:,} | {100 * row['accuracy_test']:.2f} | "
-            f"{100 * row['accuracy_validation']:.2f} | {row['seconds']:.1f} | – | – | – |"
+            f"{100 * row['accuracy_validation']:.2f} | {row['seconds']:.1f} | – | – | – | – |"
         )
     for row in results["published"]:
-        lines.append(f"| *published, 216M model: {row['method']}* | | *{row['accuracy']:.2f}* | | | | | |")
+        lines.append(f"| *published, 216M model: {row['method']}* | | *{row['accuracy']:.2f}* | | | | | | |")
     lines += ["", f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.", _LEGEND]
     if results["comparisons"]:
         lines += [
@@ -115,12 +126,32 @@ def model_card(results: dict, record: dict) -> str:
         name=NAMES[record["method"]],
         model=results["model"],
         test_sentences=results["data"]["test"],
-        epochs=len(record["validation_by_epoch"]),
+        validation=_validation(record),
         details="\n".join([*activity, "- " + ", ".join(versions)]),
         options=json.dumps(results["options"], indent=1),
-        **{key: record[key] for key in ("seed", "best_epoch", "trainable_parameters", "total_parameters")},
-        **{key: 100 * record[key] for key in ("test_accuracy", "validation_accuracy")},
+        test_accuracy=100 * record["test_accuracy"],
+        **{key: record[key] for key in ("seed", "trainable_parameters", "total_parameters")},
     )
+
+
+def _validation(record: dict) -> str:
+    epoch = f"epoch {record['best_epoch']} of {record['settings']['epochs']}"
+    if record["validation_accuracy"] is None:
+        return f"{epoch}: nothing was picked"
+    return f"validation accuracy {100 * record['validation_accuracy']:.2f} % ({epoch}, picked there)"
+
+
+def trials(records: list[dict]) -> str:
+    """What tuning tried, as Markdown: the best trial of each method first."""
+    names = ["learning_rate", "epochs", "dropout", "warmup", "rank"]
+    lines = ["| method | " + " | ".join(names) + " | best epoch | validation % |", "| --- |" + " ---: |" * 7]
+    for method in [name for name in NAMES if any(record["method"] == name for record in records)]:
+        of_method = [record for record in records if record["method"] == method]
+        for record in sorted(of_method, key=lambda record: -record["validation_accuracy"]):
+            values = " | ".join(f"{record['settings'][name]:g}" for name in names)
+            accuracy = 100 * record["validation_accuracy"]
+            lines.append(f"| {NAMES[method]} | {values} | {record['best_epoch']} | {accuracy:.2f} |")
+    return "\n".join(lines) + "\n"
 
 
 _CARD = """---
@@ -133,7 +164,7 @@ pipeline_tag: text-classification
 - starts from ../../base/seed{seed} (model: {model})
 - trained parameters: {trainable_parameters:,} of {total_parameters:,}
 - test accuracy {test_accuracy:.2f} % on {test_sentences:,} sentences
-- validation accuracy {validation_accuracy:.2f} % (epoch {best_epoch} of {epochs}, picked there)
+- {validation}
 {details}
 
 ```python
@@ -153,7 +184,8 @@ Trained on English film sentences alone: not meant for other text. One seed says
 
 _LEGEND = (
     "Sparsity: silent share of the gate's outputs over all real tokens of the test split; dead ranks: units that never "
-    "fired there; adapter / W0x: norm of what the adapters add over the norm of what the frozen weights give. "
+    "fired there; adapter / W0x: norm of what the adapters add over the norm of what the frozen weights give; "
+    "adapters off: test accuracy with the trained `score` alone. "
     "Methods of one seed start from the same model and read the sentences in the same order."
 )
 
@@ -176,7 +208,7 @@ def _row(row: dict) -> str:
     return (
         f"| {NAMES[row['method']]} | {row['trainable_parameters']:,} | {percent('test_accuracy')} | "
         f"{percent('validation_accuracy')} | {row['seconds']:.0f} | {percent('sparsity')} | {percent('dead_ranks')} | "
-        f"{contribution} |"
+        f"{contribution} | {percent('accuracy_without')} |"
     )
 
 

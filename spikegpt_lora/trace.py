@@ -56,6 +56,15 @@ class SpikeTrace:
         silent = (self.spikes[population] == 0) & (np.arange(self.spikes[population].shape[1])[:, None] < self._ends)
         return float(silent.sum() / (self.lengths.sum() * silent.shape[-1]))
 
+    def dead(self, population: str) -> float:
+        """Share of neurons without a single spike, in [0, 1]."""
+        return float((self.spikes[population] == 0).all(axis=(0, 1)).mean())
+
+    def saturated(self, population: str) -> float:
+        """Share of neurons with a spike at every real token, in [0, 1]."""
+        beyond = np.arange(self.spikes[population].shape[1])[:, None] >= self._ends
+        return float(((self.spikes[population] != 0) | beyond).all(axis=(0, 1)).mean())
+
     def spikes_per_token(self, population: str | None = None) -> float:
         """Spikes per real token, of one population or of all."""
         populations = self.spikes.values() if population is None else [self.spikes[population]]

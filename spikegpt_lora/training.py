@@ -1,21 +1,25 @@
-"""Fine-tuning a SpikeGPT classifier in four ways, on `transformers.Trainer`, so that the ways can be compared.
+"""Fine-tuning a SpikeGPT classifier in five ways, on `transformers.Trainer`, so that the ways can be compared.
 
 Methods are paired: for one seed they start from the same model (the same initial `score` included) and read the same
 sentences in the same order. The epoch is picked on the validation split; the test split is read once, at the end.
+Settings of the SpikeLoRA authors, for comparison with their figures, are options: see `PARITY`.
 """
 
 import json
 import logging
+import math
 import time
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
@@ -28,34 +32,72 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .adapters import SpikeLoraConfig
+from .adapters.config import PRESETS
 from .model import SpikeGPTForSequenceClassification
 from .trace import adapter_activity
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("full", "lora", "spikelora", "head")
+METHODS = ("full", "lora", "spikelora", "head", "scratch")
 
 
 @dataclass
 class FinetuneOptions:
-    """Settings of one run; the learning rate is the method's own, all others are shared by the methods."""
+    """Settings of one run of one method.
+
+    Raises:
+        ValueError: values out of range; one message lists them all.
+    """
 
     learning_rate: float
     epochs: int = 5
     batch_size: int = 32
     warmup: float = 0.06  # share of all steps
+    schedule: str = "linear"  # down to 0, or "constant_with_warmup"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    rank: int = 16
-    alpha: int = 16
-    adapter_dropout: float = 0.0
+    dropout: float = 0.1  # after each block
+    rank: int = 16  # of adapters; the scaling alpha / rank is 1
+    targets: str = "rkv+srffn"  # or "all-linear", which adds att.output
     v_threshold: float = 0.1
     bf16: bool = False
+    keep: str = "best"  # epoch on the validation split, or "last"
+    group_by_length: bool = True  # batches of sentences of similar length
+    read_padding: bool = False  # as if it were text
+
+    def __post_init__(self):
+        rules = [
+            ("learning_rate", "> 0 and finite", 0 < self.learning_rate < math.inf),
+            *((name, ">= 1", getattr(self, name) >= 1) for name in ("epochs", "batch_size", "rank")),
+            *((name, "in [0, 1)", 0 <= getattr(self, name) < 1) for name in ("warmup", "dropout")),
+            ("v_threshold", ">= 0", self.v_threshold >= 0),
+            ("keep", "'best' or 'last'", self.keep in ("best", "last")),
+        ]
+        if problems := [f"{n} must be {rule}, got {getattr(self, n)!r}" for n, rule, holds in rules if not holds]:
+            raise ValueError("; ".join(problems))
+
+
+# What the SpikeLoRA authors' library does on Subj, and what their paper says (what it leaves open is the method's own).
+# Both scale adapters by 1: alpha 16 at rank 16, and rank-stabilised with alpha sqrt(8) at rank 8.
+PARITY = {
+    "library": {
+        "learning_rate": 1e-4,
+        "schedule": "constant_with_warmup",
+        "warmup": 0.0,
+        "epochs": 20,
+        "dropout": 0.03,
+        "v_threshold": 0.25,
+        "keep": "last",
+        "group_by_length": False,
+        "read_padding": True,
+    },
+    "paper": {"rank": 8, "v_threshold": 0.1, "targets": "all-linear", "dropout": 0.03},
+}
 
 
 def adapt(model: SpikeGPTForSequenceClassification, method: str, options: FinetuneOptions, seed: int) -> nn.Module:
     """`model` made ready for `method`: "full" trains everything, "head" only `score`, "lora" and "spikelora" adapters
-    in R/K/V of every SRWKV and SRFFN, and `score`.
+    (`options.targets`) and `score`, "scratch" everything, from new initial values but for `score`'s.
 
     Raises:
         ValueError: unknown method.
@@ -63,16 +105,24 @@ def adapt(model: SpikeGPTForSequenceClassification, method: str, options: Finetu
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     set_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = options.dropout
+    model.config.dropout = options.dropout
     if method == "full":
         return model
+    if method == "scratch":
+        new = SpikeGPTForSequenceClassification(model.config)
+        new.score.load_state_dict(model.score.state_dict())
+        return new
     if method == "head":
         model.spikegpt.requires_grad_(False)
         return model
     shared = {
         "task_type": "SEQ_CLS",
         "r": options.rank,
-        "lora_alpha": options.alpha,
-        "lora_dropout": options.adapter_dropout,
+        "lora_alpha": options.rank,
+        "target_modules": PRESETS.get(options.targets, options.targets),
     }
     if method == "lora":
         return get_peft_model(model, LoraConfig(**shared))
@@ -110,7 +160,8 @@ def finetune(
     """Train `model` (from `adapt`) on data["train"], keep the epoch best on data["validation"], read data["test"] once.
 
     Args:
-        data: from `tokenize`.
+        data: from `tokenize`. Without "test" (while settings are tuned) nothing is tested; "validation" may be missing
+            where `options.keep` is "last".
         directory: where checkpoints go; a run that was interrupted there goes on from its last whole one.
         description: the progress bar's text.
 
@@ -121,38 +172,77 @@ def finetune(
         model=model,
         args=_training_arguments(directory, seed, options),
         train_dataset=data["train"],
-        eval_dataset=data["validation"],
+        eval_dataset=data.get("validation"),
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=PaddingAsText(tokenizer) if options.read_padding else DataCollatorWithPadding(tokenizer),
         compute_metrics=_accuracy,
         callbacks=[Stopwatch()],
     )
+    trainer.group_by_length = options.group_by_length
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress(description))
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(directory))
-    test = trainer.predict(data["test"])  # the only time that the test labels are read
-    batches = DataLoader(data["test"], 2 * options.batch_size, collate_fn=trainer.data_collator)
-    activity = adapter_activity(model, batches)  # on several devices each reads it all: the counts are the same
-    record = {"method": method, "seed": seed, "learning_rate": options.learning_rate, **_record(trainer, test)}
-    return model.eval(), record | {"adapters": None if activity is None else vars(activity)}
+    record = {"method": method, "seed": seed, "settings": asdict(options), **_record(trainer)}
+    if "test" in data:
+        record |= _test(trainer, data["test"])
+    return model.eval(), record
 
 
-def _record(trainer: Trainer, test) -> dict:
+def _record(trainer: Trainer) -> dict:
     evaluations = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    best = max(evaluations, key=lambda entry: entry["eval_accuracy"])
-    correct = test.predictions.argmax(axis=-1) == test.label_ids
+    best = max(evaluations, key=lambda entry: entry["eval_accuracy"], default=None)
     parameters = list(trainer.model.parameters())
     return {
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
         "seconds": next(c for c in trainer.callback_handler.callbacks if isinstance(c, Stopwatch)).seconds,
-        "best_epoch": round(best["epoch"]),
-        "validation_accuracy": best["eval_accuracy"],
+        "best_epoch": round(best["epoch"]) if best else round(trainer.state.epoch),
+        "validation_accuracy": best["eval_accuracy"] if best else None,
         "validation_by_epoch": [entry["eval_accuracy"] for entry in evaluations],
+    }
+
+
+def _test(trainer: Trainer, rows: Dataset) -> dict:
+    """Accuracy on `rows`, and what the adapters do there: the only time that the test labels are read."""
+    correct = _correct(trainer, rows)
+    record = {
         "test_accuracy": float(correct.mean()),
         "test_correct": "".join(str(int(right)) for right in correct),
+        "adapters": None,
     }
+    batches = DataLoader(rows, trainer.args.eval_batch_size, collate_fn=trainer.data_collator)
+    activity = adapter_activity(trainer.model, batches)  # on several devices each reads it all: the counts are the same
+    if activity is not None:
+        with adapters_off(trainer.model):
+            record["adapters"] = {**vars(activity), "accuracy_without": float(_correct(trainer, rows).mean())}
+    return record
+
+
+def _correct(trainer: Trainer, rows: Dataset) -> np.ndarray:
+    predicted = trainer.predict(rows)
+    return predicted.predictions.argmax(axis=-1) == predicted.label_ids
+
+
+@contextmanager
+def adapters_off(model: nn.Module):
+    """Within it, adapters add nothing; a trained `score` stays, which peft's own `disable_adapter` would take away."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+class PaddingAsText(DataCollatorWithPadding):
+    """Batches whose padding the model reads as text, so that an answer depends on the batch: the authors' setting."""
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        return batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
 
 
 class PairedTrainer(Trainer):
@@ -161,7 +251,11 @@ class PairedTrainer(Trainer):
     Trainer's own length-grouped order draws from the global generator, which by then differs between methods.
     """
 
+    group_by_length = True
+
     def _get_train_sampler(self, train_dataset=None):
+        if not self.group_by_length:
+            return SeededSampler(len(self.train_dataset), self.args.data_seed)
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         return SeededLengthSampler(self.args.train_batch_size, lengths=lengths, seed=self.args.data_seed)
 
@@ -179,6 +273,23 @@ class SeededLengthSampler(LengthGroupedSampler):
     def __iter__(self):
         self.generator.manual_seed(1_000_003 * self.seed + self.epoch)
         return super().__iter__()
+
+
+class SeededSampler(Sampler):
+    """All sentences in an order given by (seed, epoch)."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.size
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
 class Stopwatch(TrainerCallback, ExportableState):
@@ -234,7 +345,7 @@ def _training_arguments(directory: Path, seed: int, options: FinetuneOptions) ->
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=2 * options.batch_size,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=options.schedule,
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
@@ -242,10 +353,10 @@ def _training_arguments(directory: Path, seed: int, options: FinetuneOptions) ->
         bf16=options.bf16,
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
-        eval_strategy="epoch",
+        eval_strategy="epoch" if options.keep == "best" else "no",
         save_strategy="epoch",
         save_total_limit=1,  # the best and the last
-        load_best_model_at_end=True,
+        load_best_model_at_end=options.keep == "best",
         metric_for_best_model="accuracy",
         logging_steps=10,
         restore_callback_states_from_checkpoint=True,

@@ -1,4 +1,4 @@
-"""Text for pre-training: every source, no evaluation sentence inside, the same order and split wherever it came from."""
+"""Text for pre-training: every source, no evaluation sentence inside, the same order and split wherever it lay."""
 
 import gzip
 import lzma
@@ -58,7 +58,9 @@ def test_damaged_text_is_refused_with_its_file(tmp_path, name, content):
 
 
 def test_word_sequences_ignore_case_punctuation_and_accents():
-    assert word_sequences("One two, THREE four five-six seven \u00e9ight!") == {"one two three four five six seven eight"}
+    assert word_sequences("One two, THREE four five-six seven \u00e9ight!") == {
+        "one two three four five six seven eight"
+    }
     assert word_sequences("one two three four five six seven") == set()
     assert len(word_sequences(SENTENCE)) == 2
 

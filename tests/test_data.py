@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from spikegpt_lora import data
-from spikegpt_lora.data import load_task, to_ascii
+from spikegpt_lora.data import load_task, resplit, to_ascii
 
 SHARED = os.environ.get("SPIKEGPT_LORA_DATA")
 real_data = pytest.mark.skipif(not SHARED, reason="needs the Subj files: set SPIKEGPT_LORA_DATA to their folder")
@@ -445,3 +445,11 @@ def test_built_in_sample_shares_no_eight_words_with_real_subj(subj):
         return {tuple(words[i : i + 8]) for words in texts for i in range(len(words) - 7)}
 
     assert sequences(load_task("subj-mini")) & sequences(subj) == set()
+
+
+def test_the_authors_split_is_90_to_10_stratified_and_the_seeds_own():
+    data = load_task("subj-mini")
+    a, again, b = resplit(data, 0), resplit(data, 0), resplit(data, 1)
+    assert (len(a["train"]), len(a["test"]), sum(a["test"]["label"])) == (540, 60, 30)
+    assert a["test"]["text"] == again["test"]["text"] != b["test"]["text"]
+    assert set(a["train"]["text"]) | set(a["test"]["text"]) == {t for split in data.values() for t in split["text"]}

@@ -52,7 +52,9 @@ def formula(tokens, order):
 def test_it_is_the_formula(order):
     text = np.array([4, 4, 1, 0, 30, 2, 3, 3, 3, 5, 17, 0, 1, 0, 1, 0])
     model, probability = KneserNey(TOKENS, VOCAB, order), formula(TOKENS, order)
-    expected = [-np.log(probability(tuple(text[max(0, i - order + 1) : i].tolist()), text[i])) for i in range(len(text))]
+    expected = [
+        -np.log(probability(tuple(text[max(0, i - order + 1) : i].tolist()), text[i])) for i in range(len(text))
+    ]
     assert np.allclose(model.nats(text), expected, atol=1e-12)
 
 

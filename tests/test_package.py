@@ -13,14 +13,15 @@ PACKAGE = Path(spikegpt_lora.__file__).parent
 
 # Each module may import from the rows above its own, never from its own row or below.
 LAYERS = [
-    {"files", "hub", "statistics", "config", "tokenizer", "baselines", "memory", "extension.build"},
+    {"files", "hub", "statistics", "config", "tokenizer", "baselines", "memory", "kneser_ney", "extension.build"},
     {"data", "extension"},
+    {"corpus"},
     {"extension.__main__", "wkv", "spikes", "token_shift", "gates", "dropout"},
     {"model", "adapters.layer", "adapters.config"},
     {"adapters.model"},
     {"adapters"},
     {"checkpoint", "trace"},
-    {"training", "report"},
+    {"training", "report", "pretraining"},
 ]
 
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM
 from spikegpt_lora.pretraining import (
-    PretrainOptions,
     Pretraining,
+    PretrainOptions,
     Streams,
     next_token_loss,
     perplexity,

@@ -5,13 +5,16 @@ import pytest
 
 from spikegpt_lora import SpikeTrace, report
 
-GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}}
+GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}, "accuracy_without": 0.25}
+
+
+SETTINGS = {"learning_rate": 1e-3, "epochs": 5, "dropout": 0.1, "warmup": 0.06, "rank": 16}
 
 
 def run(method, seed, correct, adapters=None):
     accuracy = correct.count("1") / len(correct)
     return {
-        "method": method, "seed": seed, "learning_rate": 1e-3, "trainable_parameters": 1234, "total_parameters": 5678,
+        "method": method, "seed": seed, "settings": SETTINGS, "trainable_parameters": 1234, "total_parameters": 5678,
         "seconds": 10.0 + seed, "best_epoch": 1, "validation_accuracy": 0.5, "validation_by_epoch": [0.5],
         "test_accuracy": accuracy, "test_correct": correct, "adapters": adapters,
     }  # fmt: skip
@@ -66,7 +69,7 @@ def test_comparisons_pair_the_seeds_that_both_methods_have():
 
 def test_the_table_shows_methods_baselines_and_published_figures():
     table = report.markdown(results())
-    assert "| SpikeLoRA | 1,234 | 62.50 ± 17.68 | 50.00 ± 0.00 | 10 | 75.00 | 12.50 | 0.500 |" in table
+    assert "| SpikeLoRA | 1,234 | 62.50 ± 17.68 | 50.00 ± 0.00 | 10 | 75.00 | 12.50 | 0.500 | 25.00 |" in table
     assert "| naive Bayes | 99 | 92.00 | 93.00 |" in table
     assert "published, 216M model: SpikeLoRA* | | *91.10*" in table
     assert "full fine-tuning − SpikeLoRA | +25.00" in table
@@ -89,6 +92,24 @@ def test_the_model_card_says_what_it_is_and_how_to_load_it():
         "library_name: peft",
     ):
         assert text in card
+
+
+def test_where_no_epoch_was_picked_the_table_and_the_card_say_so():
+    record = RUNS[0] | {"validation_accuracy": None, "validation_by_epoch": []}
+    split = results([record]) | {"data": {"train": 9000, "test": 4}}
+    assert "9,000 train / 4 test. The last epoch counts" in report.markdown(split)
+    card = report.model_card(split | {"options": {}, "versions": {}}, record)
+    assert "epoch 1 of 5: nothing was picked" in card
+
+
+def test_trials_are_listed_best_first():
+    better = RUNS[2] | {"validation_accuracy": 0.75, "settings": SETTINGS | {"epochs": 8}}
+    rows = report.trials([RUNS[0], RUNS[2], better]).splitlines()[2:]
+    assert rows == [
+        "| full fine-tuning | 0.001 | 8 | 0.1 | 0.06 | 16 | 1 | 75.00 |",
+        "| full fine-tuning | 0.001 | 5 | 0.1 | 0.06 | 16 | 1 | 50.00 |",
+        "| SpikeLoRA | 0.001 | 5 | 0.1 | 0.06 | 16 | 1 | 50.00 |",
+    ]
 
 
 def test_an_incomplete_comparison_says_so():

@@ -29,7 +29,7 @@ def test_decoding_gives_the_text_back(tokenizer):
 
 
 def test_text_that_was_split_before_gives_the_same_tokens(tokenizer):
-    running, split = "It's well-made (mostly)... \"See\" it!", "it's well-made ( mostly ) . . . \" see \" it !"
+    running, split = 'It\'s well-made (mostly)... "See" it!', 'it\'s well-made ( mostly ) . . . " see " it !'
     assert tokenizer(running)["input_ids"] == tokenizer(split)["input_ids"]
 
 

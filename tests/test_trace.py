@@ -84,6 +84,15 @@ def test_rates_count_real_tokens_only(classifier, ids):
     assert trace.spikes_per_token() == pytest.approx(sum(int(s.sum()) for t in alone for s in t.spikes.values()) / 22)
 
 
+def test_dead_and_saturated_neurons_are_counted_over_real_tokens():
+    spikes = np.zeros((2, 3, 4), np.int8)
+    spikes[0, :2, 0] = spikes[1, :3, 0] = 1  # neuron 0 at every real token; sentence 0 has two
+    spikes[:, :2, 1] = 1  # neuron 1 at all but one
+    words = np.full((2, 3), "a")
+    trace = SpikeTrace({"emb": spikes}, {}, np.array([2, 3]), words, words, np.array([-1, -1]))
+    assert (trace.dead("emb"), trace.saturated("emb")) == (0.5, 0.25)
+
+
 def test_tokens_and_words_stand_beside_the_spikes(classifier):
     tokenizer = train_tokenizer(["unhappy films don't end"] * 2, 37)
     tokenizer.padding_side = "left"

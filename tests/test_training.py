@@ -1,5 +1,7 @@
 """Fine-tuning: what each method trains, that methods are paired, and that the best epoch is the one that is kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,17 @@ from datasets import Dataset, DatasetDict
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, load_task
 from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.training import METHODS, FinetuneOptions, SeededLengthSampler, adapt, finetune, tokenize
+from spikegpt_lora.training import (
+    METHODS,
+    FinetuneOptions,
+    PaddingAsText,
+    SeededLengthSampler,
+    SeededSampler,
+    adapt,
+    adapters_off,
+    finetune,
+    tokenize,
+)
 
 OPTIONS = FinetuneOptions(learning_rate=1e-2, epochs=3, batch_size=16, rank=4)
 
@@ -28,7 +40,13 @@ def fresh(tokenizer):
 
 @pytest.mark.parametrize(
     "method, trained",
-    [("full", {""}), ("head", {"score"}), ("lora", {"lora_", "score"}), ("spikelora", {"lora_", "score"})],
+    [
+        ("full", {""}),
+        ("head", {"score"}),
+        ("lora", {"lora_", "score"}),
+        ("spikelora", {"lora_", "score"}),
+        ("scratch", {""}),
+    ],
 )
 def test_each_method_trains_what_it_says(method, trained, mini):
     model = adapt(fresh(mini[1]), method, OPTIONS, seed=0)
@@ -38,7 +56,7 @@ def test_each_method_trains_what_it_says(method, trained, mini):
 
 
 def test_an_unknown_method_is_told_the_names(mini):
-    with pytest.raises(ValueError, match="full, lora, spikelora, head, got 'dora'"):
+    with pytest.raises(ValueError, match="full, lora, spikelora, head, scratch, got 'dora'"):
         adapt(fresh(mini[1]), "dora", OPTIONS, seed=0)
 
 
@@ -76,6 +94,14 @@ def test_an_epoch_reads_every_sentence_once():
     assert sorted(first) == list(range(41)) and list(sampler) == first
 
 
+def test_the_plain_order_depends_on_seed_and_epoch_alone():
+    sampler = SeededSampler(41, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(41)) == list(range(len(sampler))) and list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first and list(SeededSampler(41, seed=4)) != first
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_returned_model_is_the_best_epochs(method, mini, tmp_path):
     data, tokenizer = mini
@@ -89,6 +115,58 @@ def test_the_returned_model_is_the_best_epochs(method, mini, tmp_path):
         record["validation_accuracy"] == max(record["validation_by_epoch"]) and len(record["validation_by_epoch"]) == 3
     )
     assert not model.training
+
+
+def test_without_a_test_split_nothing_is_tested(mini, tmp_path):
+    data, tokenizer = mini
+    data = DatasetDict({split: data[split] for split in ("train", "validation")})
+    _, record = finetune(adapt(fresh(tokenizer), "head", OPTIONS, 0), "head", data, tokenizer, tmp_path, 0, OPTIONS)
+    assert "test_accuracy" not in record and len(record["validation_by_epoch"]) == 3
+
+
+def test_the_last_epoch_is_kept_without_a_validation_split(mini, tmp_path):
+    data, tokenizer = mini
+    data, options = DatasetDict(train=data["train"], test=data["test"]), replace(OPTIONS, keep="last")
+    _, record = finetune(adapt(fresh(tokenizer), "full", options, 0), "full", data, tokenizer, tmp_path, 0, options)
+    assert record["best_epoch"] == 3 and record["validation_accuracy"] is None and record["test_accuracy"] > 0
+
+
+def test_from_scratch_nothing_of_the_base_is_left_but_score(mini):
+    base = fresh(mini[1])
+    base.spikegpt.emb.weight.data.fill_(7.0)
+    new = adapt(base, "scratch", OPTIONS, seed=0)
+    assert torch.equal(new.score.weight, base.score.weight) and not (new.spikegpt.emb.weight == 7).any()
+
+
+def test_the_dropout_is_the_options(mini):
+    for method in METHODS:
+        model = adapt(fresh(mini[1]), method, replace(OPTIONS, dropout=0.37), seed=0)
+        assert {m.p for name, m in model.named_modules() if name.endswith("blocks.0.dropout")} == {0.37}
+
+
+def test_with_adapters_off_only_score_is_trained(mini):
+    base = fresh(mini[1]).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    before = base.spikegpt(ids).last_hidden_state
+    model = adapt(base, "spikelora", OPTIONS, 0).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    score = model.base_model.model.score.modules_to_save["default"]
+    with adapters_off(model):
+        assert torch.equal(model.base_model.model.spikegpt(ids).last_hidden_state, before)
+        assert torch.equal(model(ids).logits, score(before[:, -1]))
+    assert not torch.equal(model.base_model.model.spikegpt(ids).last_hidden_state, before)
+
+
+def test_padding_as_text_has_no_mask_left(mini):
+    batch = PaddingAsText(mini[1])([{"input_ids": [3, 4]}, {"input_ids": [3, 4, 5, 6]}])
+    assert batch["input_ids"].tolist() == [[3, 4, 0, 0], [3, 4, 5, 6]] and bool(batch["attention_mask"].all())
+
+
+def test_options_out_of_range_are_listed_together():
+    with pytest.raises(ValueError, match=r"learning_rate must be > 0 and finite, got 0; epochs must be >= 1, got 0"):
+        FinetuneOptions(learning_rate=0, epochs=0)
 
 
 def test_full_fine_tuning_learns_the_training_sentences(mini, tmp_path):

@@ -1,0 +1,140 @@
+"""recipes/pretrain.py and recipes/generate.py as a user runs them: from a text file to a model that writes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spikegpt_lora import embedded_checkpoint, load_task
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SMALL = ["--n-layer", "1", "--n-embd", "16", "--vocab-size", "400", "--batch-size", "4", "--length", "16"]
+MINI = ["--decontaminate", "subj-mini"]
+
+
+def run(name, *arguments):
+    command = [sys.executable, str(RECIPES / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment())
+
+
+def environment():
+    return {k: v for k, v in os.environ.items() if k != "SPIKEGPT_LORA_DATA"} | {"HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Documents made of the built-in sentences' words in another order, and three that quote one."""
+    sentences = [text for split in load_task("subj-mini").values() for text in split["text"]]
+    words, shuffle = " ".join(sentences).split(), random.Random(0)
+    documents = [" ".join(shuffle.sample(words, 60)) for _ in range(150)]
+    long = [sentence for sentence in sentences if len(sentence.split()) > 12]
+    documents += [f"I read: {sentence.upper()}" for sentence in long[:3]]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrain") / "out"
+    done = run("pretrain.py", text, "--output-dir", out, "--steps", 120, *MINI, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_it_says_what_it_left_out_how_fast_it_is_and_how_good(trained):
+    _, done = trained
+    assert "153 documents, without 0 duplicates and 3 that share 8 words" in done.stdout
+    assert "120/120" in done.stderr and "loss=" in done.stderr and "tokens/s=" in done.stderr
+    assert "| this model |" in done.stdout and "| 5-gram Kneser-Ney |" in done.stdout
+    assert "Warning" not in done.stderr
+
+
+def test_the_folder_holds_a_model_that_auto_classes_load_and_its_card(trained):
+    folder = trained[0] / "model"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size == len(tokenizer) == 400 and model.config.eos_token_id == tokenizer.eos_token_id
+    record = json.loads((folder / "pretraining.json").read_text())
+    assert record["tokens"] == 120 * 4 * 16 and record["corpus"]["left_out"] == 3
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for population in ("emb", "blocks.0.lif1", "blocks.0.lif2"):
+        assert f"| {population} | {record['firing'][population]['rate']:.3f} |" in card
+    assert (folder / "loss.csv").read_text().splitlines()[0] == "step,loss,seconds"
+
+
+def test_a_finished_run_is_made_longer(trained, text):
+    out, _ = trained
+    done = run("pretrain.py", text, "--output-dir", out, "--steps", 130, *MINI, *SMALL)
+    assert done.returncode == 0 and "going on from step 96" in done.stdout
+
+
+def test_ctrl_c_says_how_to_go_on(text, tmp_path):
+    arguments = [str(text), "--output-dir", str(tmp_path), "--steps", "100000", "--save-minutes", "0", *MINI, *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, str(RECIPES / "pretrain.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.time() + 120
+    while not (tmp_path / "training.safetensors").is_file() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in printed and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere.txt", *MINI], "'nowhere.txt' is no file or folder"),
+        ([RECIPES / "pretrain.py", "--decontaminate", "sst"], "--decontaminate takes subj, subj-mini, a file, or none"),
+        ([RECIPES / "pretrain.py"], "the data of task subj were not found"),
+        ([RECIPES / "generate.py", "--decontaminate", "none"], "at least 100 documents are needed"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(tmp_path, arguments, message):
+    done = run("pretrain.py", *arguments, "--output-dir", tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_same_seed_writes_the_same_text_and_another_one_another(trained):
+    folder = trained[0] / "model"
+    texts = [
+        run("generate.py", "--model", folder, "--prompt", "The film", "--max-new-tokens", 20, "--seed", seed)
+        for seed in (0, 0, 1)
+    ]
+    assert [done.returncode for done in texts] == [0, 0, 0]
+    assert texts[0].stdout == texts[1].stdout != texts[2].stdout and texts[0].stdout.startswith("the film")
+    assert "tokens a second" not in texts[0].stdout and "a second]" in texts[0].stderr
+
+
+def test_an_empty_prompt_begins_a_text(trained):
+    done = run("generate.py", "--model", trained[0] / "model", "--prompt", "", "--max-new-tokens", 8)
+    assert done.returncode == 0 and done.stdout.strip() and "<eos>" not in done.stdout
+
+
+def test_no_model_is_one_clear_error():
+    done = run("generate.py", "--model", "nowhere")
+    assert done.returncode == 2 and "no language model at 'nowhere'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_embedded_model_writes_english():
+    done = run("generate.py", "--prompt", "this film is one of the", "--temperature", 0, "--max-new-tokens", 12)
+    assert done.returncode == 0 and "best" in done.stdout or "worst" in done.stdout
+
+
+def test_the_embedded_model_fits_its_limits():
+    folder = Path(embedded_checkpoint())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) <= 12_000_000
+    assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20
+    assert model.config.lif_tau == 2.0 and len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
