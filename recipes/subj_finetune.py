@@ -85,6 +85,7 @@ ADJUSTABLE = {
     "batch_size": (int, "sentences a step and device"),
     "warmup": (float, "share of the steps"),
     "dropout": (float, "after each block"),
+    "word_dropout": (float, "share of the tokens that a training step leaves out"),
     "rank": (int, "of adapters; alpha is the same"),
     "v_threshold": (float, "of SpikeLoRA's gate"),
 }
@@ -339,6 +340,7 @@ def drawn(options: FinetuneOptions, trial: int) -> FinetuneOptions:
         learning_rate=options.learning_rate * draw.choice([1 / 4, 1 / 2, 1, 2, 4]),
         epochs=draw.choice([3, 5, 8]),
         dropout=draw.choice([0.05, 0.1, 0.2, 0.3]),
+        word_dropout=draw.choice([0.0, 0.1, 0.2]),
         warmup=draw.choice([0.06, 0.2]),
         rank=draw.choice([8, 16, 32]),
     )

@@ -143,8 +143,8 @@ def _validation(record: dict) -> str:
 
 def trials(records: list[dict]) -> str:
     """What tuning tried, as Markdown: the best trial of each method first."""
-    names = ["learning_rate", "epochs", "dropout", "warmup", "rank"]
-    lines = ["| method | " + " | ".join(names) + " | best epoch | validation % |", "| --- |" + " ---: |" * 7]
+    names = ["learning_rate", "epochs", "dropout", "word_dropout", "warmup", "rank"]
+    lines = ["| method | " + " | ".join(names) + " | best epoch | validation % |", "| --- |" + " ---: |" * 8]
     for method in [name for name in NAMES if any(record["method"] == name for record in records)]:
         of_method = [record for record in records if record["method"] == method]
         for record in sorted(of_method, key=lambda record: -record["validation_accuracy"]):

@@ -57,6 +57,7 @@ class FinetuneOptions:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     dropout: float = 0.1  # after each block
+    word_dropout: float = 0.0  # share of the tokens that do not exist in a training step
     rank: int = 16  # of adapters; the scaling alpha / rank is 1
     targets: str = "rkv+srffn"  # or "all-linear", which adds att.output
     v_threshold: float = 0.1
@@ -69,7 +70,7 @@ class FinetuneOptions:
         rules = [
             ("learning_rate", "> 0 and finite", 0 < self.learning_rate < math.inf),
             *((name, ">= 1", getattr(self, name) >= 1) for name in ("epochs", "batch_size", "rank")),
-            *((name, "in [0, 1)", 0 <= getattr(self, name) < 1) for name in ("warmup", "dropout")),
+            *((name, "in [0, 1)", 0 <= getattr(self, name) < 1) for name in ("warmup", "dropout", "word_dropout")),
             ("v_threshold", ">= 0", self.v_threshold >= 0),
             ("keep", "'best' or 'last'", self.keep in ("best", "last")),
         ]
@@ -178,7 +179,7 @@ def finetune(
         compute_metrics=_accuracy,
         callbacks=[Stopwatch()],
     )
-    trainer.group_by_length = options.group_by_length
+    trainer.group_by_length, trainer.word_dropout = options.group_by_length, options.word_dropout
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress(description))
@@ -251,7 +252,15 @@ class PairedTrainer(Trainer):
     Trainer's own length-grouped order draws from the global generator, which by then differs between methods.
     """
 
-    group_by_length = True
+    group_by_length, word_dropout = True, 0.0
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.word_dropout:
+            mask = inputs["attention_mask"]
+            kept = mask * (torch.rand(mask.shape, device=mask.device) >= self.word_dropout)
+            some = kept.any(dim=1, keepdim=True)  # a sentence that would lose all its tokens loses none
+            inputs["attention_mask"] = torch.where(some, kept, mask)
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.group_by_length:

@@ -61,15 +61,16 @@ def test_an_unknown_method_is_told_the_names(mini):
 
 
 class SeenBatches:
-    """Notes the tokens of every batch that the model reads while training."""
+    """Notes the tokens of every batch that the model reads while training, and how many of its steps exist."""
 
     def __init__(self, model):
-        self.batches = []
+        self.batches, self.steps = [], []
         model.register_forward_pre_hook(self.note, with_kwargs=True)
 
     def note(self, module, args, kwargs):
         if module.training:
             self.batches.append(kwargs["input_ids"].tolist())
+            self.steps.append(kwargs["attention_mask"].sum(dim=1))
 
 
 def batches_read(method, mini, directory, seed=0):
@@ -122,6 +123,18 @@ def test_without_a_test_split_nothing_is_tested(mini, tmp_path):
     data = DatasetDict({split: data[split] for split in ("train", "validation")})
     _, record = finetune(adapt(fresh(tokenizer), "head", OPTIONS, 0), "head", data, tokenizer, tmp_path, 0, OPTIONS)
     assert "test_accuracy" not in record and len(record["validation_by_epoch"]) == 3
+
+
+def test_word_dropout_takes_a_share_of_the_tokens_and_never_all(mini, tmp_path):
+    data, tokenizer = mini
+    short = Dataset.from_dict({"input_ids": [[3 + i % 9] * (1 + i % 30) for i in range(300)], "labels": [0, 1] * 150})
+    data = DatasetDict(train=short, validation=data["validation"])
+    options = replace(OPTIONS, epochs=1, word_dropout=0.3)
+    model = adapt(fresh(tokenizer), "head", options, 0)
+    seen = SeenBatches(model)
+    finetune(model, "head", data, tokenizer, tmp_path, 0, options)
+    steps = torch.cat(seen.steps)
+    assert steps.sum() / sum(map(len, short["input_ids"])) == pytest.approx(0.7, abs=0.03) and steps.min() >= 1
 
 
 def test_the_last_epoch_is_kept_without_a_validation_split(mini, tmp_path):
