@@ -12,6 +12,7 @@ import hashlib
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +28,8 @@ from .tokenizer import train_tokenizer
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 SEQUENCE = 8  # words in a row that two texts must not share
-VALIDATION = 0.01
+VALIDATION = 0.01  # share of the documents
+SHORTEST = 128  # tokens that can be measured
 
 
 @dataclass
@@ -67,7 +69,7 @@ def read_documents(source: str | Path) -> Iterator[str]:
         try:
             with OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8", newline="\n") as lines:
                 yield from (line.strip() for line in lines if line.strip())
-        except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+        except (UnicodeDecodeError, lzma.LZMAError, zlib.error, OSError, EOFError) as error:
             raise ValueError(f"{file} must be UTF-8 text, plain or in a whole archive: {error}") from error
 
 
@@ -77,16 +79,17 @@ def _read_hub(repo_id: str) -> Iterator[str]:
     try:
         require_reachable(f"https://huggingface.co/datasets/{repo_id}")
         rows = load_dataset(repo_id, split="train")
-    except OSError as error:
+    except Exception as error:  # the HTTP library's own kinds are no OSError
         raise FileNotFoundError(f"{repo_id!r} is no file or folder, nor a dataset within reach: {error}") from error
     if "text" not in rows.column_names:
         raise ValueError(f"dataset {repo_id} must have a column text, found {', '.join(rows.column_names)}")
-    yield from (text for text in rows["text"] if text.strip())
+    yield from (text for text in rows["text"] if text and text.strip())
 
 
 def word_sequences(text: str) -> set[str]:
     """Every run of 8 words (letters and digits, lower-case ASCII) in `text`; none if it is shorter."""
-    words = re.findall(r"[a-z0-9]+", to_ascii(text))
+    joined = re.sub(r" (n't|'(?:s|re|ve|ll|d|m))\b", r"\1", to_ascii(text))  # some sources write "ca n't"
+    words = re.findall(r"[a-z0-9]+", joined)
     return {" ".join(words[i : i + SEQUENCE]) for i in range(len(words) - SEQUENCE + 1)}
 
 
@@ -150,6 +153,7 @@ def _without(documents: list[str], evaluation: list[str], progress: Callable) ->
 
 
 def _write(directory: Path, documents: list[str], vocab_size: int, facts: dict, progress: Callable) -> None:
+    (directory / "corpus.json").unlink(missing_ok=True)  # until all is written, nothing here belongs together
     share = round(len(documents) * VALIDATION)
     parts = {"validation": documents[:share], "train": documents[share:]}
     if not all(parts.values()):
@@ -158,6 +162,10 @@ def _write(directory: Path, documents: list[str], vocab_size: int, facts: dict, 
     tokenizer.save_pretrained(directory / "tokenizer")
     for name, part in parts.items():
         ids, words = _tokens(progress(part, f"{name} text to tokens"), tokenizer)
+        if len(ids) < SHORTEST:
+            raise ValueError(
+                f"the {name} text must have at least {SHORTEST} tokens, got {len(ids)}: give more documents"
+            )
         with whole_file(directory / f"{name}.npy") as temporary:
             np.save(temporary, ids)
         characters = sum(map(len, part))

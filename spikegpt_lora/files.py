@@ -14,9 +14,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
-    os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
     try:
         yield Path(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp and safetensors make files that only their owner reads
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

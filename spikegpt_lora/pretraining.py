@@ -9,29 +9,35 @@ be made longer: what `stable.safetensors` holds is from just before the decay, a
 
 import copy
 import csv
+import hashlib
 import io
 import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .files import whole_file, write_text
 from .model import SpikeGPTForCausalLM, SpikeGPTState
 
 LOG_EVERY = 50  # steps
+FILES = ("training.safetensors", "stable.safetensors")  # the newest, and the one from just before the decay
 
 
 @dataclass
 class PretrainOptions:
-    """Settings of one run; the same ones, and the same tokens, give the same curve on one machine."""
+    """Settings of one run; the same ones, and the same tokens, give the same curve on one CPU.
+
+    Raises:
+        ValueError: values out of range; one message lists them all.
+    """
 
     steps: int
     batch_size: int = 16  # streams
@@ -43,6 +49,15 @@ class PretrainOptions:
     max_grad_norm: float = 1.0
     bf16: bool = False
     seed: int = 0
+
+    def __post_init__(self):
+        rules = [(name, ">= 1", getattr(self, name) >= 1) for name in ("steps", "batch_size", "length", "warmup")]
+        rules += [
+            ("learning_rate", "> 0 and finite", 0 < self.learning_rate < math.inf),
+            ("decay", "in [0, 1]", 0 <= self.decay <= 1),
+        ]
+        if problems := [f"{n} must be {rule}, got {getattr(self, n)!r}" for n, rule, holds in rules if not holds]:
+            raise ValueError("; ".join(problems))
 
     @property
     def decay_start(self) -> int:
@@ -91,6 +106,10 @@ class Pretraining:
 
     def __init__(self, model: SpikeGPTForCausalLM, tokens: np.ndarray, options: PretrainOptions):
         self.model, self.options = model, options
+        self.identity = {
+            "tokens": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(),
+            **{name: getattr(model.config, name) for name in ("vocab_size", "n_layer", "n_embd", "n_ffn", "dropout")},
+        }
         self.streams = Streams(tokens, options.batch_size, options.length, options.seed)
         self.optimizer = _optimizer(model, options)
         self.step, self.seconds, self.log = 0, 0.0, []  # log: [step, mean loss since the entry before, seconds]
@@ -103,10 +122,12 @@ class Pretraining:
         `save_seconds`, before the decay, and at the end.
 
         Raises:
-            FloatingPointError: the loss is not finite; what was saved before is still there.
+            FloatingPointError: loss or gradient is not finite; what was saved before is still there.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(".*.safetensors"):  # of a save that was killed
+            leftover.unlink()
         self.model.train()
         saved = time.perf_counter()
         while self.step < self.options.steps:
@@ -123,14 +144,16 @@ class Pretraining:
         ids = ids.to(self.model.device)
         loss, self.state = next_token_loss(self.model, ids, None if fresh else self.state, self.options.bf16)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+        value = loss.item()
+        if not (math.isfinite(value) and norm.isfinite()):
+            raise FloatingPointError(
+                f"loss {value}, gradient norm {norm.item()} at step {self.step}: try a lower learning rate"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.rate(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {self.step}: try a lower learning rate")
         self.step += 1
         self.seconds += time.perf_counter() - started
         self._losses.append(value)
@@ -147,42 +170,47 @@ class Pretraining:
         tensors |= {f"state.{name}": value for name, value in (self.state or {}).items()}
         tensors["rng"] = torch.get_rng_state()
         facts = {"step": self.step, "seconds": self.seconds, "log": self.log, "losses": self._losses}
+        facts |= {"options": asdict(self.options), "identity": self.identity}
         with whole_file(path) as temporary:
-            save_file(tensors, temporary, {"run": json.dumps(facts | {"options": asdict(self.options)})})
+            save_file(tensors, temporary, {"run": json.dumps(facts)})
 
     def resume(self, directory: str | Path) -> bool:
         """Go on from what `directory` holds of this run, or of a shorter one; False if it holds nothing.
 
         Raises:
-            ValueError: it holds a run of other options, or one that has decayed too far to be part of this one.
+            ValueError: it holds a run of other options, model or tokens, one that decayed before this one would, a
+                longer one, or a damaged file.
         """
-        for name in ("training.safetensors", "stable.safetensors"):
-            path = Path(directory) / name
-            if path.is_file() and self._belongs(path):
+        held = [path for name in FILES if (path := Path(directory) / name).is_file()]
+        for path in held:
+            if self._goes_on_from(path):
                 self._load(path)
                 return True
-        if any(Path(directory).glob("*.safetensors")):
+        if held:
             raise ValueError(
-                f"{directory} holds a run that this one cannot go on from: to make it longer, --steps must be enough "
-                "for its stable stretch to fit in; for another run, give another directory"
+                f"{directory} holds a shorter run whose decay begins before {self.options.decay_start} of these "
+                f"{self.options.steps} steps: give more steps, or another directory"
             )
         return False
 
-    def _belongs(self, path: Path) -> bool:
-        with safe_open(path, "pt") as file:
-            held = json.loads(file.metadata()["run"])
-        old = PretrainOptions(**held["options"])
-        differing = [k for k, v in asdict(old).items() if k != "steps" and v != getattr(self.options, k)]
-        if differing:
-            changes = "; ".join(f"{k} was {getattr(old, k)}, is {getattr(self.options, k)}" for k in differing)
+    def _goes_on_from(self, path: Path) -> bool:
+        held = _facts(path)
+        steps = held["options"].pop("steps")
+        old, new = held["options"] | held["identity"], asdict(self.options) | self.identity
+        if changes := "; ".join(f"{key} was {old[key]}, is {new[key]}" for key in old if old[key] != new[key]):
             raise ValueError(f"{path.parent} holds a run of other settings ({changes}): give another directory")
-        stable = held["step"] <= min(old.decay_start, self.options.decay_start)
-        return stable or old.steps == self.options.steps
+        if steps > self.options.steps and held["step"] > self.options.decay_start:
+            raise ValueError(
+                f"{path.parent} holds a run of {steps} steps, {held['step']} of them done: ask for at least as many, "
+                "or give another directory"
+            )
+        return steps == self.options.steps or held["step"] <= self._decay_start(steps)
+
+    def _decay_start(self, steps: int) -> int:
+        return min(replace(self.options, steps=steps).decay_start, self.options.decay_start)
 
     def _load(self, path: Path) -> None:
-        with safe_open(path, "pt", device=str(self.model.device)) as file:
-            facts = json.loads(file.metadata()["run"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        facts, tensors = _facts(path), load_file(path, device=str(self.model.device))
         parts = {"model": {}, "optimizer": {}, "state": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -200,6 +228,14 @@ class Pretraining:
         torch.set_rng_state(tensors["rng"].cpu())
         self.step, self.seconds, self.log = facts["step"], facts["seconds"], facts["log"]
         self._losses = facts["losses"]
+
+
+def _facts(path: Path) -> dict:
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["run"])
+    except (SafetensorError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no whole file of a training run ({error}): delete it") from error
 
 
 def _optimizer(model: nn.Module, options: PretrainOptions) -> torch.optim.Optimizer:
@@ -232,7 +268,7 @@ def perplexity(model: SpikeGPTForCausalLM, tokens: np.ndarray, facts: dict, bf16
         See `per_token_word_character`.
     """
     model.eval()
-    streams, length = 64, 256
+    streams, length = 64, 64
     rows = (
         torch.from_numpy(tokens[: len(tokens) // streams * streams].astype(np.int64)).view(streams, -1).to(model.device)
     )
@@ -259,14 +295,10 @@ def save_rounded(model: SpikeGPTForCausalLM, directory: str | Path) -> SpikeGPTF
     """Write `model` in bfloat16, half the size; returns it as it will be read again: rounded, in float32.
 
     A config of float32 stays with the file, so that from_pretrained computes in float32 unless told otherwise.
-
-    Raises:
-        ValueError: rounding turns a spike of the embedding on or off (E >= 0: a tiny negative value becomes -0).
     """
     rounded = copy.deepcopy(model).to(torch.bfloat16)
-    emb, emb_rounded = model.spikegpt.emb.weight, rounded.spikegpt.emb.weight
-    if changed := int(((emb >= 0) != (emb_rounded >= 0)).sum()):
-        raise ValueError(f"{changed} embedding values change their spike when rounded to bfloat16")
+    emb = rounded.spikegpt.emb.weight.data
+    emb[(model.spikegpt.emb.weight < 0) & (emb == 0)] = -1e-30  # rounded to -0, it would fire: -0 >= 0
     rounded.save_pretrained(directory)
     rounded = rounded.float()
     rounded.config.dtype = torch.float32

@@ -5,6 +5,7 @@ import lzma
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from spikegpt_lora.corpus import batched, prepare_corpus, read_documents, word_sequences
 
@@ -18,7 +19,7 @@ def document(i):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("\n".join(document(i) for i in range(300)) + "\n", encoding="utf-8")
+    path.write_text("\n".join(document(i) for i in range(800)) + "\n", encoding="utf-8")
     return path
 
 
@@ -50,7 +51,15 @@ def test_what_is_not_there_is_named(tmp_path):
         list(read_documents(tmp_path))
 
 
-@pytest.mark.parametrize("name, content", [("a.txt", b"caf\xe9"), ("a.txt.xz", lzma.compress(b"text\n" * 99)[:-20])])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.txt", b"caf\xe9"),
+        ("a.txt.xz", lzma.compress(b"text\n" * 99)[:-20]),
+        ("a.txt.gz", gzip.compress(b"text\n" * 99)[:10] + bytes(20)),
+        ("a.txt.bz2", b"no bzip2"),
+    ],
+)
 def test_damaged_text_is_refused_with_its_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} must be UTF-8 text"):
@@ -63,6 +72,9 @@ def test_word_sequences_ignore_case_punctuation_and_accents():
     }
     assert word_sequences("one two three four five six seven") == set()
     assert len(word_sequences(SENTENCE)) == 2
+    assert word_sequences("we ca n't say it 's not one of these") == word_sequences(
+        "We can't say it's not one of these"
+    )
 
 
 def test_documents_that_quote_an_evaluation_sentence_are_left_out_and_no_others(tmp_path, text):
@@ -71,7 +83,7 @@ def test_documents_that_quote_an_evaluation_sentence_are_left_out_and_no_others(
     with text.open("a", encoding="utf-8") as file:
         file.write(f"{quoting}\n{nearly}\n{document(5)}\n")
     corpus = prepare_corpus(text, tmp_path / "out", 300, [SENTENCE])
-    assert (corpus.facts["documents"], corpus.facts["duplicates"], corpus.facts["left_out"]) == (303, 1, 1)
+    assert (corpus.facts["documents"], corpus.facts["duplicates"], corpus.facts["left_out"]) == (803, 1, 1)
     kept = corpus.tokenizer.decode(np.concatenate([corpus.train, corpus.validation]))
     assert "seven and eight" in kept and "seven) eight" not in kept
 
@@ -90,12 +102,12 @@ def test_tokens_words_and_characters_are_counted(tmp_path, text):
     corpus = prepare_corpus(text, tmp_path / "out", 300)
     facts, end = corpus.facts["validation"], corpus.tokenizer.eos_token_id
     documents = corpus.tokenizer.decode(corpus.validation).split(corpus.tokenizer.eos_token)[:-1]
-    assert (facts["documents"], len(documents), int((corpus.validation == end).sum())) == (3, 3, 3)
+    assert (facts["documents"], len(documents), int((corpus.validation == end).sum())) == (8, 8, 8)
     assert facts["tokens"] == len(corpus.validation) and corpus.train.dtype == np.uint16
     number = int(documents[0].split()[1].rstrip(":"))
     assert documents[0].strip() == document(number).lower()
     words = [len(corpus.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(d.strip())) for d in documents]
-    assert facts["words"] == sum(words) + 3
+    assert facts["words"] == sum(words) + 8
 
 
 def test_a_second_call_finds_the_tokens_and_a_changed_one_makes_them_anew(tmp_path, text):
@@ -107,17 +119,41 @@ def test_a_second_call_finds_the_tokens_and_a_changed_one_makes_them_anew(tmp_pa
     assert changed.facts["left_out"] == 1 and (tmp_path / "out" / "train.npy").stat().st_mtime_ns != made
 
 
-def test_too_few_documents_are_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("one\ntwo\n")
-    with pytest.raises(ValueError, match="at least 100 documents are needed"):
+def test_an_interrupted_change_is_made_again(tmp_path, text):
+    before = prepare_corpus(text, tmp_path / "out", 300)
+
+    def stop(items, task):
+        if task == "train text to tokens":
+            raise KeyboardInterrupt
+        return items
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_corpus(text, tmp_path / "out", 200, progress=stop)
+    after = prepare_corpus(text, tmp_path / "out", 300)
+    assert len(after.tokenizer) == 300 and np.array_equal(after.validation, before.validation)
+
+
+@pytest.mark.parametrize("number, rule", [(2, "at least 100 documents are needed"), (100, "at least 128 tokens, got")])
+def test_too_little_text_is_refused(tmp_path, number, rule):
+    (tmp_path / "a.txt").write_text("\n".join(f"number {i}" for i in range(number)))
+    with pytest.raises(ValueError, match=rule):
         prepare_corpus(tmp_path / "a.txt", tmp_path / "out", 300)
 
 
 def test_progress_sees_every_document(tmp_path, text):
     seen = []
     prepare_corpus(text, tmp_path / "out", 300, progress=lambda items, task: seen.append((task, len(items))) or items)
-    assert seen == [("training the tokenizer", 297), ("validation text to tokens", 3), ("train text to tokens", 297)]
+    assert seen == [("training the tokenizer", 792), ("validation text to tokens", 8), ("train text to tokens", 792)]
 
 
 def test_batches_of_any_size():
     assert list(batched("abcde", 2)) == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_a_hub_dataset_gives_its_text_column(monkeypatch):
+    monkeypatch.setattr("spikegpt_lora.corpus.require_reachable", lambda url: None)
+    rows = {"a/b": Dataset.from_dict({"text": ["first", " ", "second"]}), "c/d": Dataset.from_dict({"body": ["x"]})}
+    monkeypatch.setattr("datasets.load_dataset", lambda repo_id, split: rows[repo_id])
+    assert list(read_documents("a/b")) == ["first", "second"]
+    with pytest.raises(ValueError, match="c/d must have a column text, found body"):
+        list(read_documents("c/d"))
