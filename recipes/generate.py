@@ -1,4 +1,4 @@
-"""Write text with a SpikeGPT language model, a token at a time, on whatever processor there is.
+"""Write text with a SpikeGPT language model on the CPU, a token at a time.
 
 The model reads the prompt once and carries its state on, so each further token costs the same, however long the text.
 """
@@ -19,33 +19,44 @@ def main() -> int:
     logging.basicConfig(format="%(message)s")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    source = embedded_checkpoint() if args.model == "embedded" else args.model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source).eval()
+        return write(args)
     except (OSError, ValueError) as error:
-        print(f"error: no language model at {args.model!r}: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+
+
+def write(args) -> int:
+    tokenizer, model = load(embedded_checkpoint() if args.model == "embedded" else args.model)
     prompt = tokenizer(args.prompt, return_tensors="pt")
     if prompt["input_ids"].shape[1] == 0:
         prompt = tokenizer(tokenizer.eos_token, return_tensors="pt")  # what stands before a text's first word
     set_seed(args.seed)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     started = time.perf_counter()
-    try:
-        ids = model.generate(
-            **prompt,
-            max_new_tokens=args.max_new_tokens,
-            do_sample=args.temperature > 0,
-            temperature=args.temperature or None,
-            top_p=args.top_p,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        )
-    except KeyboardInterrupt:
-        print()
-        return 130
+    ids = model.generate(
+        **prompt,
+        max_new_tokens=args.max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling if args.temperature else {"do_sample": False},
+    )
     made = ids.shape[1] - prompt["input_ids"].shape[1]
     print(f"[{made} tokens, {made / (time.perf_counter() - started):.0f} a second]", file=sys.stderr)
     return 0
+
+
+def load(source: str):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no language model at {source!r}: {error}") from error
+    if info["missing_keys"]:
+        raise ValueError(f"{source} is no language model: it has no {', '.join(sorted(info['missing_keys']))}")
+    return tokenizer, model.eval()
 
 
 def parse_arguments() -> argparse.Namespace:

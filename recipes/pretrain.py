@@ -4,10 +4,11 @@ Trains a BPE tokenizer, leaves out the documents that quote the evaluation tasks
 schedule, and leaves a folder that from_pretrained, generate.py and subj_finetune.py --model take. Stop it whenever you
 like: the same command goes on where it was. A finished run is made longer with a larger --steps.
 
-The embedded model is:  python recipes/pretrain.py reviews.txt.xz --steps 24000 --bf16 --output-dir runs/pretrain
+The card of the embedded model has the command that made it.
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import transformers
 from tqdm import tqdm
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, extension, load_task, record_spikes
-from spikegpt_lora.corpus import Corpus, prepare_corpus
+from spikegpt_lora.corpus import Corpus, prepare_corpus, read_documents
+from spikegpt_lora.data import TASKS
 from spikegpt_lora.files import write_json, write_text
 from spikegpt_lora.kneser_ney import KneserNey
 from spikegpt_lora.memory import keep_freed_memory
@@ -29,21 +31,24 @@ from spikegpt_lora.pretraining import (
     write_log,
 )
 
-TASKS = ("subj", "subj-mini")
+KNESER_NEY_TOKENS = 50_000_000  # it keeps all n-grams in memory, about 100 bytes a token
 
 
 def main() -> int:
     args = parse_arguments()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("spikegpt_lora").setLevel(logging.INFO)
     keep_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
+        options, config = settings(args)  # first: a wrong size is told before minutes of reading
         sentences = evaluation_sentences(args.decontaminate, args.data_dir)
         corpus = prepare_corpus(args.text, args.output_dir / "corpus", args.vocab_size, sentences, bar)
         describe(corpus)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         extension.use_extension("auto", device)  # what it has to say, it says before any progress bar
-        run = start(args, corpus, device)
+        run = start(options, config, corpus, device, args.output_dir)
         train(run, args)
         finish(run, corpus, args)
         return 0
@@ -51,7 +56,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last save (every --save-minutes).")
+        print("\nstopped; the same command goes on from the last save, if there was one (every --save-minutes).")
         return 130
 
 
@@ -61,8 +66,9 @@ def parse_arguments() -> argparse.Namespace:
         description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def add(group, name, help, default=None, **kwargs):
-        group.add_argument(name, default=default, help=f"{help} (default: %(default)s)", **kwargs)
+    def add(group, name, help, default, **kwargs):
+        shown = " ".join(default) if isinstance(default, list) else default
+        group.add_argument(name, default=default, help=f"{help} (default: {shown})", **kwargs)
 
     parser.add_argument("text", help="a file (a document a line; .xz too), a folder of them, or a hub dataset's id")
     add(parser, "--output-dir", "everything goes here", Path("runs/pretrain"), type=Path)
@@ -74,15 +80,15 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         metavar="TASK",
     )
-    add(parser, "--data-dir", "folder with Subj; else SPIKEGPT_LORA_DATA, else the hub", type=Path)
+    parser.add_argument("--data-dir", help="folder with Subj; else SPIKEGPT_LORA_DATA, else the hub", type=Path)
     model = parser.add_argument_group("model")
     add(model, "--n-layer", "blocks", 4, type=int)
     add(model, "--n-embd", "width", 256, type=int)
     add(model, "--vocab-size", "tokens of the BPE", 8192, type=int)
     add(model, "--dropout", "after each block", 0.0, type=float)
     training = parser.add_argument_group("training")
-    defaults = PretrainOptions(steps=0)
-    add(training, "--steps", "how many; the last fifth is the decay", 10000, type=int)
+    defaults = PretrainOptions(steps=10000)
+    add(training, "--steps", "how many; the last fifth is the decay", defaults.steps, type=int)
     add(training, "--batch-size", "streams of text read side by side", defaults.batch_size, type=int)
     add(training, "--length", "tokens a step and stream", defaults.length, type=int)
     add(training, "--learning-rate", "of the stable stretch", defaults.learning_rate, type=float)
@@ -104,7 +110,7 @@ def evaluation_sentences(names: list[str], data_dir: Path | None) -> list[str]:
             task = load_task(name, data_dir if name == "subj" else None)
             sentences += [text for split in task.values() for text in split["text"]]
         elif Path(name).is_file():
-            lines = Path(name).read_text(encoding="utf-8").split("\n")
+            lines = read_documents(name)
             sentences += [field for line in lines for field in line.split("\t")]
         else:
             raise ValueError(f"--decontaminate takes {', '.join(TASKS)}, a file, or none; got {name!r}")
@@ -121,23 +127,21 @@ def describe(corpus: Corpus) -> None:
         print(f"{name}: {facts[name]['documents']:,} documents, {facts[name]['tokens']:,} tokens")
 
 
-def start(args, corpus: Corpus, device: torch.device) -> Pretraining:
+def settings(args) -> tuple[PretrainOptions, SpikeGPTConfig]:
     shared = ("steps", "batch_size", "length", "learning_rate", "bf16", "seed")
+    sizes = ("vocab_size", "n_layer", "n_embd", "dropout")
     options = PretrainOptions(**{key: getattr(args, key) for key in shared})
-    config = SpikeGPTConfig(
-        vocab_size=len(corpus.tokenizer),
-        n_layer=args.n_layer,
-        n_embd=args.n_embd,
-        dropout=args.dropout,
-        context_length=args.length,
-        pad_token_id=corpus.tokenizer.pad_token_id,
-        eos_token_id=corpus.tokenizer.eos_token_id,
-    )
-    torch.manual_seed(args.seed)
+    return options, SpikeGPTConfig(context_length=args.length, **{key: getattr(args, key) for key in sizes})
+
+
+def start(options, config, corpus: Corpus, device: torch.device, directory: Path) -> Pretraining:
+    config.vocab_size = len(corpus.tokenizer)  # a small text may give fewer tokens than were asked for
+    config.pad_token_id, config.eos_token_id = corpus.tokenizer.pad_token_id, corpus.tokenizer.eos_token_id
+    torch.manual_seed(options.seed)
     run = Pretraining(SpikeGPTForCausalLM(config).to(device), corpus.train, options)
     size = sum(p.numel() for p in run.model.parameters())
     print(f"{size / 1e6:.2f} M parameters; an epoch is {run.streams.per_epoch:,} steps")
-    if run.resume(args.output_dir):
+    if run.resume(directory):
         print(f"going on from step {run.step:,}")
     return run
 
@@ -158,9 +162,9 @@ def finish(run: Pretraining, corpus: Corpus, args) -> None:
     folder = args.output_dir / "model"
     rounded = save_rounded(run.model, folder)
     corpus.tokenizer.save_pretrained(folder)
-    print("measuring on the validation text, beside a 5-gram Kneser-Ney model of the same training tokens ...")
+    print("measuring on the validation text, beside a Kneser-Ney model of the training tokens ...")
     facts = corpus.facts["validation"]
-    counted = KneserNey(corpus.train, rounded.config.vocab_size).nats(corpus.validation)
+    counted = KneserNey(corpus.train[:KNESER_NEY_TOKENS], rounded.config.vocab_size).nats(corpus.validation)
     record = {
         "options": vars(run.options),
         "config": {key: getattr(rounded.config, key) for key in ("vocab_size", "n_layer", "n_embd")},
@@ -207,7 +211,8 @@ def model_card(record: dict) -> str:
         f"- training: {options['steps']:,} steps of {options['batch_size']} x {options['length']} tokens "
         f"({record['tokens'] / 1e6:.1f} M) in {record['hours']:.2f} hours; AdamW, rate {options['learning_rate']:g}, "
         f"the last {options['decay']:.0%} of the steps decay",
-        f"Validation ({facts['validation']['documents']:,} documents that were not trained on, read once):",
+        f"Validation ({facts['validation']['documents']:,} documents that were not trained on). A sign counts as a "
+        "word, and so does a document's end; 5-grams are of the same tokens:",
         table(
             ["", "nats a token", "perplexity a token", "perplexity a word", "bits a character"],
             [

@@ -11,9 +11,10 @@ All methods start from the SpikeGPT that comes with the package, or from --model
     traces/spikelora-seed0.npz, .png           spikes of the first test sentences (spikegpt_lora/trace.py)
 
 Ctrl-C leaves what is finished readable; the same command goes on from there. Adding methods or seeds to a finished
-comparison runs only what is new. --tune N runs N trials a method instead, which see the validation split only, and
-leaves trials.md. --parity runs adapters as the SpikeLoRA authors do: "library", as their code (20 epochs, padding read
-as text, another 90/10 split for each seed, the last epoch tested), or "paper", as far as the paper says.
+comparison runs only what is new. --tune N runs N trials a method instead, on the first seed and judged on the
+validation split, and leaves trials.md. --parity gives adapters the SpikeLoRA authors' settings: "library", as in their
+code (20 epochs, padding read as text, another 90/10 split for each seed, the last epoch tested), or "paper", as far as
+it says.
 """
 
 import argparse
@@ -51,10 +52,10 @@ from spikegpt_lora.data import LABELS, resplit
 from spikegpt_lora.files import write_json, write_text
 from spikegpt_lora.memory import keep_freed_memory
 from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.training import METHODS, PARITY, FinetuneOptions, adapt, finetune, tokenize
+from spikegpt_lora.training import METHODS, PARITY, PROTOCOL, FinetuneOptions, adapt, finetune, tokenize
 
-# Found with --tune: equally many trials a method, on Subj's validation split alone (README). Those for "other" models
-# (216M) are smaller steps of the same kind: that model was not to be had where these were tuned.
+# Of the embedded model: found with --tune, equally many trials a method, on Subj's validation split alone (README).
+# Those of "other", larger models (216M) are smaller steps of the same kind: none was to be had where these were tuned.
 SETTINGS = {
     "embedded": {
         "full": {"learning_rate": 1e-3},
@@ -89,6 +90,7 @@ ADJUSTABLE = {
     "rank": (int, "of adapters; alpha is the same"),
     "v_threshold": (float, "of SpikeLoRA's gate"),
 }
+RANDOM_SIZES = {"n_layer": 2, "n_embd": 128, "vocab_size": 4096}
 UPSTREAM_TOKENIZERS = {"ridger/SpikeGPT-OpenWebText-216M": "EleutherAI/gpt-neox-20b"}
 PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
 
@@ -147,13 +149,15 @@ def parse_arguments() -> argparse.Namespace:
         "embedded",
     )
     add(model, "--tokenizer", "folder or hub id, where the model does not bring its own")
-    add(model, "--pooling", "what the classifier reads", "last_mean", choices=POOLINGS)
-    add(model, "--n-layer", "of a random model", 2, type=int)
-    add(model, "--n-embd", "of a random model", 128, type=int)
-    add(model, "--vocab-size", "of a random model's BPE", 4096, type=int)
+    add(model, "--pooling", "what the classifier reads (default: last_mean)", choices=POOLINGS)
+    for name, size in RANDOM_SIZES.items():
+        add(model, f"--{name.replace('_', '-')}", f"of a random model (default: {size})", type=positive)
 
     training = parser.add_argument_group("training", "one VALUE for all methods, or METHOD=VALUE ...")
     for name, (kind, help) in ADJUSTABLE.items():
+        usual = [SETTINGS["embedded"][method].get(name, getattr(FinetuneOptions, name, None)) for method in METHODS]
+        shown = str(usual[0]) if len(set(usual)) == 1 else " ".join(f"{m}={v:g}" for m, v in zip(METHODS, usual))
+        help = f"{help} (default, embedded model: {shown})"
         add(training, f"--{name.replace('_', '-')}", help, nargs="+", metavar="VALUE", type=per_method(kind))
     add(training, "--parity", "the SpikeLoRA authors' settings", choices=list(PARITY))
     add(training, "--max-length", "tokens a sentence", 128, type=positive)
@@ -162,10 +166,31 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.seeds = list(dict.fromkeys(args.seeds))
     try:
-        args.settings = settings(args)
+        resolve(args)
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def resolve(args) -> None:
+    """What follows from several arguments together, and which of them exclude each other."""
+    if args.tune and args.parity:
+        raise ValueError("--tune searches for settings and --parity fixes them: give one of the two")
+    if args.parity == "library" and (args.max_train_samples or args.pooling):
+        raise ValueError("--parity library fixes --pooling (last) and takes no --max-train-samples")
+    sizes = [name for name in RANDOM_SIZES if getattr(args, name) is not None]
+    if sizes and args.model != "random":
+        raise ValueError(f"--{sizes[0].replace('_', '-')} is for --model random; {args.model} has its own")
+    for name, size in RANDOM_SIZES.items():
+        setattr(args, name, getattr(args, name) or size)
+    args.pooling = args.pooling or ("last" if args.parity == "library" else "last_mean")
+    args.settings = settings(args)
+
+
+def is_small(model: str) -> bool:
+    """Whether `model` is a folder with a model of the embedded one's kind of size."""
+    file = Path(model) / "config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("n_embd", 0) <= 512
 
 
 def say(text: str) -> None:
@@ -193,11 +218,14 @@ def per_method(kind: type):
 
 def settings(args) -> dict[str, FinetuneOptions]:
     """Of each method: defaults for this model, then --parity's, then the command line's."""
-    kind = args.model if args.model in SETTINGS else "embedded" if Path(args.model).is_dir() else "other"
+    kind = args.model if args.model in SETTINGS else "embedded" if is_small(args.model) else "other"
     parity = PARITY.get(args.parity, {})
-    chosen = {method: {"bf16": args.bf16} | SETTINGS[kind][method] | parity for method in METHODS}
+    protocol = {key: value for key, value in parity.items() if key in PROTOCOL}
+    chosen = {method: {"bf16": args.bf16} | SETTINGS[kind][method] for method in METHODS}
+    for method in METHODS:
+        chosen[method] |= parity if "lora" in method else protocol
     for name in ADJUSTABLE:
-        for given in getattr(args, name) or []:
+        for given in sorted(getattr(args, name) or [], key=len, reverse=True):  # for one method after for all
             for method, value in given.items():
                 chosen[method][name] = value
     return {method: FinetuneOptions(**values) for method, values in chosen.items()}
@@ -240,7 +268,8 @@ def prepare(args: argparse.Namespace) -> Comparison:
         "options": options,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "data": sizes | {"cut_short": cut},
-        "baselines": bag_of_words_baselines(data),
+        # Under --parity library each seed tests other sentences, so there is no one row for these.
+        "baselines": [] if args.parity == "library" or args.tune else bag_of_words_baselines(data),
         "published": report.PUBLISHED.get(task, []),
     }
     return Comparison(args, data, tokenizer, results)
@@ -262,12 +291,16 @@ def check_options(args, task: str, data: DatasetDict) -> dict:
     """The settings that results depend on; raises if the output folder holds results of other ones."""
     not_results = {"output_dir", "data_dir", "methods", "seeds", "trace_sentences", "tune", "bf16", *ADJUSTABLE}
     options = {key: value for key, value in vars(args).items() if key not in not_results} | {"task": task}
+    options["model_sha256"] = fingerprint(args.model)
     options["settings"] = {method: asdict(of_method) for method, of_method in args.settings.items()}
     texts = "\n".join(text for split in data.values() for text in split["text"])
     options["text_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / "options.json"
-    if not file.exists() or not any(args.output_dir.glob("*/seed*/*")):  # nothing was run: a false start is forgotten
+    finished = any(args.output_dir.glob("*/seed*/*")) or any(args.output_dir.glob("trials/*/*"))
+    if PartialState().is_main_process and not (
+        file.exists() and finished
+    ):  # nothing was run: a false start is forgotten
         shutil.rmtree(args.output_dir / "tokenizer", ignore_errors=True)
         write_json(file, options)
     before = json.loads(file.read_text(encoding="utf-8"))
@@ -279,6 +312,13 @@ def check_options(args, task: str, data: DatasetDict) -> dict:
             "give another --output-dir, or delete this one"
         )
     return options
+
+
+def fingerprint(model: str) -> str | None:
+    """sha256 of the weights that a run starts from; None for random ones and for a hub id."""
+    source = Path(embedded_checkpoint() if model == "embedded" else model)
+    file = source / "model.safetensors" if source.is_dir() else source
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def flat(options: dict, prefix: str = "") -> dict:
@@ -307,14 +347,16 @@ def get_tokenizer(args, data: DatasetDict) -> PreTrainedTokenizerBase:
 
 
 def tune(comparison: Comparison) -> int:
-    """--tune trials of each method on the first seed. No test sentence is read."""
+    """--tune trials of each method on the first seed, judged on validation: the test labels are not used."""
+    if PartialState().num_processes > 1:
+        raise ValueError("--tune runs in one process: start it without torchrun")
     args, seed = comparison.args, comparison.args.seeds[0]
     trials = [(trial, method) for trial in range(args.tune) for method in args.methods]
     _, tokens = comparison.data_of(seed)
     del tokens["test"]
     records = []
     for number, (trial, method) in enumerate(trials, 1):
-        folder = args.output_dir / "trials" / method / f"trial{trial}"
+        folder = args.output_dir / "trials" / method / f"seed{seed}-trial{trial}"
         if not (folder / "trial.json").is_file():
             options = drawn(args.settings[method], trial)
             model = adapt(get_base(comparison, seed), method, options, seed)
@@ -343,6 +385,7 @@ def drawn(options: FinetuneOptions, trial: int) -> FinetuneOptions:
         word_dropout=draw.choice([0.0, 0.1, 0.2]),
         warmup=draw.choice([0.06, 0.2]),
         rank=draw.choice([8, 16, 32]),
+        v_threshold=options.v_threshold * draw.choice([0.5, 1, 2]),
     )
 
 
@@ -406,8 +449,7 @@ def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
     args, tokenizer = comparison.args, comparison.tokenizer
     source = embedded_checkpoint() if args.model == "embedded" else args.model
     set_seed(seed)
-    pooling = "last" if args.parity == "library" else args.pooling
-    changes = {"pooling": pooling, "id2label": dict(enumerate(LABELS))}
+    changes = {"pooling": args.pooling, "id2label": dict(enumerate(LABELS))}
     changes |= {"label2id": {name: i for i, name in enumerate(LABELS)}}
     changes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     if args.model == "random":
@@ -451,7 +493,9 @@ def record_traces(comparison: Comparison, model, test: Dataset, name: str) -> No
 def write_results(results: dict, out: Path, complete: bool) -> None:
     """results.json, results.md and accuracy.png from every finished run in the folder."""
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/seed*/run.json"))]
-    results |= {"runs": runs, "summary": report.summarize(runs), "comparisons": report.compare(runs)}
+    # Under --parity library each seed tests other sentences: no interval over sentences and seeds.
+    comparisons = [] if results["options"]["parity"] == "library" else report.compare(runs)
+    results |= {"runs": runs, "summary": report.summarize(runs), "comparisons": comparisons}
     results["complete"] = complete and len({tuple(row["seeds"]) for row in results["summary"]}) == 1
     write_json(out / "results.json", results)
     write_text(out / "results.md", report.markdown(results))

@@ -124,6 +124,7 @@ def model_card(results: dict, record: dict) -> str:
         auto="AutoPeftModelForSequenceClassification" if adapter else "AutoModelForSequenceClassification",
         task=results["task"],
         name=NAMES[record["method"]],
+        start="new weights in the shape of" if record["method"] == "scratch" else "starts from",
         model=results["model"],
         test_sentences=results["data"]["test"],
         validation=_validation(record),
@@ -143,14 +144,17 @@ def _validation(record: dict) -> str:
 
 def trials(records: list[dict]) -> str:
     """What tuning tried, as Markdown: the best trial of each method first."""
-    names = ["learning_rate", "epochs", "dropout", "word_dropout", "warmup", "rank"]
-    lines = ["| method | " + " | ".join(names) + " | best epoch | validation % |", "| --- |" + " ---: |" * 8]
+    names = ["learning_rate", "epochs", "dropout", "word_dropout", "warmup", "rank", "v_threshold"]
+    head = ["method", *names, "best epoch", "validation %", "sparsity %"]
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
     for method in [name for name in NAMES if any(record["method"] == name for record in records)]:
         of_method = [record for record in records if record["method"] == method]
         for record in sorted(of_method, key=lambda record: -record["validation_accuracy"]):
             values = " | ".join(f"{record['settings'][name]:g}" for name in names)
             accuracy = 100 * record["validation_accuracy"]
-            lines.append(f"| {NAMES[method]} | {values} | {record['best_epoch']} | {accuracy:.2f} |")
+            gates = (record["adapters"] or {}).get("sparsity")
+            sparsity = "–" if gates is None else f"{100 * gates:.1f}"
+            lines.append(f"| {NAMES[method]} | {values} | {record['best_epoch']} | {accuracy:.2f} | {sparsity} |")
     return "\n".join(lines) + "\n"
 
 
@@ -161,7 +165,7 @@ pipeline_tag: text-classification
 
 # SpikeGPT on {task}: {name}, seed {seed}
 
-- starts from ../../base/seed{seed} (model: {model})
+- {start} ../../base/seed{seed} (model: {model})
 - trained parameters: {trainable_parameters:,} of {total_parameters:,}
 - test accuracy {test_accuracy:.2f} % on {test_sentences:,} sentences
 - {validation}

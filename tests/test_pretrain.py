@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spikegpt_lora import embedded_checkpoint, load_task
+from spikegpt_lora import SpikeGPTForSequenceClassification, embedded_checkpoint, load_task
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["--n-layer", "1", "--n-embd", "16", "--vocab-size", "400", "--batch-size", "4", "--length", "16"]
@@ -99,6 +99,8 @@ def test_ctrl_c_says_how_to_go_on(text, tmp_path):
         ([RECIPES / "pretrain.py", "--decontaminate", "sst"], "--decontaminate takes subj, subj-mini, a file, or none"),
         ([RECIPES / "pretrain.py"], "the data of task subj were not found"),
         ([RECIPES / "generate.py", "--decontaminate", "none"], "at least 100 documents are needed"),
+        ([RECIPES / "generate.py", "--n-layer", "0", "--batch-size", "0"], "batch_size must be >= 1, got 0"),
+        ([RECIPES / "generate.py", "--n-layer", "0"], "n_layer must be >= 1, got 0"),
     ],
 )
 def test_wrong_input_is_one_clear_error(tmp_path, arguments, message):
@@ -122,14 +124,29 @@ def test_an_empty_prompt_begins_a_text(trained):
     assert done.returncode == 0 and done.stdout.strip() and "<eos>" not in done.stdout
 
 
-def test_no_model_is_one_clear_error():
-    done = run("generate.py", "--model", "nowhere")
-    assert done.returncode == 2 and "no language model at 'nowhere'" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "nowhere"], "no language model at 'nowhere'"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--temperature", "-1"], "temperature"),
+    ],
+)
+def test_generating_from_wrong_input_is_one_clear_error(arguments, message):
+    done = run("generate.py", *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_classifier_is_no_language_model(tmp_path):
+    SpikeGPTForSequenceClassification.from_pretrained(embedded_checkpoint()).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(embedded_checkpoint()).save_pretrained(tmp_path)
+    done = run("generate.py", "--model", tmp_path)
+    assert done.returncode == 2 and "is no language model: it has no head.weight" in done.stderr
 
 
 def test_the_embedded_model_writes_english():
     done = run("generate.py", "--prompt", "this film is one of the", "--temperature", 0, "--max-new-tokens", 12)
-    assert done.returncode == 0 and "best" in done.stdout or "worst" in done.stdout
+    assert done.returncode == 0 and ("best" in done.stdout or "worst" in done.stdout)
 
 
 def test_the_embedded_model_fits_its_limits():

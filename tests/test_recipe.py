@@ -1,5 +1,6 @@
 """recipes/subj_finetune.py as a user runs it: the whole comparison in small, interruption, and every wrong input."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -23,24 +24,13 @@ from spikegpt_lora.tokenizer import train_tokenizer
 from spikegpt_lora.training import METHODS
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "subj_finetune.py"
-SMALL = [
-    "--model",
-    "random",
-    "--n-embd",
-    "8",
-    "--n-layer",
-    "1",
-    "--vocab-size",
-    "300",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "16",
-]
+SMALL = ["--epochs", "2", "--batch-size", "16"]
+RANDOM = ["--model", "random", "--n-embd", "8", "--n-layer", "1", "--vocab-size", "300"]
 
 
 def command(out, *arguments):
-    return [sys.executable, str(RECIPE), "--output-dir", str(out), *SMALL, *arguments]
+    model = [] if "--model" in arguments else RANDOM
+    return [sys.executable, str(RECIPE), "--output-dir", str(out), *SMALL, *model, *arguments]
 
 
 def environment(**changes):
@@ -199,7 +189,7 @@ def test_tuning_runs_every_method_equally_often_and_reads_no_test_sentence(tmp_p
     arguments = ["--task", "subj-mini", "--methods", "head", "lora", "--max-train-samples", "32", "--tune", "2"]
     done = recipe(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
-    trials = {path: json.loads(path.read_text()) for path in tmp_path.glob("trials/*/trial*/trial.json")}
+    trials = {path: json.loads(path.read_text()) for path in tmp_path.glob("trials/*/seed0-trial*/trial.json")}
     assert sorted(trial["method"] for trial in trials.values()) == ["head", "head", "lora", "lora"]
     assert not any("test" in key for trial in trials.values() for key in trial)
     drawn = {(t["method"], t["settings"]["epochs"], t["settings"]["dropout"]) for t in trials.values()}
@@ -310,7 +300,10 @@ def test_an_upstream_checkpoint_is_fine_tuned(finished, tmp_path):
         (["--learning-rate", "lore=1e-3"], "no method lore; there are full"),
         (["--learning-rate", "nan"], "learning_rate must be > 0 and finite, got nan"),
         (["--task", "subj-mini", "--epochs", "0"], "epochs must be >= 1, got 0"),
-        (["--task", "subj-mini", "--n-layer", "0"], "n_layer must be >= 1, got 0"),
+        (["--task", "subj-mini", "--n-layer", "0"], "must be >= 1, got 0"),
+        (["--model", "embedded", "--n-layer", "2"], "--n-layer is for --model random; embedded has its own"),
+        (["--tune", "2", "--parity", "paper"], "give one of the two"),
+        (["--parity", "library", "--pooling", "mean"], "--parity library fixes --pooling"),
     ],
 )
 def test_wrong_input_is_one_clear_error(tmp_path, arguments, message):
@@ -347,3 +340,16 @@ def test_models_that_do_not_fit_are_refused(finished, tmp_path, wrong):
 def test_help_lists_what_it_leaves_behind():
     done = recipe("unused", "--help")
     assert done.returncode == 0 and "results.json" in done.stdout and "(default: embedded)" in done.stdout
+
+
+def test_the_authors_settings_are_given_to_adapters_whole():
+    from spikegpt_lora.training import PARITY
+
+    assert set(PARITY["library"]) - set(PARITY["paper"]) == {
+        "learning_rate", "schedule", "epochs", "keep", "group_by_length", "read_padding",
+    }  # fmt: skip
+    for name in PARITY:
+        args = argparse.Namespace(model="embedded", parity=name, bf16=False, **dict.fromkeys(MODULE.ADJUSTABLE))
+        chosen = MODULE.settings(args)
+        assert all(getattr(chosen["spikelora"], key) == value for key, value in PARITY[name].items())
+        assert chosen["head"].learning_rate == MODULE.SETTINGS["embedded"]["head"]["learning_rate"]

@@ -8,7 +8,15 @@ from spikegpt_lora import SpikeTrace, report
 GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}, "accuracy_without": 0.25}
 
 
-SETTINGS = {"learning_rate": 1e-3, "epochs": 5, "dropout": 0.1, "word_dropout": 0, "warmup": 0.06, "rank": 16}
+SETTINGS = {
+    "learning_rate": 1e-3,
+    "epochs": 5,
+    "dropout": 0.1,
+    "word_dropout": 0,
+    "warmup": 0.06,
+    "rank": 16,
+    "v_threshold": 0.1,
+}
 
 
 def run(method, seed, correct, adapters=None):
@@ -106,9 +114,9 @@ def test_trials_are_listed_best_first():
     better = RUNS[2] | {"validation_accuracy": 0.75, "settings": SETTINGS | {"epochs": 8}}
     rows = report.trials([RUNS[0], RUNS[2], better]).splitlines()[2:]
     assert rows == [
-        "| full fine-tuning | 0.001 | 8 | 0.1 | 0 | 0.06 | 16 | 1 | 75.00 |",
-        "| full fine-tuning | 0.001 | 5 | 0.1 | 0 | 0.06 | 16 | 1 | 50.00 |",
-        "| SpikeLoRA | 0.001 | 5 | 0.1 | 0 | 0.06 | 16 | 1 | 50.00 |",
+        "| full fine-tuning | 0.001 | 8 | 0.1 | 0 | 0.06 | 16 | 0.1 | 1 | 75.00 | – |",
+        "| full fine-tuning | 0.001 | 5 | 0.1 | 0 | 0.06 | 16 | 0.1 | 1 | 50.00 | – |",
+        "| SpikeLoRA | 0.001 | 5 | 0.1 | 0 | 0.06 | 16 | 0.1 | 1 | 50.00 | 75.0 |",
     ]
 
 
