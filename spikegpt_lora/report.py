@@ -265,6 +265,7 @@ def draw_accuracy(results: dict, path: Path) -> None:
     axis.set_ylabel("test accuracy, %")
     axis.set_title(f"{results['task']}, {results['model']}: one dot a seed", fontsize=9)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=8)
+    if results["baselines"]:
+        axis.legend(fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120)

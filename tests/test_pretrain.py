@@ -98,7 +98,7 @@ def test_ctrl_c_says_how_to_go_on(text, tmp_path):
         (["nowhere.txt", *MINI], "'nowhere.txt' is no file or folder"),
         ([RECIPES / "pretrain.py", "--decontaminate", "sst"], "--decontaminate takes subj, subj-mini, a file, or none"),
         ([RECIPES / "pretrain.py"], "the data of task subj were not found"),
-        ([RECIPES / "generate.py", "--decontaminate", "none"], "at least 100 documents are needed"),
+        ([Path(__file__).with_name("conftest.py"), "--decontaminate", "none"], "at least 100 documents are needed"),
         ([RECIPES / "generate.py", "--n-layer", "0", "--batch-size", "0"], "batch_size must be >= 1, got 0"),
         ([RECIPES / "generate.py", "--n-layer", "0"], "n_layer must be >= 1, got 0"),
     ],

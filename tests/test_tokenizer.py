@@ -24,7 +24,7 @@ def test_training_gives_the_same_tokenizer_in_every_process(tokenizer):
 
 
 def test_decoding_gives_the_text_back(tokenizer):
-    text = "don't miss it: the well-made dragon (superb, really) is 40 feet long!"
+    text = "don't miss it: the well-made dragon, superb, really, is 40 feet long!"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
