@@ -54,8 +54,8 @@ from spikegpt_lora.memory import keep_freed_memory
 from spikegpt_lora.tokenizer import train_tokenizer
 from spikegpt_lora.training import METHODS, PARITY, PROTOCOL, FinetuneOptions, adapt, finetune, tokenize
 
-# Of the embedded model: found with --tune, equally many trials a method, on Subj's validation split alone (README).
-# Those of "other", larger models (216M) are smaller steps of the same kind: none was to be had where these were tuned.
+# Of the embedded model: a first choice, one trial a method, not tuned yet. Of a random one: the best of three rates a
+# method on Subj's validation split (README). Of "other", larger models (216M): untried, none was to be had.
 SETTINGS = {
     "embedded": {
         "full": {"learning_rate": 1e-3},
@@ -298,9 +298,7 @@ def check_options(args, task: str, data: DatasetDict) -> dict:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / "options.json"
     finished = any(args.output_dir.glob("*/seed*/*")) or any(args.output_dir.glob("trials/*/*"))
-    if PartialState().is_main_process and not (
-        file.exists() and finished
-    ):  # nothing was run: a false start is forgotten
+    if PartialState().is_main_process and not (file.exists() and finished):  # a false start is forgotten
         shutil.rmtree(args.output_dir / "tokenizer", ignore_errors=True)
         write_json(file, options)
     before = json.loads(file.read_text(encoding="utf-8"))
