@@ -30,6 +30,7 @@ from spikegpt_lora.pretraining import (
     save_rounded,
     write_log,
 )
+from spikegpt_lora.report import table
 
 KNESER_NEY_TOKENS = 50_000_000  # it keeps all n-grams in memory, about 100 bytes a token
 
@@ -235,11 +236,6 @@ def model_card(record: dict) -> str:
         ),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def table(names: list[str], rows: list[list[str]]) -> str:
-    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

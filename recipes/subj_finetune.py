@@ -184,6 +184,7 @@ def resolve(args) -> None:
     for name, size in RANDOM_SIZES.items():
         setattr(args, name, getattr(args, name) or size)
     args.pooling = args.pooling or ("last" if args.parity == "library" else "last_mean")
+    args.source = embedded_checkpoint() if args.model == "embedded" else args.model
     args.settings = settings(args)
 
 
@@ -237,12 +238,15 @@ class Comparison:
 
     args: argparse.Namespace
     data: DatasetDict
+    tokens: DatasetDict
     tokenizer: PreTrainedTokenizerBase
     results: dict
 
     def data_of(self, seed: int) -> tuple[DatasetDict, DatasetDict]:
         """Text and tokens: the one split, or with --parity library the seed's own."""
-        data = resplit(self.data, seed) if self.args.parity == "library" else self.data
+        if self.args.parity != "library":
+            return self.data, self.tokens
+        data = resplit(self.data, seed)
         return data, tokenize(data, self.tokenizer, self.args.max_length)[0]
 
 
@@ -254,7 +258,7 @@ def prepare(args: argparse.Namespace) -> Comparison:
     with PartialState().main_process_first():  # on several devices: one writes, then all read
         options = check_options(args, task, data)
         tokenizer = get_tokenizer(args, data)
-    _, cut = tokenize(data, tokenizer, args.max_length)
+    tokens, cut = tokenize(data, tokenizer, args.max_length)
     used = resplit(data, args.seeds[0]) if args.parity == "library" else data
     sizes = {split: len(rows) for split, rows in used.items()}
     say(f"{task}: " + ", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " sentences")
@@ -272,7 +276,7 @@ def prepare(args: argparse.Namespace) -> Comparison:
         "baselines": [] if args.parity == "library" or args.tune else bag_of_words_baselines(data),
         "published": report.PUBLISHED.get(task, []),
     }
-    return Comparison(args, data, tokenizer, results)
+    return Comparison(args, data, tokens, tokenizer, results)
 
 
 def load_data(args) -> tuple[str, DatasetDict]:
@@ -289,9 +293,19 @@ def load_data(args) -> tuple[str, DatasetDict]:
 
 def check_options(args, task: str, data: DatasetDict) -> dict:
     """The settings that results depend on; raises if the output folder holds results of other ones."""
-    not_results = {"output_dir", "data_dir", "methods", "seeds", "trace_sentences", "tune", "bf16", *ADJUSTABLE}
+    not_results = {
+        "source",
+        "output_dir",
+        "data_dir",
+        "methods",
+        "seeds",
+        "trace_sentences",
+        "tune",
+        "bf16",
+        *ADJUSTABLE,
+    }
     options = {key: value for key, value in vars(args).items() if key not in not_results} | {"task": task}
-    options["model_sha256"] = fingerprint(args.model)
+    options["model_sha256"] = fingerprint(Path(args.source))
     options["settings"] = {method: asdict(of_method) for method, of_method in args.settings.items()}
     texts = "\n".join(text for split in data.values() for text in split["text"])
     options["text_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
@@ -312,9 +326,8 @@ def check_options(args, task: str, data: DatasetDict) -> dict:
     return options
 
 
-def fingerprint(model: str) -> str | None:
+def fingerprint(source: Path) -> str | None:
     """sha256 of the weights that a run starts from; None for random ones and for a hub id."""
-    source = Path(embedded_checkpoint() if model == "embedded" else model)
     file = source / "model.safetensors" if source.is_dir() else source
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
@@ -333,8 +346,7 @@ def get_tokenizer(args, data: DatasetDict) -> PreTrainedTokenizerBase:
         if not (folder / "tokenizer_config.json").is_file():
             train_tokenizer(data["train"]["text"], args.vocab_size).save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
-    source = embedded_checkpoint() if args.model == "embedded" else args.model
-    source = args.tokenizer or UPSTREAM_TOKENIZERS.get(source, source)
+    source = args.tokenizer or UPSTREAM_TOKENIZERS.get(args.source, args.source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -350,8 +362,7 @@ def tune(comparison: Comparison) -> int:
         raise ValueError("--tune runs in one process: start it without torchrun")
     args, seed = comparison.args, comparison.args.seeds[0]
     trials = [(trial, method) for trial in range(args.tune) for method in args.methods]
-    _, tokens = comparison.data_of(seed)
-    del tokens["test"]
+    tokens = DatasetDict({split: comparison.tokens[split] for split in ("train", "validation")})
     records = []
     for number, (trial, method) in enumerate(trials, 1):
         folder = args.output_dir / "trials" / method / f"seed{seed}-trial{trial}"
@@ -444,8 +455,7 @@ def get_base(comparison: Comparison, seed: int) -> SpikeGPTForSequenceClassifica
 
 
 def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
-    args, tokenizer = comparison.args, comparison.tokenizer
-    source = embedded_checkpoint() if args.model == "embedded" else args.model
+    args, source, tokenizer = comparison.args, comparison.args.source, comparison.tokenizer
     set_seed(seed)
     changes = {"pooling": args.pooling, "id2label": dict(enumerate(LABELS))}
     changes |= {"label2id": {name: i for i, name in enumerate(LABELS)}}
@@ -460,7 +470,7 @@ def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
     else:
         lm = load_upstream_checkpoint(source)
         model = SpikeGPTForSequenceClassification.from_language_model(lm, **changes)
-    largest = max(max(ids) for split in comparison.data_of(seed)[1].values() for ids in split["input_ids"])
+    largest = max(max(ids) for split in comparison.tokens.values() for ids in split["input_ids"])
     if largest >= model.config.vocab_size:
         raise ValueError(
             f"the tokenizer gives token {largest}, the model knows {model.config.vocab_size} tokens: they do not "

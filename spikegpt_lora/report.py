@@ -146,16 +146,22 @@ def trials(records: list[dict]) -> str:
     """What tuning tried, as Markdown: the best trial of each method first."""
     names = ["learning_rate", "epochs", "dropout", "word_dropout", "warmup", "rank", "v_threshold"]
     head = ["method", *names, "best epoch", "validation %", "sparsity %"]
-    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    rows = []
     for method in [name for name in NAMES if any(record["method"] == name for record in records)]:
         of_method = [record for record in records if record["method"] == method]
         for record in sorted(of_method, key=lambda record: -record["validation_accuracy"]):
-            values = " | ".join(f"{record['settings'][name]:g}" for name in names)
-            accuracy = 100 * record["validation_accuracy"]
+            values = [f"{record['settings'][name]:g}" for name in names]
+            accuracy = f"{100 * record['validation_accuracy']:.2f}"
             gates = (record["adapters"] or {}).get("sparsity")
             sparsity = "–" if gates is None else f"{100 * gates:.1f}"
-            lines.append(f"| {NAMES[method]} | {values} | {record['best_epoch']} | {accuracy:.2f} | {sparsity} |")
-    return "\n".join(lines) + "\n"
+            rows.append([NAMES[method], *values, str(record["best_epoch"]), accuracy, sparsity])
+    return table(head, rows) + "\n"
+
+
+def table(names: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: the first column to the left, the others (numbers) to the right."""
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 _CARD = """---
