@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import logging
 import platform
 import random
 import statistics
@@ -42,12 +41,12 @@ from spikegpt_lora import (
     SpikeGPTForCausalLM,
     SpikeGPTForSequenceClassification,
     SpikeLoraConfig,
+    command_line,
     extension,
     wkv,
 )
 from spikegpt_lora.extension import build
 from spikegpt_lora.files import whole_file, write_text
-from spikegpt_lora.memory import keep_freed_memory
 from spikegpt_lora.spikes import LIF
 
 SMALL = {"n_layer": 4, "n_embd": 256, "batch": 32, "tokens": 40}
@@ -61,10 +60,7 @@ class Disagreement(Exception):
 
 def main() -> int:
     args = parse_arguments()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("spikegpt_lora").setLevel(logging.INFO)
-    keep_freed_memory()
-    transformers.utils.logging.set_verbosity_error()
+    command_line.set_up()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -88,11 +84,12 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds of each comparison (default: 15)")
-    parser.add_argument("--threads", type=int, help="default: torch's own")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/bench"), help="default: runs/bench")
+    parser = command_line.parser(__doc__)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which comparisons (default: all)")
+    add("--repeats", type=command_line.positive, default=15, help="rounds of each comparison")
+    add("--threads", type=command_line.positive, help="of torch (default: its own choice)")
+    add("--output-dir", type=Path, default=Path("runs/bench"), help="the table and the CSV go here")
     return parser.parse_args()
 
 

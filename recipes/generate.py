@@ -4,21 +4,18 @@ The model reads the prompt once and carries its state on, so each further token 
 """
 
 import argparse
-import logging
 import sys
 import time
 
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
-from spikegpt_lora import embedded_checkpoint
+from spikegpt_lora import command_line
+from spikegpt_lora.checkpoint import load_language_model
 
 
 def main() -> int:
     args = parse_arguments()
-    logging.basicConfig(format="%(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    command_line.set_up()
     try:
         return write(args)
     except (OSError, ValueError) as error:
@@ -30,7 +27,7 @@ def main() -> int:
 
 
 def write(args) -> int:
-    tokenizer, model = load(embedded_checkpoint() if args.model == "embedded" else args.model)
+    model, tokenizer = load_language_model(args.model)
     prompt = tokenizer(args.prompt, return_tensors="pt")
     if prompt["input_ids"].shape[1] == 0:
         prompt = tokenizer(tokenizer.eos_token, return_tensors="pt")  # what stands before a text's first word
@@ -48,29 +45,20 @@ def write(args) -> int:
     return 0
 
 
-def load(source: str):
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no language model at {source!r}: {error}") from error
-    if info["missing_keys"]:
-        raise ValueError(f"{source} is no language model: it has no {', '.join(sorted(info['missing_keys']))}")
-    return tokenizer, model.eval()
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(name, help, default, **kwargs):
-        parser.add_argument(name, default=default, help=f"{help} (default: %(default)s)", **kwargs)
-
-    add("--model", "embedded, the folder of a saved language model, or a hub id", "embedded")
-    add("--prompt", "the text begins with it", "this film is")
-    add("--max-new-tokens", "it ends there, or where the model ends the text", 100, type=int)
-    add("--temperature", "below 1 safer, above 1 wilder; 0 takes the likeliest token each time", 0.8, type=float)
-    add("--top-p", "only the likeliest tokens that together have this probability", 0.9, type=float)
-    add("--seed", "the same seed writes the same text", 0, type=int)
+    parser = command_line.parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="embedded", help="embedded, the folder of a saved language model, or a hub id")
+    add("--prompt", default="this film is", help="the text begins with it")
+    add("--max-new-tokens", default=100, type=command_line.positive, help="it ends there, or where the text ends")
+    add(
+        "--temperature",
+        default=0.8,
+        type=float,
+        help="below 1 safer, above 1 wilder; 0 takes the likeliest token each time",
+    )
+    add("--top-p", default=0.9, type=float, help="only the likeliest tokens that together have this probability")
+    add("--seed", default=0, type=int, help="the same seed writes the same text")
     return parser.parse_args()
 
 

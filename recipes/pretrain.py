@@ -2,26 +2,25 @@
 
 Trains a BPE tokenizer, leaves out the documents that quote the evaluation tasks, trains with a warm-up/stable/decay
 schedule, and leaves a folder that from_pretrained, generate.py and subj_finetune.py --model take. Stop it whenever you
-like: the same command goes on where it was. A finished run is made longer with a larger --steps.
+like: the same command goes on where it was. A finished run is made longer with a larger --steps. --model trains a model
+that exists further, on any text; --pairs adds a second task, which of many sentences comes next.
 
 The card of the embedded model has the command that made it.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, extension, load_task, record_spikes
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, command_line, extension, load_task, record_spikes
+from spikegpt_lora.checkpoint import load_language_model
 from spikegpt_lora.corpus import Corpus, prepare_corpus, read_documents
 from spikegpt_lora.data import TASKS
 from spikegpt_lora.files import write_json, write_text
 from spikegpt_lora.kneser_ney import KneserNey
-from spikegpt_lora.memory import keep_freed_memory
 from spikegpt_lora.pretraining import (
     Pretraining,
     PretrainOptions,
@@ -31,25 +30,25 @@ from spikegpt_lora.pretraining import (
     write_log,
 )
 from spikegpt_lora.report import table
+from spikegpt_lora.training import set_dropout
 
+SIZES = {"n_layer": (4, "blocks"), "n_embd": (256, "width"), "vocab_size": (8192, "tokens of the BPE")}
 KNESER_NEY_TOKENS = 50_000_000  # it keeps all n-grams in memory, about 100 bytes a token
 
 
 def main() -> int:
     args = parse_arguments()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("spikegpt_lora").setLevel(logging.INFO)
-    keep_freed_memory()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    command_line.set_up()
     try:
-        options, config = settings(args)  # first: a wrong size is told before minutes of reading
+        options, config = settings(args)  # these two first: a wrong value is told before minutes of reading
+        model, tokenizer = load_language_model(args.model) if args.model else (None, config.vocab_size)
         sentences = evaluation_sentences(args.decontaminate, args.data_dir)
-        corpus = prepare_corpus(args.text, args.output_dir / "corpus", args.vocab_size, sentences, bar)
+        corpus = prepare_corpus(args.text, args.output_dir / "corpus", tokenizer, sentences, bar)
         describe(corpus)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         extension.use_extension("auto", device)  # what it has to say, it says before any progress bar
-        run = start(options, config, corpus, device, args.output_dir)
+        model = model or new(config, corpus, options.seed)
+        run = start(options, model.to(device), corpus, args)
         train(run, args)
         finish(run, corpus, args)
         return 0
@@ -62,40 +61,36 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    def add(group, name, help, default, **kwargs):
-        shown = " ".join(default) if isinstance(default, list) else default
-        group.add_argument(name, default=default, help=f"{help} (default: {shown})", **kwargs)
-
-    parser.add_argument("text", help="a file (a document a line; .xz too), a folder of them, or a hub dataset's id")
-    add(parser, "--output-dir", "everything goes here", Path("runs/pretrain"), type=Path)
+    parser = command_line.parser(__doc__)
+    add = parser.add_argument
+    add("text", help="a file (a document a line; .xz too), a folder of them, or a hub dataset's id")
+    add("--output-dir", default=Path("runs/pretrain"), type=Path, help="everything goes here")
     add(
-        parser,
         "--decontaminate",
-        "tasks, or files of sentences (tabs part them), whose quotations are left out; none: leave out nothing",
-        list(TASKS),
+        default=list(TASKS),
         nargs="+",
         metavar="TASK",
+        help="tasks, or files of sentences (tabs part them), whose quotations are left out; none: leave out nothing",
     )
-    parser.add_argument("--data-dir", help="folder with Subj; else SPIKEGPT_LORA_DATA, else the hub", type=Path)
-    model = parser.add_argument_group("model")
-    add(model, "--n-layer", "blocks", 4, type=int)
-    add(model, "--n-embd", "width", 256, type=int)
-    add(model, "--vocab-size", "tokens of the BPE", 8192, type=int)
-    add(model, "--dropout", "after each block", 0.0, type=float)
-    training = parser.add_argument_group("training")
+    add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the hub")
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        help="embedded, a folder or a hub id, to be trained further (default: a new one)",
+    )
+    for name, (size, help) in SIZES.items():
+        add(f"--{name.replace('_', '-')}", type=int, help=f"{help} of a new model (default: {size})")
+    add("--dropout", default=0.0, type=float, help="after each block")
+    add = parser.add_argument_group("training").add_argument
     defaults = PretrainOptions(steps=10000)
-    add(training, "--steps", "how many; the last fifth is the decay", defaults.steps, type=int)
-    add(training, "--batch-size", "streams of text read side by side", defaults.batch_size, type=int)
-    add(training, "--length", "tokens a step and stream", defaults.length, type=int)
-    add(training, "--learning-rate", "of the stable stretch", defaults.learning_rate, type=float)
-    add(training, "--seed", "of initial values, order and dropout", defaults.seed, type=int)
-    add(training, "--save-minutes", "between saves", 5.0, type=float)
-    training.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision: where the processor has it")
+    add("--steps", default=defaults.steps, type=int, help="how many; the last fifth is the decay")
+    add("--batch-size", default=defaults.batch_size, type=int, help="streams of text read side by side")
+    add("--length", default=defaults.length, type=int, help="tokens a step and stream")
+    add("--pairs", default=defaults.pairs, type=int, help="of neighbouring sentences a step, to be told from others")
+    add("--learning-rate", default=defaults.learning_rate, type=float, help="of the stable stretch")
+    add("--seed", default=defaults.seed, type=int, help="of initial values, order and dropout")
+    add("--save-minutes", default=5.0, type=float, help="between saves")
+    add("--bf16", action="store_true", help="bfloat16 mixed precision: where the processor has it")
     return parser.parse_args()
 
 
@@ -129,20 +124,27 @@ def describe(corpus: Corpus) -> None:
 
 
 def settings(args) -> tuple[PretrainOptions, SpikeGPTConfig]:
-    shared = ("steps", "batch_size", "length", "learning_rate", "bf16", "seed")
-    sizes = ("vocab_size", "n_layer", "n_embd", "dropout")
-    options = PretrainOptions(**{key: getattr(args, key) for key in shared})
-    return options, SpikeGPTConfig(context_length=args.length, **{key: getattr(args, key) for key in sizes})
+    names = ("steps", "batch_size", "length", "learning_rate", "bf16", "seed", "pairs")
+    options = PretrainOptions(**{name: getattr(args, name) for name in names})
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    if given and args.model:
+        raise ValueError(f"{', '.join(given)}: sizes are for a new model; {args.model} has its own")
+    sizes = {name: size for name, (size, _) in SIZES.items()} | given
+    return options, SpikeGPTConfig(context_length=args.length, **sizes)
 
 
-def start(options, config, corpus: Corpus, device: torch.device, directory: Path) -> Pretraining:
+def new(config: SpikeGPTConfig, corpus: Corpus, seed: int) -> SpikeGPTForCausalLM:
     config.vocab_size = len(corpus.tokenizer)  # a small text may give fewer tokens than were asked for
     config.pad_token_id, config.eos_token_id = corpus.tokenizer.pad_token_id, corpus.tokenizer.eos_token_id
-    torch.manual_seed(options.seed)
-    run = Pretraining(SpikeGPTForCausalLM(config).to(device), corpus.train, options)
-    size = sum(p.numel() for p in run.model.parameters())
+    torch.manual_seed(seed)
+    return SpikeGPTForCausalLM(config)
+
+
+def start(options: PretrainOptions, model: SpikeGPTForCausalLM, corpus: Corpus, args) -> Pretraining:
+    run = Pretraining(set_dropout(model, args.dropout), corpus.train, options, corpus.tokenizer)
+    size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f} M parameters; an epoch is {run.streams.per_epoch:,} steps")
-    if run.resume(directory):
+    if run.resume(args.output_dir):
         print(f"going on from step {run.step:,}")
     return run
 
@@ -169,6 +171,7 @@ def finish(run: Pretraining, corpus: Corpus, args) -> None:
     record = {
         "options": vars(run.options),
         "config": {key: getattr(rounded.config, key) for key in ("vocab_size", "n_layer", "n_embd")},
+        "began_as": args.model,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "tokens": run.step * run.options.batch_size * run.options.length,
         "hours": run.seconds / 3600,

@@ -21,17 +21,14 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import logging
-import random
 import shutil
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
@@ -39,6 +36,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from spikegpt_lora import (
     SpikeGPTConfig,
     SpikeGPTForSequenceClassification,
+    command_line,
     embedded_checkpoint,
     extension,
     load_task,
@@ -50,35 +48,10 @@ from spikegpt_lora.baselines import bag_of_words_baselines
 from spikegpt_lora.config import POOLINGS
 from spikegpt_lora.data import LABELS, resplit
 from spikegpt_lora.files import write_json, write_text
-from spikegpt_lora.memory import keep_freed_memory
+from spikegpt_lora.settings import METHODS, PARITY, SETTINGS, choose, drawn
 from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.training import METHODS, PARITY, PROTOCOL, FinetuneOptions, adapt, finetune, tokenize
+from spikegpt_lora.training import adapt, finetune, tokenize
 
-# Of the embedded model: a first choice, one trial a method, not tuned yet. Of a random one: the best of three rates a
-# method on Subj's validation split (README). Of "other", larger models (216M): untried, none was to be had.
-SETTINGS = {
-    "embedded": {
-        "full": {"learning_rate": 1e-3},
-        "lora": {"learning_rate": 3e-3},
-        "spikelora": {"learning_rate": 3e-3, "v_threshold": 0.5},
-        "head": {"learning_rate": 1e-2},
-        "scratch": {"learning_rate": 3e-3, "dropout": 0.2},
-    },
-    "random": {
-        "full": {"learning_rate": 1e-2, "dropout": 0.2},
-        "lora": {"learning_rate": 3e-3, "dropout": 0.2},
-        "spikelora": {"learning_rate": 3e-3, "dropout": 0.2},
-        "head": {"learning_rate": 3e-3, "dropout": 0.2},
-        "scratch": {"learning_rate": 1e-2, "dropout": 0.2},
-    },
-    "other": {
-        "full": {"learning_rate": 5e-5, "dropout": 0.03},
-        "lora": {"learning_rate": 3e-4, "dropout": 0.03},
-        "spikelora": {"learning_rate": 3e-4, "dropout": 0.03},
-        "head": {"learning_rate": 1e-3, "dropout": 0.03},
-        "scratch": {"learning_rate": 1e-4, "dropout": 0.03},
-    },
-}
 # What the command line may change, for all methods or for one.
 ADJUSTABLE = {
     "learning_rate": (float, "at its highest"),
@@ -97,12 +70,8 @@ PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
 
 def main() -> int:
     args = parse_arguments()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("spikegpt_lora").setLevel(logging.INFO)
-    keep_freed_memory()
+    command_line.set_up()
     PartialState(cpu=not torch.cuda.is_available())  # one process, or what torchrun started
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()  # of files, within a second
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft's
     try:
         comparison = prepare(args)
@@ -117,52 +86,36 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    def add(group, name, help, default=None, **kwargs):
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        group.add_argument(
-            name, default=default, help=help if default is None else f"{help} (default: {shown})", **kwargs
-        )
-
+    parser = command_line.parser(__doc__)
+    add, positive = parser.add_argument, command_line.positive
     add(
-        parser,
         "--task",
-        "by default subj, and the built-in subj-mini where subj is not found",
         choices=["subj", "subj-mini"],
+        help="default: subj, or the built-in subj-mini where it is not found",
     )
-    add(parser, "--data-dir", "folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub", type=Path)
-    add(parser, "--output-dir", "results go here (default: runs/ and the task's name)", type=Path)
-    add(parser, "--methods", "which to compare", list(METHODS[:4]), nargs="+", choices=METHODS, metavar="METHOD")
-    add(parser, "--seeds", "one run a method and seed", [0], nargs="+", type=int, metavar="SEED")
-    add(parser, "--trace-sentences", "test sentences whose spikes are recorded", 32, type=positive)
-    add(parser, "--tune", "so many trials a method instead, on the validation split", type=positive, metavar="N")
-
-    model = parser.add_argument_group("model")
+    add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub")
+    add("--output-dir", type=Path, help="results go here (default: runs/ and the task's name)")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS[:4]), help="which to compare")
+    add("--seeds", nargs="+", type=int, metavar="SEED", default=[0], help="one run a method and seed")
+    add("--trace-sentences", type=positive, default=32, help="test sentences whose spikes are recorded")
+    add("--tune", type=positive, metavar="N", help="N trials a method instead, on the validation split")
+    add = parser.add_argument_group("model").add_argument
     add(
-        model,
         "--model",
-        "embedded, random, the folder of a saved model, an upstream .pth file, or a hub id",
-        "embedded",
+        default="embedded",
+        help="embedded, random, a folder, an upstream .pth file, or a hub id",
     )
-    add(model, "--tokenizer", "folder or hub id, where the model does not bring its own")
-    add(model, "--pooling", "what the classifier reads (default: last_mean)", choices=POOLINGS)
+    add("--tokenizer", help="folder or hub id, where the model does not bring its own")
+    add("--pooling", choices=POOLINGS, help="what the classifier reads (default: last_mean)")
     for name, size in RANDOM_SIZES.items():
-        add(model, f"--{name.replace('_', '-')}", f"of a random model (default: {size})", type=positive)
-
-    training = parser.add_argument_group("training", "one VALUE for all methods, or METHOD=VALUE ...")
+        add(f"--{name.replace('_', '-')}", type=positive, help=f"of a random model (default: {size})")
+    add = parser.add_argument_group("training", "one VALUE for all methods, or METHOD=VALUE ...").add_argument
     for name, (kind, help) in ADJUSTABLE.items():
-        usual = [SETTINGS["embedded"][method].get(name, getattr(FinetuneOptions, name, None)) for method in METHODS]
-        shown = str(usual[0]) if len(set(usual)) == 1 else " ".join(f"{m}={v:g}" for m, v in zip(METHODS, usual))
-        help = f"{help} (default, embedded model: {shown})"
-        add(training, f"--{name.replace('_', '-')}", help, nargs="+", metavar="VALUE", type=per_method(kind))
-    add(training, "--parity", "the SpikeLoRA authors' settings", choices=list(PARITY))
-    add(training, "--max-length", "tokens a sentence", 128, type=positive)
-    add(training, "--max-train-samples", "use only so many training sentences (a quick try)", type=positive)
-    training.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
+        add(f"--{name.replace('_', '-')}", nargs="+", metavar="VALUE", type=per_method(kind), help=help + usual(name))
+    add("--parity", choices=list(PARITY), help="the SpikeLoRA authors' settings")
+    add("--max-length", type=positive, default=128, help="tokens a sentence")
+    add("--max-train-samples", type=positive, help="use only so many training sentences (a quick try)")
+    add("--bf16", action="store_true", help="bfloat16 mixed precision")
     args = parser.parse_args()
     args.seeds = list(dict.fromkeys(args.seeds))
     try:
@@ -170,6 +123,13 @@ def parse_arguments() -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def usual(name: str) -> str:
+    """What a setting is for the embedded model if nothing is said, as the help shows it."""
+    values = {method: getattr(options, name) for method, options in choose("embedded").items()}
+    shown = [str(values["full"])] if len(set(values.values())) == 1 else [f"{m}={v:g}" for m, v in values.items()]
+    return f" (default, embedded model: {' '.join(shown)})"
 
 
 def resolve(args) -> None:
@@ -185,7 +145,9 @@ def resolve(args) -> None:
         setattr(args, name, getattr(args, name) or size)
     args.pooling = args.pooling or ("last" if args.parity == "library" else "last_mean")
     args.source = embedded_checkpoint() if args.model == "embedded" else args.model
-    args.settings = settings(args)
+    kind = args.model if args.model in SETTINGS else "embedded" if is_small(args.model) else "other"
+    changes = {name: getattr(args, name) or [] for name in ADJUSTABLE}
+    args.settings = choose(kind, args.parity, args.bf16, changes)
 
 
 def is_small(model: str) -> bool:
@@ -199,13 +161,6 @@ def say(text: str) -> None:
         print(text)
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
-    return number
-
-
 def per_method(kind: type):
     def parse(text: str) -> dict:
         method, _, value = text.rpartition("=")
@@ -215,21 +170,6 @@ def per_method(kind: type):
 
     parse.__name__ = f"{kind.__name__}, or METHOD={kind.__name__}"  # what argparse calls it in its message
     return parse
-
-
-def settings(args) -> dict[str, FinetuneOptions]:
-    """Of each method: defaults for this model, then --parity's, then the command line's."""
-    kind = args.model if args.model in SETTINGS else "embedded" if is_small(args.model) else "other"
-    parity = PARITY.get(args.parity, {})
-    protocol = {key: value for key, value in parity.items() if key in PROTOCOL}
-    chosen = {method: {"bf16": args.bf16} | SETTINGS[kind][method] for method in METHODS}
-    for method in METHODS:
-        chosen[method] |= parity if "lora" in method else protocol
-    for name in ADJUSTABLE:
-        for given in sorted(getattr(args, name) or [], key=len, reverse=True):  # for one method after for all
-            for method, value in given.items():
-                chosen[method][name] = value
-    return {method: FinetuneOptions(**values) for method, values in chosen.items()}
 
 
 @dataclass
@@ -379,23 +319,6 @@ def tune(comparison: Comparison) -> int:
     write_text(args.output_dir / "trials.md", table := report.trials(records))
     print(f"\n{table}\nWritten to {args.output_dir / 'trials.md'}.")
     return 0
-
-
-def drawn(options: FinetuneOptions, trial: int) -> FinetuneOptions:
-    """Trial 0 is the settings themselves; the others draw around them, the same for every method."""
-    if trial == 0:
-        return options
-    draw = random.Random(trial)
-    return replace(
-        options,
-        learning_rate=options.learning_rate * draw.choice([1 / 4, 1 / 2, 1, 2, 4]),
-        epochs=draw.choice([3, 5, 8]),
-        dropout=draw.choice([0.05, 0.1, 0.2, 0.3]),
-        word_dropout=draw.choice([0.0, 0.1, 0.2]),
-        warmup=draw.choice([0.06, 0.2]),
-        rank=draw.choice([8, 16, 32]),
-        v_threshold=options.v_threshold * draw.choice([0.5, 1, 2]),
-    )
 
 
 def run_all(comparison: Comparison) -> int:

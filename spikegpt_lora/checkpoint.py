@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants, list_repo_files
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .config import SpikeGPTConfig
 from .files import whole_file
@@ -41,6 +42,26 @@ def embedded_checkpoint() -> str:
     """The folder of the SpikeGPT that comes with the package, for any `from_pretrained`: a small English language model
     of film reviews, and its tokenizer. Its README.md says what it was trained on and what it is not good for."""
     return str(EMBEDDED)
+
+
+def load_language_model(source: str) -> tuple[SpikeGPTForCausalLM, PreTrainedTokenizerBase]:
+    """A language model in float32 and evaluation mode, and its tokenizer.
+
+    Args:
+        source: "embedded", the folder of a saved model, or a hub id.
+
+    Raises:
+        ValueError: nothing to be read there, or another kind of model.
+    """
+    source = str(EMBEDDED) if source == "embedded" else source
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, info = SpikeGPTForCausalLM.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no language model at {source!r}: {error}") from error
+    if info["missing_keys"]:
+        raise ValueError(f"{source} is no language model: it has no {', '.join(sorted(info['missing_keys']))}")
+    return model.eval(), tokenizer
 
 
 def load_upstream_checkpoint(source: str | os.PathLike | Mapping[str, Tensor]) -> SpikeGPTForCausalLM:

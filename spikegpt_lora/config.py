@@ -2,6 +2,8 @@
 
 from transformers import GenerationConfig, PretrainedConfig
 
+from .rules import broken
+
 POOLINGS = ("last", "mean", "last_mean")
 
 # What transformers itself passes to a config beside its fields (saved by older versions, or set by `from_pretrained`).
@@ -83,17 +85,9 @@ class SpikeGPTConfig(PretrainedConfig):
     def _bad_values(self) -> list[str]:
         sizes = ("vocab_size", "n_embd", "n_layer", "n_ffn", "context_length")
         numbers = ("dropout", "layer_norm_eps", "lif_tau", "lif_v_threshold", "lif_surrogate_alpha")
-        wrong = [
-            f"{key} must be an integer, got {getattr(self, key)!r}"
-            for key in sizes
-            if type(getattr(self, key)) is not int
-        ]
-        wrong += [
-            f"{key} must be a number, got {getattr(self, key)!r}"
-            for key in numbers
-            if not isinstance(getattr(self, key), (int, float))
-        ]
-        if wrong:
+        rules = [(key, "an integer", type(getattr(self, key)) is int) for key in sizes]
+        rules += [(key, "a number", isinstance(getattr(self, key), (int, float))) for key in numbers]
+        if wrong := broken(self, rules):
             return wrong
         rules = [(key, ">= 1", getattr(self, key) >= 1) for key in sizes]
         rules += [
@@ -104,4 +98,4 @@ class SpikeGPTConfig(PretrainedConfig):
             ("lif_surrogate_alpha", "> 0", self.lif_surrogate_alpha > 0),
             ("pooling", f"one of {', '.join(POOLINGS)}", self.pooling in POOLINGS),
         ]
-        return [f"{key} must be {rule}, got {getattr(self, key)!r}" for key, rule, holds in rules if not holds]
+        return broken(self, rules)

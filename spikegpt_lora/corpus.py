@@ -96,7 +96,7 @@ def word_sequences(text: str) -> set[str]:
 def prepare_corpus(
     source: str | Path,
     directory: str | Path,
-    vocab_size: int,
+    tokenizer: int | PreTrainedTokenizerFast,
     evaluation: Iterable[str] = (),
     progress: Callable[[Iterable, str], Iterable] = lambda items, task: items,
 ) -> Corpus:
@@ -104,7 +104,7 @@ def prepare_corpus(
 
     Args:
         source: see `read_documents`; it is held in memory once.
-        vocab_size: of the BPE tokenizer that is trained on the training documents.
+        tokenizer: or the size of the BPE tokenizer to be trained on the training documents.
         evaluation: sentences that the model will be judged on; documents that quote one are left out.
         progress: called with what is gone through, and what for; to draw a bar, return it wrapped.
 
@@ -116,7 +116,8 @@ def prepare_corpus(
     everything = list(read_documents(source))
     documents = sorted(set(everything), key=_digest)
     evaluation = sorted(set(evaluation))
-    key = _digest("\n".join(map(_digest, documents + evaluation)) + str(vocab_size))
+    maker = tokenizer if isinstance(tokenizer, int) else tokenizer.backend_tokenizer.to_str()
+    key = _digest("\n".join(map(_digest, documents + evaluation)) + str(maker))
     if not (facts := _facts(directory)) or facts["key"] != key:
         kept = _without(documents, evaluation, progress)
         counts = {
@@ -124,7 +125,7 @@ def prepare_corpus(
             "duplicates": len(everything) - len(documents),
             "left_out": len(documents) - len(kept),
         }
-        _write(directory, kept, vocab_size, {"key": key, **counts}, progress)
+        _write(directory, kept, tokenizer, {"key": key, **counts}, progress)
     return Corpus(
         np.load(directory / "train.npy", mmap_mode="r"),
         np.load(directory / "validation.npy", mmap_mode="r"),
@@ -152,13 +153,14 @@ def _without(documents: list[str], evaluation: list[str], progress: Callable) ->
     return [text for text in documents if known.isdisjoint(word_sequences(text))]
 
 
-def _write(directory: Path, documents: list[str], vocab_size: int, facts: dict, progress: Callable) -> None:
+def _write(directory: Path, documents: list[str], tokenizer, facts: dict, progress: Callable) -> None:
     (directory / "corpus.json").unlink(missing_ok=True)  # until all is written, nothing here belongs together
     share = round(len(documents) * VALIDATION)
     parts = {"validation": documents[:share], "train": documents[share:]}
     if not all(parts.values()):
         raise ValueError(f"at least 100 documents are needed, one of them for validation; got {len(documents)}")
-    tokenizer = train_tokenizer(progress(parts["train"], "training the tokenizer"), vocab_size)
+    if isinstance(tokenizer, int):
+        tokenizer = train_tokenizer(progress(parts["train"], "training the tokenizer"), tokenizer)
     tokenizer.save_pretrained(directory / "tokenizer")
     for name, part in parts.items():
         ids, words = _tokens(progress(part, f"{name} text to tokens"), tokenizer)

@@ -23,9 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from .files import whole_file, write_text
 from .model import SpikeGPTForCausalLM, SpikeGPTState
+from .rules import check
+from .sentence_pairs import SentencePairs
 
 LOG_EVERY = 50  # steps
 FILES = ("training.safetensors", "stable.safetensors")  # the newest, and the one from just before the decay
@@ -49,15 +52,16 @@ class PretrainOptions:
     max_grad_norm: float = 1.0
     bf16: bool = False
     seed: int = 0
+    pairs: int = 0  # of neighbouring sentences that a step compares, see `sentence_pairs`
 
     def __post_init__(self):
         rules = [(name, ">= 1", getattr(self, name) >= 1) for name in ("steps", "batch_size", "length", "warmup")]
         rules += [
+            ("pairs", "0 or >= 2", self.pairs == 0 or self.pairs >= 2),
             ("learning_rate", "> 0 and finite", 0 < self.learning_rate < math.inf),
             ("decay", "in [0, 1]", 0 <= self.decay <= 1),
         ]
-        if problems := [f"{n} must be {rule}, got {getattr(self, n)!r}" for n, rule, holds in rules if not holds]:
-            raise ValueError("; ".join(problems))
+        check(self, rules)
 
     @property
     def decay_start(self) -> int:
@@ -99,27 +103,41 @@ class Pretraining:
         model: as it is initialised, or trained already; trained in place.
         tokens: token ids `(N,)`.
         options: see `PretrainOptions`.
+        tokenizer: the one that made the tokens; needed where sentences are compared (`options.pairs`).
 
     Raises:
-        ValueError: too few tokens for one step.
+        ValueError: too few tokens, or pairs of sentences, for one step.
     """
 
-    def __init__(self, model: SpikeGPTForCausalLM, tokens: np.ndarray, options: PretrainOptions):
+    def __init__(
+        self,
+        model: SpikeGPTForCausalLM,
+        tokens: np.ndarray,
+        options: PretrainOptions,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        torch.manual_seed(options.seed)
+        self.pairs = None
+        if options.pairs:
+            self.pairs = SentencePairs(tokens, tokenizer, options.pairs, model.config.n_embd, options.seed)
+            self.pairs.to(model.device)
         self.model, self.options = model, options
         self.identity = {
             "tokens": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(),
             **{name: getattr(model.config, name) for name in ("vocab_size", "n_layer", "n_embd", "n_ffn", "dropout")},
         }
         self.streams = Streams(tokens, options.batch_size, options.length, options.seed)
-        self.optimizer = _optimizer(model, options)
-        self.step, self.seconds, self.log = 0, 0.0, []  # log: [step, mean loss since the entry before, seconds]
+        self.trained = {f"model.{name}": p for name, p in model.named_parameters()}
+        if self.pairs is not None:
+            self.trained |= {f"pairs.{name}": p for name, p in self.pairs.named_parameters()}
+        self.optimizer = _optimizer(self.trained, options)
+        self.step, self.seconds, self.log = 0, 0.0, []  # log: [step, mean loss(es) since the entry before, seconds]
         self.state: SpikeGPTState | None = None
         self._losses = []
-        torch.manual_seed(options.seed)
 
     def train(self, directory: str | Path, save_seconds: float = 300.0) -> Iterator[float]:
-        """Go on to the last step; yields the loss (nats a token) after each. Saved to `directory` about every
-        `save_seconds`, before the decay, and at the end.
+        """Go on to the last step; yields the loss (nats a token, that of pairs not counted) after each. Saved to
+        `directory` about every `save_seconds`, before the decay, and at the end.
 
         Raises:
             FloatingPointError: loss or gradient is not finite; what was saved before is still there.
@@ -144,11 +162,15 @@ class Pretraining:
         ids = ids.to(self.model.device)
         loss, self.state = next_token_loss(self.model, ids, None if fresh else self.state, self.options.bf16)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
-        value = loss.item()
-        if not (math.isfinite(value) and norm.isfinite()):
+        losses = [loss.item()]
+        if self.pairs is not None:
+            pair_loss = self.pairs.loss(self.model, self.step, self.options.bf16)
+            pair_loss.backward()
+            losses.append(pair_loss.item())
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.options.max_grad_norm)
+        if not (all(map(math.isfinite, losses)) and norm.isfinite()):
             raise FloatingPointError(
-                f"loss {value}, gradient norm {norm.item()} at step {self.step}: try a lower learning rate"
+                f"loss {losses}, gradient norm {norm.item()} at step {self.step}: try a lower learning rate"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.rate(self.step)
@@ -156,15 +178,15 @@ class Pretraining:
         self.optimizer.zero_grad()
         self.step += 1
         self.seconds += time.perf_counter() - started
-        self._losses.append(value)
+        self._losses.append(losses)
         if self.step % LOG_EVERY == 0:
-            self.log.append([self.step, sum(self._losses) / len(self._losses), self.seconds])
+            self.log.append([self.step, *(sum(column) / LOG_EVERY for column in zip(*self._losses)), self.seconds])
             self._losses = []
-        return value
+        return losses[0]
 
     def save(self, path: str | Path) -> None:
         """Everything that the rest of the run depends on, in one safetensors file."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        tensors = {name: p.detach() for name, p in self.trained.items()}
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in entries.items()}
         tensors |= {f"state.{name}": value for name, value in (self.state or {}).items()}
@@ -211,14 +233,14 @@ class Pretraining:
 
     def _load(self, path: Path) -> None:
         facts, tensors = _facts(path), load_file(path, device=str(self.model.device))
-        parts = {"model": {}, "optimizer": {}, "state": {}}
+        parts = {"optimizer": {}, "state": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             if part in parts:
                 parts[part][rest] = tensor
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.copy_(parts["model"][name])
+            for name, p in self.trained.items():
+                p.copy_(tensors[name])
         moments = {}
         for name, tensor in parts["optimizer"].items():
             index, _, key = name.partition(".")
@@ -238,11 +260,10 @@ def _facts(path: Path) -> dict:
         raise ValueError(f"{path} is no whole file of a training run ({error}): delete it") from error
 
 
-def _optimizer(model: nn.Module, options: PretrainOptions) -> torch.optim.Optimizer:
+def _optimizer(parameters: dict[str, nn.Parameter], options: PretrainOptions) -> torch.optim.Optimizer:
     """AdamW that decays the blocks' matrices, and neither embedding, head nor vectors."""
-    matrices = [p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2]
-    chosen = set(map(id, matrices))
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    matrices = [p for name, p in parameters.items() if ".blocks." in name and p.ndim == 2]
+    others = [p for name, p in parameters.items() if not (".blocks." in name and p.ndim == 2)]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98), fused=True)
 
@@ -310,5 +331,7 @@ def write_log(log: list[list[float]], path: str | Path) -> None:
     """The loss curve as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([["step", "loss", "seconds"], *([step, f"{a:.4f}", f"{b:.0f}"] for step, a, b in log)])
+    names = ["step", "loss", "pair_loss", "seconds"] if log and len(log[0]) == 4 else ["step", "loss", "seconds"]
+    writer.writerow(names)
+    writer.writerows([step, *(f"{loss:.4f}" for loss in losses), f"{seconds:.0f}"] for step, *losses, seconds in log)
     write_text(path, text.getvalue())

@@ -6,7 +6,7 @@ results.json, schema "spikegpt_lora/finetune/2":
     baselines                       [{method, accuracy_validation, accuracy_test, seconds, parameters}]
     published                       [{method, accuracy}]: figures of the papers, in percent, with a 216M model
     runs                            one a (method, seed), as `training.finetune` returns it:
-        task, method, seed, settings (`training.FinetuneOptions`), trainable_parameters, total_parameters, seconds
+        task, method, seed, settings (`settings.FinetuneOptions`), trainable_parameters, total_parameters, seconds
         (training and validation), best_epoch, validation_accuracy (null where no epoch was picked),
         validation_by_epoch, test_accuracy, test_correct ("0110...", one a sentence), adapters: null or {sparsity,
         dead_ranks, contribution, modules (see `trace.AdapterActivity`), accuracy_without: with adapters turned off}

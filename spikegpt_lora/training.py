@@ -2,15 +2,14 @@
 
 Methods are paired: for one seed they start from the same model (the same initial `score` included) and read the same
 sentences in the same order. The epoch is picked on the validation split; the test split is read once, at the end.
-Settings of the SpikeLoRA authors, for comparison with their figures, are options: see `PARITY`.
+Settings of the SpikeLoRA authors, for comparison with their figures, are options: see `settings.PARITY`.
 """
 
 import json
 import logging
-import math
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,70 +33,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .adapters import SpikeLoraConfig
 from .adapters.config import PRESETS
 from .model import SpikeGPTForSequenceClassification
+from .settings import METHODS, FinetuneOptions
 from .trace import adapter_activity
 
 logger = logging.getLogger(__name__)
-
-METHODS = ("full", "lora", "spikelora", "head", "scratch")
-
-
-@dataclass
-class FinetuneOptions:
-    """Settings of one run of one method.
-
-    Raises:
-        ValueError: values out of range; one message lists them all.
-    """
-
-    learning_rate: float
-    epochs: int = 5
-    batch_size: int = 32
-    warmup: float = 0.06  # share of all steps
-    schedule: str = "linear"  # down to 0, or "constant_with_warmup"
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    dropout: float = 0.1  # after each block
-    word_dropout: float = 0.0  # share of the tokens that do not exist in a training step
-    rank: int = 16  # of adapters; the scaling alpha / rank is 1
-    targets: str = "rkv+srffn"  # or "all-linear", which adds att.output
-    v_threshold: float = 0.1
-    bf16: bool = False
-    keep: str = "best"  # epoch on the validation split, or "last"
-    group_by_length: bool = True  # batches of sentences of similar length
-    read_padding: bool = False  # as if it were text
-
-    def __post_init__(self):
-        rules = [
-            ("learning_rate", "> 0 and finite", 0 < self.learning_rate < math.inf),
-            *((name, ">= 1", getattr(self, name) >= 1) for name in ("epochs", "batch_size", "rank")),
-            *((name, "in [0, 1)", 0 <= getattr(self, name) < 1) for name in ("warmup", "dropout", "word_dropout")),
-            ("v_threshold", ">= 0", self.v_threshold >= 0),
-            ("keep", "'best' or 'last'", self.keep in ("best", "last")),
-        ]
-        if problems := [f"{n} must be {rule}, got {getattr(self, n)!r}" for n, rule, holds in rules if not holds]:
-            raise ValueError("; ".join(problems))
-
-
-# What the SpikeLoRA authors' library does with adapters on Subj, and what their paper says (the rest is ours).
-# Both scale adapters by 1: alpha 16 at rank 16, and rank-stabilised with alpha sqrt(8) at rank 8.
-_AUTHORS = {"batch_size": 32, "weight_decay": 0.01, "max_grad_norm": 1.0, "dropout": 0.03, "word_dropout": 0.0}
-PARITY = {
-    "library": _AUTHORS
-    | {
-        "learning_rate": 1e-4,
-        "schedule": "constant_with_warmup",
-        "warmup": 0.0,
-        "epochs": 20,
-        "rank": 16,
-        "targets": "rkv+srffn",
-        "v_threshold": 0.25,
-        "keep": "last",
-        "group_by_length": False,
-        "read_padding": True,
-    },
-    "paper": _AUTHORS | {"warmup": 0.06, "rank": 8, "targets": "all-linear", "v_threshold": 0.1},
-}
-PROTOCOL = ("keep", "group_by_length", "read_padding")  # of these, what holds for every method of a comparison
 
 
 def adapt(model: SpikeGPTForSequenceClassification, method: str, options: FinetuneOptions, seed: int) -> nn.Module:
@@ -110,10 +49,7 @@ def adapt(model: SpikeGPTForSequenceClassification, method: str, options: Finetu
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     set_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = options.dropout
-    model.config.dropout = options.dropout
+    set_dropout(model, options.dropout)
     if method == "full":
         return model
     if method == "scratch":
@@ -132,6 +68,15 @@ def adapt(model: SpikeGPTForSequenceClassification, method: str, options: Finetu
     if method == "lora":
         return get_peft_model(model, LoraConfig(**shared))
     return get_peft_model(model, SpikeLoraConfig(**shared, spikelora_v_threshold=options.v_threshold))
+
+
+def set_dropout(model: nn.Module, dropout: float) -> nn.Module:
+    """`model` with another dropout probability after each block; changed in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    model.config.dropout = dropout
+    return model
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[DatasetDict, int]:

@@ -1,7 +1,6 @@
 """recipes/pretrain.py and recipes/generate.py as a user runs them: from a text file to a model that writes."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -10,22 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from running import RECIPES, environment, here, in_a_process
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikegpt_lora import SpikeGPTForSequenceClassification, embedded_checkpoint, load_task
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["--n-layer", "1", "--n-embd", "16", "--vocab-size", "400", "--batch-size", "4", "--length", "16"]
 MINI = ["--decontaminate", "subj-mini"]
-
-
-def run(name, *arguments):
-    command = [sys.executable, str(RECIPES / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment())
-
-
-def environment():
-    return {k: v for k, v in os.environ.items() if k != "SPIKEGPT_LORA_DATA"} | {"HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +34,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(text, tmp_path_factory):
     out = tmp_path_factory.mktemp("pretrain") / "out"
-    done = run("pretrain.py", text, "--output-dir", out, "--steps", 120, *MINI, *SMALL)
+    done = in_a_process("pretrain.py", text, "--output-dir", out, "--steps", 120, *MINI, *SMALL)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -71,7 +61,7 @@ def test_the_folder_holds_a_model_that_auto_classes_load_and_its_card(trained):
 
 def test_a_finished_run_is_made_longer(trained, text):
     out, _ = trained
-    done = run("pretrain.py", text, "--output-dir", out, "--steps", 130, *MINI, *SMALL)
+    done = here("pretrain.py", text, "--output-dir", out, "--steps", 130, *MINI, *SMALL)
     assert done.returncode == 0 and "going on from step 96" in done.stdout
 
 
@@ -104,14 +94,14 @@ def test_ctrl_c_says_how_to_go_on(text, tmp_path):
     ],
 )
 def test_wrong_input_is_one_clear_error(tmp_path, arguments, message):
-    done = run("pretrain.py", *arguments, "--output-dir", tmp_path)
+    done = here("pretrain.py", *arguments, "--output-dir", tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_same_seed_writes_the_same_text_and_another_one_another(trained):
     folder = trained[0] / "model"
     texts = [
-        run("generate.py", "--model", folder, "--prompt", "The film", "--max-new-tokens", 20, "--seed", seed)
+        here("generate.py", "--model", folder, "--prompt", "The film", "--max-new-tokens", 20, "--seed", seed)
         for seed in (0, 0, 1)
     ]
     assert [done.returncode for done in texts] == [0, 0, 0]
@@ -120,7 +110,7 @@ def test_the_same_seed_writes_the_same_text_and_another_one_another(trained):
 
 
 def test_an_empty_prompt_begins_a_text(trained):
-    done = run("generate.py", "--model", trained[0] / "model", "--prompt", "", "--max-new-tokens", 8)
+    done = here("generate.py", "--model", trained[0] / "model", "--prompt", "", "--max-new-tokens", 8)
     assert done.returncode == 0 and done.stdout.strip() and "<eos>" not in done.stdout
 
 
@@ -128,24 +118,24 @@ def test_an_empty_prompt_begins_a_text(trained):
     "arguments, message",
     [
         (["--model", "nowhere"], "no language model at 'nowhere'"),
-        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: must be >= 1, got 0"),
         (["--temperature", "-1"], "temperature"),
     ],
 )
 def test_generating_from_wrong_input_is_one_clear_error(arguments, message):
-    done = run("generate.py", *arguments)
+    done = here("generate.py", *arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_classifier_is_no_language_model(tmp_path):
     SpikeGPTForSequenceClassification.from_pretrained(embedded_checkpoint()).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(embedded_checkpoint()).save_pretrained(tmp_path)
-    done = run("generate.py", "--model", tmp_path)
+    done = here("generate.py", "--model", tmp_path)
     assert done.returncode == 2 and "is no language model: it has no head.weight" in done.stderr
 
 
 def test_the_embedded_model_writes_english():
-    done = run("generate.py", "--prompt", "this film is one of the", "--temperature", 0, "--max-new-tokens", 12)
+    done = here("generate.py", "--prompt", "this film is one of the", "--temperature", 0, "--max-new-tokens", 12)
     assert done.returncode == 0 and ("best" in done.stdout or "worst" in done.stdout)
 
 

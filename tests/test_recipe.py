@@ -1,66 +1,35 @@
 """recipes/subj_finetune.py as a user runs it: the whole comparison in small, interruption, and every wrong input."""
 
-import argparse
-import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
-from pathlib import Path
 
 import numpy as np
 import pytest
+import running
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeTrace, load_task, save_upstream_checkpoint
 from spikegpt_lora.report import NAMES, SCHEMA
+from spikegpt_lora.settings import METHODS
 from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.training import METHODS
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "subj_finetune.py"
+NAME = "subj_finetune.py"
 SMALL = ["--epochs", "2", "--batch-size", "16"]
 RANDOM = ["--model", "random", "--n-embd", "8", "--n-layer", "1", "--vocab-size", "300"]
 
 
-def command(out, *arguments):
+def options(out, *arguments):
     model = [] if "--model" in arguments else RANDOM
-    return [sys.executable, str(RECIPE), "--output-dir", str(out), *SMALL, *model, *arguments]
-
-
-def environment(**changes):
-    return {k: v for k, v in os.environ.items() if k != "SPIKEGPT_LORA_DATA"} | {"HF_HUB_OFFLINE": "1"} | changes
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODULE = load(RECIPE)  # in this process: starting a new one for each call would take most of the time
+    return ["--output-dir", str(out), *SMALL, *model, *arguments]
 
 
 def recipe(out, *arguments):
-    """Run the recipe without data and network; returns what a finished process would show."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(StringIO()) as stdout,
-        redirect_stderr(StringIO()) as err,
-    ):
-        patch.setattr(sys, "argv", command(out, *arguments)[1:])
-        patch.delenv("SPIKEGPT_LORA_DATA", raising=False)
-        try:
-            code = MODULE.main()
-        except SystemExit as leave:  # argparse
-            code = leave.code
-    return subprocess.CompletedProcess(sys.argv, code, stdout.getvalue(), err.getvalue())
+    return running.here(NAME, *options(out, *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +37,7 @@ def finished(tmp_path_factory):
     """All four methods on two seeds, without data or network, in a process of its own: the built-in sample."""
     out = tmp_path_factory.mktemp("recipe") / "out"
     arguments = ["--seeds", "0", "1", "--max-train-samples", "64"]
-    done = subprocess.run(command(out, *arguments), capture_output=True, text=True, env=environment())
+    done = running.in_a_process(NAME, *options(out, *arguments))
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -230,7 +199,10 @@ def test_two_processes_share_one_run(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     arguments = ["--seeds", "0", "--methods", "spikelora", "--max-train-samples", "64"]
     done = subprocess.run(
-        launch + command(tmp_path, *arguments)[1:], capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1")
+        [*launch, str(running.RECIPES / NAME), *options(tmp_path, *arguments)],
+        capture_output=True,
+        text=True,
+        env=running.environment(OMP_NUM_THREADS="1"),
     )
     assert done.returncode == 0, done.stderr
     (run,) = results_in(tmp_path)["runs"]
@@ -250,7 +222,11 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
     arguments = ["--seeds", "0", "--methods", "head", "full", "--max-train-samples", "64", "--epochs", "12"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     process = subprocess.Popen(
-        command(stopped, *arguments), env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, str(running.RECIPES / NAME), *options(stopped, *arguments)],
+        env=running.environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     training = stopped / "full" / "seed0" / "training"
     deadline = time.time() + 120
@@ -340,16 +316,3 @@ def test_models_that_do_not_fit_are_refused(finished, tmp_path, wrong):
 def test_help_lists_what_it_leaves_behind():
     done = recipe("unused", "--help")
     assert done.returncode == 0 and "results.json" in done.stdout and "(default: embedded)" in done.stdout
-
-
-def test_the_authors_settings_are_given_to_adapters_whole():
-    from spikegpt_lora.training import PARITY
-
-    assert set(PARITY["library"]) - set(PARITY["paper"]) == {
-        "learning_rate", "schedule", "epochs", "keep", "group_by_length", "read_padding",
-    }  # fmt: skip
-    for name in PARITY:
-        args = argparse.Namespace(model="embedded", parity=name, bf16=False, **dict.fromkeys(MODULE.ADJUSTABLE))
-        chosen = MODULE.settings(args)
-        assert all(getattr(chosen["spikelora"], key) == value for key, value in PARITY[name].items())
-        assert chosen["head"].learning_rate == MODULE.SETTINGS["embedded"]["head"]["learning_rate"]

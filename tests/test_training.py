@@ -8,10 +8,9 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, load_task
+from spikegpt_lora.settings import METHODS, FinetuneOptions
 from spikegpt_lora.tokenizer import train_tokenizer
 from spikegpt_lora.training import (
-    METHODS,
-    FinetuneOptions,
     PaddingAsText,
     SeededLengthSampler,
     SeededSampler,

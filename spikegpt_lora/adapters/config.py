@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from peft import LoraConfig
 from peft.utils import PeftType
 
+from ..rules import check
+
 # peft matches a regular expression against the whole module name. "all-linear" needs no entry: it is peft's own word,
 # and on SpikeGPT adds att.output to these.
 PRESETS = {"rkv+srffn": r"(.*\.)?blocks\.\d+\.(att|ffn)\.(receptance|key|value)"}
@@ -71,9 +73,7 @@ class SpikeLoraConfig(LoraConfig):
             ("use_dora", "False with the gate", plain or not self.use_dora),
             ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self._leaves_the_base_alone()),
         ]
-        problems = [f"{name} must be {rule}, got {getattr(self, name)!r}" for name, rule, holds in rules if not holds]
-        if problems:
-            raise ValueError("SpikeLoraConfig: " + "; ".join(problems))
+        check(self, rules)
 
     def _leaves_the_base_alone(self) -> bool:
         # PiSSA, OLoRA and the like take B A out of W0 at the start; through a gate, B A does not put it back.

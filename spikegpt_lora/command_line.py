@@ -1,0 +1,42 @@
+"""What the recipes' command lines have in common."""
+
+import argparse
+import logging
+
+import transformers
+
+from .memory import keep_freed_memory
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Text as it is written, and the default after each option that has one."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or "(default" in action.help:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
+def parser(text: str) -> argparse.ArgumentParser:
+    """A parser described by a recipe's docstring: the first paragraph before the options, the rest after them."""
+    description, _, details = text.partition("\n\n")
+    return argparse.ArgumentParser(description=description, epilog=details, formatter_class=HelpFormatter)
+
+
+def positive(text: str) -> int:
+    """An option's whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
+    return number
+
+
+def set_up() -> None:
+    """For a program that trains or writes: the library's messages plain, transformers quiet, memory kept."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("spikegpt_lora").setLevel(logging.INFO)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    keep_freed_memory()
