@@ -41,7 +41,8 @@ class SpikeGPTState(ModelOutput):
     """Everything that SpikeGPT remembers of the tokens it has read; batch first, L layers, C = n_embd.
 
     att_shift, ffn_shift `(B, L, C)`: input of SRWKV and of SRFFN at the last token; wkv `(B, L, 3, C)`: numerator,
-    denominator, exponent; att_membrane, ffn_membrane `(B, L, C)`: membranes of the two LIFs of each block.
+    denominator, exponent; att_membrane, ffn_membrane `(B, L, C)`: membranes of the two LIFs of each block. adapters
+    `(B, units)`: membranes of the adapters' gates, where those live in token time.
     """
 
     att_shift: Tensor | None = None
@@ -49,14 +50,15 @@ class SpikeGPTState(ModelOutput):
     att_membrane: Tensor | None = None
     ffn_shift: Tensor | None = None
     ffn_membrane: Tensor | None = None
+    adapters: Tensor | None = None
 
     def select(self, index: Tensor | slice) -> "SpikeGPTState":
         """The state of some of the sequences: `index` is any index into the batch dimension."""
-        return SpikeGPTState(*(tensor[index] for tensor in self.to_tuple()))
+        return SpikeGPTState(**{name: tensor[index] for name, tensor in self.items()})
 
     def layer(self, i: int) -> tuple[Tensor, ...]:
         """The five tensors of layer i, each `(B, ...)`."""
-        return tuple(tensor[:, i] for tensor in self.to_tuple())
+        return tuple(tensor[:, i] for tensor in self.to_tuple()[:5])
 
 
 @dataclass

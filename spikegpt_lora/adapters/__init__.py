@@ -5,7 +5,8 @@ from peft.tuners.lora import LoraModel
 from peft.utils import register_peft_method
 
 from .config import PRESETS, SpikeLoraConfig
-from .layer import SpikeGate, SpikeLoraLinear
+from .gate import SpikeGate
+from .layer import SpikeLoraLinear
 from .model import SpikeLoraModel
 
 __all__ = ["SpikeGate", "SpikeLoraConfig", "SpikeLoraLinear", "SpikeLoraModel"]

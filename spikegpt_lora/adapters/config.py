@@ -6,10 +6,14 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from ..rules import check
+from .gate import SpikeGate
 
 # peft matches a regular expression against the whole module name. "all-linear" needs no entry: it is peft's own word,
 # and on SpikeGPT adds att.output to these.
 PRESETS = {"rkv+srffn": r"(.*\.)?blocks\.\d+\.(att|ffn)\.(receptance|key|value)"}
+
+
+LEARN = ("none", "threshold", "tau", "both")
 
 
 def _add_peft_type(name: str) -> PeftType:
@@ -30,7 +34,7 @@ SPIKELORA = _add_peft_type("SPIKELORA")
 
 @dataclass
 class SpikeLoraConfig(LoraConfig):
-    """Configuration of SpikeLoRA: h = W0 x + s B (SN(A x) * A x), SN one LIF step from rest at each token.
+    """Configuration of SpikeLoRA: h = W0 x + s B (SN(A x) * A x), SN a spiking gate (`gate.SpikeGate`).
 
     Every field of `peft.LoraConfig` keeps its meaning; s = lora_alpha / r. `target_modules` defaults to R/K/V of
     SRWKV and SRFFN on a SpikeGPT ("rkv+srffn"); "all-linear" adds att.output.
@@ -45,36 +49,95 @@ class SpikeLoraConfig(LoraConfig):
     )
     spikelora_time: str = field(
         default="pointwise",
-        metadata={"help": '"pointwise": one step from rest at each token (the authors\' code). The only one so far.'},
+        metadata={
+            "help": '"pointwise": one step from rest at each token (the authors\' code); "token": the membrane leaks and '
+            "integrates along the sequence."
+        },
     )
     spikelora_gate: str = field(
         default="graded",
-        metadata={"help": '"graded": spike times activation goes to B (the paper). The only one so far.'},
+        metadata={
+            "help": '"graded": spike times activation goes to B (the paper); "binary": the spike alone, so that B x is '
+            "a sum of columns."
+        },
     )
     spikelora_v_threshold: float = field(
         default=0.1,
         metadata={"help": "Threshold V_theta of the membrane: from rest, a unit fires at A x >= tau * V_theta."},
     )
+    spikelora_threshold_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Other thresholds for some modules, by name or regular expression, as rank_pattern has ranks."
+        },
+    )
     spikelora_tau: float = field(default=2.0, metadata={"help": "Membrane time constant in tokens, > 1."})
+    spikelora_v_reset: float | None = field(
+        default=0.0, metadata={"help": "Membrane after a spike, and at rest; None: a spike subtracts the threshold."}
+    )
     spikelora_surrogate_alpha: float = field(default=2.0, metadata={"help": "Sharpness of the ATan surrogate."})
+    spikelora_detach_reset: bool = field(default=True, metadata={"help": "No gradient through the reset."})
+    spikelora_learn: str = field(
+        default="none", metadata={"help": 'What of the gate is trained: "none", "threshold", "tau" or "both".'}
+    )
+    spikelora_per_rank: bool = field(
+        default=False, metadata={"help": "Learn a threshold and a tau for each unit, not for each module."}
+    )
+    spikelora_target_sparsity: float | None = field(
+        default=None,
+        metadata={"help": "Share of silent gate outputs that `SparsityController` holds by moving the thresholds."},
+    )
 
     def __post_init__(self):
         if isinstance(self.target_modules, str):
             self.target_modules = PRESETS.get(self.target_modules, self.target_modules)
         super().__post_init__()
         self.peft_type = SPIKELORA
-        plain = not self.use_spikelora
-        rules = [
-            ("spikelora_tau", "> 1", self.spikelora_tau > 1),
-            ("spikelora_v_threshold", ">= 0", self.spikelora_v_threshold >= 0),
-            ("spikelora_surrogate_alpha", "> 0", self.spikelora_surrogate_alpha > 0),
-            ("spikelora_time", "'pointwise'", self.spikelora_time == "pointwise"),
-            ("spikelora_gate", "'graded'", self.spikelora_gate == "graded"),
-            ("use_dora", "False with the gate", plain or not self.use_dora),
-            ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self._leaves_the_base_alone()),
-        ]
-        check(self, rules)
+        plain, rest = not self.use_spikelora, self.spikelora_v_reset or 0.0
+        learned, target = self.spikelora_learn, self.spikelora_target_sparsity
+        low = [value for value in self.spikelora_threshold_pattern.values() if value < rest]
+        check(
+            self,
+            [
+                ("spikelora_tau", "> 1", self.spikelora_tau > 1),
+                ("spikelora_v_threshold", ">= spikelora_v_reset, at least 0", self.spikelora_v_threshold >= rest),
+                ("spikelora_threshold_pattern", ">= spikelora_v_reset, at least 0, everywhere", not low),
+                ("spikelora_surrogate_alpha", "> 0", self.spikelora_surrogate_alpha > 0),
+                ("spikelora_time", "'pointwise' or 'token'", self.spikelora_time in ("pointwise", "token")),
+                ("spikelora_gate", "'graded' or 'binary'", self.spikelora_gate in ("graded", "binary")),
+                ("spikelora_learn", f"one of {', '.join(LEARN)}", learned in LEARN),
+                (
+                    "spikelora_v_threshold",
+                    "above spikelora_v_reset to be learned",
+                    learned not in ("threshold", "both") or self.spikelora_v_threshold > rest,
+                ),
+                ("spikelora_target_sparsity", "in (0, 1), or None", target is None or 0 < target < 1),
+                (
+                    "spikelora_target_sparsity",
+                    "None where the threshold is learned",
+                    target is None or learned not in ("threshold", "both"),
+                ),
+                ("use_dora", "False with the gate", plain or not self.use_dora),
+                ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self._leaves_base_alone()),
+            ],
+        )
 
-    def _leaves_the_base_alone(self) -> bool:
+    def gate(self, units: int, adapter: str) -> SpikeGate:
+        """The gate of one module's adapter of rank `units`."""
+        return SpikeGate(
+            units,
+            adapter,
+            binary=self.spikelora_gate == "binary",
+            time=self.spikelora_time,
+            tau=self.spikelora_tau,
+            v_threshold=self.spikelora_v_threshold,
+            v_reset=self.spikelora_v_reset,
+            surrogate_alpha=self.spikelora_surrogate_alpha,
+            detach_reset=self.spikelora_detach_reset,
+            learn=self.spikelora_learn,
+            per_rank=self.spikelora_per_rank,
+        )
+
+    def _leaves_base_alone(self) -> bool:
         # PiSSA, OLoRA and the like take B A out of W0 at the start; through a gate, B A does not put it back.
         return isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"

@@ -1,8 +1,7 @@
-"""The linear layer with a SpikeLoRA adapter: h = W0 x + s B (SN(A x) * A x).
+"""The linear layer with a SpikeLoRA adapter: h = W0 x + s B (SN(A x) * A x), or h = W0 x + s B SN(A x) if it is binary.
 
-SN(A x) are the spikes of one LIF step from rest at each token (SpikeLoRA, eq. 5; authors' library, one reset per
-forward): unit j fires where (A x)_j >= tau * V_theta, and only then is (A x)_j passed to B. The gate depends on the
-input, so no fixed weight equals the adapter: it cannot be merged.
+SN(A x) are the spikes of the gate (gate.py): only where unit j fires is (A x)_j, or a 1, passed to B (SpikeLoRA, eq. 5).
+The gate depends on the input, so no fixed weight equals the adapter: it cannot be merged.
 
 Rests on peft's LoRA variants (`lora_variants`, new in 0.20), which peft calls private: setup.py pins the version.
 """
@@ -11,20 +10,13 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-from ..spikes import LIF
+from . import sequence
+from .gate import SpikeGate
 
 MERGE_REFUSED = (
     "SpikeLoRA adapter {!r} cannot be merged: its gate SN(A x) depends on the input x, so no fixed weight equals it. "
     "Keep the adapter unmerged (model.unload() drops it; a plain LoRA adapter can be merged)."
 )
-
-
-class SpikeGate(LIF):
-    """SN: one LIF step from rest for every token and unit on its own."""
-
-    def forward(self, a: Tensor) -> Tensor:
-        """Spikes (0 or 1) `(..., r)` for the activations a = A x `(..., r)`."""
-        return super().forward(a.reshape(1, 1, -1)).view_as(a)  # nothing couples tokens or units
 
 
 class SpikeLoraVariant(LoraVariant):
@@ -35,17 +27,14 @@ class SpikeLoraVariant(LoraVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config, **kwargs):
-        module.lora_gate[adapter_name] = SpikeGate(
-            tau=config.spikelora_tau,
-            v_threshold=config.spikelora_v_threshold,
-            surrogate_alpha=config.spikelora_surrogate_alpha,
-        )
+        module.lora_gate[adapter_name] = config.gate(module.r[adapter_name], adapter_name)
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         a = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        gated = module.lora_gate[active_adapter](a) * a
-        return result + module.lora_B[active_adapter](gated) * module.scaling[active_adapter]
+        gate = module.lora_gate[active_adapter]
+        passed = gate(a) if gate.binary else gate(a) * a
+        return result + module.lora_B[active_adapter](passed) * module.scaling[active_adapter]
 
     @staticmethod
     def merge_safe(module, active_adapter, orig_weight):
@@ -54,21 +43,36 @@ class SpikeLoraVariant(LoraVariant):
     merge_unsafe = unmerge = merge_safe
 
 
-class SpikeLoraLinear(LoraLinear):
-    """peft's LoRA Linear whose adapters may spike; adapters with `use_spikelora=False` are plain LoRA."""
+class SpikingLayer:
+    """What every kind of linear with SpikeLoRA adapters has beside peft's own layer for that kind."""
 
-    other_param_names = LoraLinear.other_param_names + ("lora_gate",)
-
-    @property
-    def lora_variants(self):
-        return {**super().lora_variants, ("use_spikelora",): SpikeLoraVariant}
+    adapter_layer_names = LoraLinear.adapter_layer_names + ("lora_gate",)
 
     def update_layer(self, *args, **kwargs):
         if not hasattr(self, "lora_gate"):
             self.lora_gate = nn.ModuleDict({})
         super().update_layer(*args, **kwargs)
 
+    def active_gates(self) -> list[SpikeGate]:
+        """The gates that a forward would ask now."""
+        if self.disable_adapters:
+            return []
+        return [self.lora_gate[name] for name in self.active_adapters if name in self.lora_gate]
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         if adapter in self.lora_gate:
             raise RuntimeError(MERGE_REFUSED.format(adapter))
         return super().get_delta_weight(adapter)
+
+
+class SpikeLoraLinear(SpikingLayer, LoraLinear):
+    """peft's LoRA Linear, of nn.Linear and of GPT-2's Conv1D, whose adapters may spike; adapters with
+    `use_spikelora=False` are plain LoRA."""
+
+    @property
+    def lora_variants(self):
+        return {**super().lora_variants, ("use_spikelora",): SpikeLoraVariant}
+
+    def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
+        with sequence.mixed(adapter_names):
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)

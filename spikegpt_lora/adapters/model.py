@@ -2,24 +2,41 @@
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from . import sequence
 from .layer import MERGE_REFUSED, SpikeLoraLinear
 
 
 class SpikeLoraModel(LoraModel):
     """Injects SpikeLoRA adapters; used through `peft.get_peft_model(model, SpikeLoraConfig(...))`."""
 
+    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if lora_config.use_spikelora and lora_config.spikelora_time == "token":
+            _refuse_two_calls(parent, target_name, current_key)
+            sequence.follow(self.model)
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        pattern = lora_config.spikelora_threshold_pattern
+        if lora_config.use_spikelora and (key := get_pattern_key(pattern, current_key)) in pattern:
+            getattr(parent, target_name).lora_gate[adapter_name].v_threshold = pattern[key]
+
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         # The weight's exact type tells: quantised linears subclass nn.Linear but hold another kind of weight.
-        if isinstance(base, nn.Linear) and type(base.weight) is nn.Parameter:
-            return SpikeLoraLinear(target, adapter_name, config=lora_config, **kwargs)
+        if isinstance(base, (nn.Linear, Conv1D)) and type(base.weight) is nn.Parameter:
+            transposed = isinstance(base, Conv1D)
+            lora_config.fan_in_fan_out = transposed
+            return SpikeLoraLinear(
+                target, adapter_name, config=lora_config, is_target_conv_1d_layer=transposed, **kwargs
+            )
         if lora_config.use_spikelora:
             raise ValueError(
-                f"SpikeLoRA adapts torch.nn.Linear, got {type(base).__name__} (it would silently become plain LoRA): "
-                "leave it out of target_modules, or set use_spikelora=False"
+                f"SpikeLoRA adapts torch.nn.Linear, transformers' Conv1D and bitsandbytes' 4- and 8-bit linears, got "
+                f"{type(base).__name__} (it would silently become plain LoRA): leave it out of target_modules, or set "
+                "use_spikelora=False"
             )
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
@@ -46,3 +63,16 @@ class SpikeLoraModel(LoraModel):
 
     def supports_lora_conversion(self, adapter_name="default"):
         return not self._spikes(adapter_name) and super().supports_lora_conversion(adapter_name)
+
+
+def _refuse_two_calls(parent: nn.Module, target_name: str, current_key: str):
+    """DeBERTa's attention calls its projections a second time, on relative positions, which are no time steps."""
+    if type(parent).__name__ != "DisentangledSelfAttention" or not getattr(parent, "relative_attention", False):
+        return
+    if target_name.startswith("pos_") or (
+        getattr(parent, "share_att_key", True) and target_name in ("query_proj", "key_proj")
+    ):
+        raise ValueError(
+            f"{current_key} reads DeBERTa's relative positions too, which are no time steps: leave it out of "
+            "target_modules (value_proj and the dense layers remain), or use spikelora_time='pointwise'"
+        )

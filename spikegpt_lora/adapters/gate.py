@@ -1,0 +1,107 @@
+"""SN, the spiking gate of an adapter: which units of A x may pass, at which token.
+
+    charge   h[t] = v[t-1] + (a[t] - (v[t-1] - v_reset)) / tau          a = A x, r units
+    fire     s[t] = 1[h[t] >= V_theta]                                  backward: ATan surrogate
+    reset    v[t] = v_reset where s[t] = 1, else h[t]                   v_reset None: h[t] - s[t] V_theta
+
+"pointwise" (SpikeLoRA's code, eq. 5): every token is a first step from rest, so unit j fires where
+a_j >= v_reset + tau (V_theta - v_reset). "token": the equations as they stand, along the sequence; v is at rest before its
+first token, and a masked step does not exist.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..spikes import LIF
+from . import sequence
+
+
+class SpikeGate(LIF):
+    """The gate of one adapter in one module.
+
+    Args:
+        units: r. adapter: its name. binary: the spike alone goes to B, not spike times activation. time: "pointwise" or "token". learn: "none", "threshold", "tau" or "both". per_rank: a threshold and a
+            tau for each unit, not for all of them.
+    """
+
+    def __init__(
+        self,
+        units: int,
+        adapter: str = "default",
+        binary: bool = False,
+        time: str = "pointwise",
+        tau: float = 2.0,
+        v_threshold: float = 0.1,
+        v_reset: float | None = 0.0,
+        surrogate_alpha: float = 2.0,
+        detach_reset: bool = True,
+        learn: str = "none",
+        per_rank: bool = False,
+    ):
+        super().__init__(tau, v_threshold, v_reset, True, detach_reset, surrogate_alpha)
+        self.units, self.adapter, self.binary, self.time = units, adapter, binary, time
+        size = units if per_rank else 1
+        # softplus keeps a threshold above the reset value and a tau above 1, whatever the optimizer does.
+        rest = v_reset or 0.0
+        self.raw_threshold = _raw(v_threshold - rest, size) if learn in ("threshold", "both") else None
+        self.raw_tau = _raw(tau - 1.0, size) if learn in ("tau", "both") else None
+
+    @property
+    def learns(self) -> bool:
+        return self.raw_threshold is not None or self.raw_tau is not None
+
+    def threshold_now(self) -> float | Tensor:
+        """V_theta: a number, or what was learned of it, `(1,)` or `(r,)`."""
+        if self.raw_threshold is None:
+            return self.v_threshold
+        return (self.v_reset or 0.0) + F.softplus(self.raw_threshold)
+
+    def tau_now(self) -> float | Tensor:
+        """tau in tokens: a number, or what was learned of it, `(1,)` or `(r,)`."""
+        return self.tau if self.raw_tau is None else 1.0 + F.softplus(self.raw_tau)
+
+    def forward(self, a: Tensor) -> Tensor:
+        """Spikes (0 or 1) `(..., r)` for the activations a = A x `(..., r)`; in token time `(B, T, r)`.
+
+        Raises:
+            ValueError, RuntimeError: token time, and these are no tokens of a sequence (see `sequence`).
+        """
+        if self.time == "pointwise":
+            # Nothing couples tokens or units, so the kernel may see them as one row.
+            return self._first_step(a) if self.learns else super().forward(a.reshape(1, 1, -1)).view_as(a)
+        tokens = sequence.current()
+        mask, membrane = tokens.of(self, a)
+        if self.learns:
+            spikes, membrane = self._scan(a, membrane, mask)
+        else:
+            carry = [membrane]
+            spikes, membrane = super().forward(a, carry, mask), carry[0]
+        tokens.after[self] = membrane
+        return spikes
+
+    def _first_step(self, a: Tensor) -> Tensor:
+        rest, wide = self.v_reset or 0.0, a.to(torch.promote_types(a.dtype, torch.float32))
+        return self.surrogate_function(rest + (wide - rest) / self.tau_now() - self.threshold_now()).to(a.dtype)
+
+    def _scan(self, a: Tensor, v: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Token by token in plain torch: the kernel takes no tau or threshold that has a gradient."""
+        rest, wide = self.v_reset or 0.0, a.to(torch.promote_types(a.dtype, torch.float32))
+        v = torch.full_like(wide[:, 0], rest) if v is None else v.to(wide.dtype)
+        threshold, tau, spikes = self.threshold_now(), self.tau_now(), []
+        for t in range(a.shape[1]):
+            h = v + (wide[:, t] - (v - rest)) / tau
+            s = self.surrogate_function(h - threshold)
+            fired = s.detach() if self.detach_reset else s
+            after = h - fired * threshold if self.v_reset is None else (1 - fired) * h + fired * rest
+            real = True if mask is None else mask[:, t, None]
+            v = after if mask is None else torch.where(real, after, v)
+            spikes.append(s if mask is None else s * real)
+        return torch.stack(spikes, dim=1).to(a.dtype), v
+
+
+def _raw(value: float, size: int) -> nn.Parameter:
+    """A parameter whose softplus is `value` > 0."""
+    return nn.Parameter(torch.full((size,), value + math.log(-math.expm1(-value))))

@@ -1,0 +1,191 @@
+"""Time steps for adapters that live in them: which steps exist, and what a gate remembers.
+
+peft hands an adapter nothing but x. A gate in token time needs two things more: the mask (a step that does not exist must
+not leak or fire) and, where a text is read in stretches, its membrane. Both are arguments of the model's forward, so
+that is where they are taken from: hooks bind them before the forward and take them away after it, also after an
+exception. Nothing outlives the call.
+
+Gradient checkpointing runs a layer's forward again during backward, when the hooks' binding is long gone. The mask must
+be what it was, so it travels with what is run again: `_checkpoint_with` wraps the function that transformers' layers call
+for checkpointing, and what it checkpoints binds the same sequence anew. A membrane is never changed in place, so running
+a layer twice gives the same twice.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..model import SpikeGPTModel, SpikeGPTState
+
+_current: ContextVar["Sequence | None"] = ContextVar("spikegpt_lora_sequence", default=None)
+
+
+@dataclass
+class Sequence:
+    """What one forward of a model tells its gates.
+
+    gates: those in token time that are active. mask: bool `(B, T)`, None where every token is real. before, after:
+    membranes `(B, r)` by gate. adapter_names: of each of the B sequences, where they use different adapters. outer: the
+    sequence of the forward that this one runs within.
+    """
+
+    gates: list[nn.Module]
+    outer: "Sequence | None" = None
+    mask: Tensor | None = None
+    before: Mapping[nn.Module, Tensor] = field(default_factory=dict)
+    after: dict[nn.Module, Tensor] = field(default_factory=dict)
+    adapter_names: list[str] | None = None
+
+    def of(self, gate: nn.Module, a: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Mask and membrane for `gate` and its activations a `(B, T, r)`; a membrane of None is at rest.
+
+        Raises:
+            ValueError: a is of another shape than the tokens, so it is no activation of theirs.
+        """
+        mask, membrane = self.mask, self.before.get(gate)
+        if self.adapter_names is not None:
+            rows = [row for row, name in enumerate(self.adapter_names) if name == gate.adapter]
+            mask, membrane = (None if tensor is None else tensor[rows] for tensor in (mask, membrane))
+        if a.dim() != 3 or (mask is not None and mask.shape != a.shape[:2]):
+            tokens = "(B, T)" if mask is None else tuple(mask.shape)
+            raise ValueError(
+                f"a gate in token time got activations {tuple(a.shape)} for tokens {tokens}: leave this module out of "
+                "target_modules, or use spikelora_time='pointwise'"
+            )
+        return mask, membrane
+
+
+def current() -> Sequence:
+    """What the forward now running was told.
+
+    Raises:
+        RuntimeError: none is running.
+    """
+    sequence = _current.get()
+    if sequence is None:
+        raise RuntimeError("a gate in token time works only inside its model's forward, which knows mask and state")
+    return sequence
+
+
+@contextmanager
+def bound(sequence: Sequence):
+    token = _current.set(sequence)
+    try:
+        yield sequence
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def mixed(adapter_names: list[str]):
+    """Within it, the sequences of a batch use the adapters of these names: each sees its own rows of mask and state."""
+    sequence = _current.get()
+    if sequence is not None:
+        sequence.adapter_names = adapter_names
+    try:
+        yield
+    finally:
+        if sequence is not None:
+            sequence.adapter_names = None
+
+
+def follow(model: nn.Module) -> None:
+    """From now on every forward of `model`, of transformers or with a SpikeGPTModel inside, tells its gates what they
+    need. Calling it again changes nothing.
+
+    Raises:
+        ValueError: an encoder-decoder (one forward, two sequences).
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} reads two sequences in one forward: token time is for models that read one"
+        )
+    reader = next((m for m in model.modules() if isinstance(m, SpikeGPTModel)), model)
+    if _before not in reader._forward_pre_hooks.values():
+        reader.register_forward_pre_hook(_before, with_kwargs=True)
+        reader.register_forward_hook(_after, always_call=True)
+
+
+def _before(reader: nn.Module, args, kwargs):
+    gates = [gate for module in reader.modules() if hasattr(module, "active_gates") for gate in module.active_gates()]
+    sequence = Sequence([gate for gate in gates if gate.time == "token"], _current.get())
+    _current.set(sequence)  # first: `_after` takes it away whatever happens
+    if sequence.gates:
+        given = inspect.signature(reader.forward).bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        sequence.mask = _mask(given)
+        sequence.before = _membranes(given.get("state"), sequence.gates)
+        _checkpoint_with(reader)
+
+
+def _after(reader: nn.Module, args, output):
+    sequence = _current.get()
+    _current.set(sequence.outer)
+    outputs = output if isinstance(output, tuple) else (getattr(output, "state", None),)
+    state = next((part for part in outputs if isinstance(part, SpikeGPTState)), None)
+    if state is None or not sequence.gates:
+        return
+    if sequence.after.keys() != set(sequence.gates):
+        raise ValueError("a batch of several adapters in token time keeps no state: give use_cache=False")
+    state["adapters"] = torch.cat([sequence.after[gate] for gate in sequence.gates], dim=1)
+
+
+def _mask(given: Mapping) -> Tensor | None:
+    """The mask of a full forward, bool `(B, T)`; raises on one that reads only a part of the sequence, or several."""
+    cache = given.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            "token time is for full-sequence forwards: past_key_values holds tokens whose membranes are not known. "
+            "Generate with use_cache=False"
+        )
+    positions = given.get("position_ids")
+    if positions is not None and bool((positions[..., 1:] < positions[..., :-1]).any()):
+        raise ValueError("token time is for one sequence a row: position_ids start again, so rows are packed")
+    mask = given.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise ValueError(f"token time needs an attention_mask (B, T), got {getattr(mask, 'shape', type(mask))}")
+    return mask.bool()
+
+
+def _membranes(state: SpikeGPTState | None, gates: list[nn.Module]) -> dict[nn.Module, Tensor]:
+    held = None if state is None else state.adapters
+    if held is None:
+        return {}
+    sizes = [gate.units for gate in gates]
+    if held.shape[-1] != sum(sizes):
+        raise ValueError(
+            f"state.adapters holds {held.shape[-1]} membranes, the active adapters have {sum(sizes)} units: "
+            "the state is of other adapters"
+        )
+    return dict(zip(gates, held.split(sizes, dim=-1)))
+
+
+def _checkpoint_with(reader: nn.Module) -> None:
+    """Let what transformers' layers checkpoint carry the current sequence along."""
+    for module in reader.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not hasattr(checkpoint, "carries_sequence"):
+            module._gradient_checkpointing_func = _carrying(checkpoint)
+
+
+def _carrying(checkpoint: Callable) -> Callable:
+    def run(function, *args, **kwargs):
+        sequence = _current.get()
+        if sequence is None:
+            return checkpoint(function, *args, **kwargs)
+
+        def again(*inputs, **named):
+            with bound(sequence):
+                return function(*inputs, **named)
+
+        return checkpoint(again, *args, **kwargs)
+
+    run.carries_sequence = True
+    return run
