@@ -50,8 +50,8 @@ class SpikeLoraConfig(LoraConfig):
     spikelora_time: str = field(
         default="pointwise",
         metadata={
-            "help": '"pointwise": one step from rest at each token (the authors\' code); "token": the membrane leaks and '
-            "integrates along the sequence."
+            "help": '"pointwise": one step from rest at each token (the authors\' code); "token": the membrane leaks '
+            "and integrates along the sequence."
         },
     )
     spikelora_gate: str = field(
@@ -67,9 +67,7 @@ class SpikeLoraConfig(LoraConfig):
     )
     spikelora_threshold_pattern: dict[str, float] = field(
         default_factory=dict,
-        metadata={
-            "help": "Other thresholds for some modules, by name or regular expression, as rank_pattern has ranks."
-        },
+        metadata={"help": "Other thresholds for some modules, by name or regular expression, like rank_pattern."},
     )
     spikelora_tau: float = field(default=2.0, metadata={"help": "Membrane time constant in tokens, > 1."})
     spikelora_v_reset: float | None = field(

@@ -5,8 +5,8 @@
     reset    v[t] = v_reset where s[t] = 1, else h[t]                   v_reset None: h[t] - s[t] V_theta
 
 "pointwise" (SpikeLoRA's code, eq. 5): every token is a first step from rest, so unit j fires where
-a_j >= v_reset + tau (V_theta - v_reset). "token": the equations as they stand, along the sequence; v is at rest before its
-first token, and a masked step does not exist.
+a_j >= v_reset + tau (V_theta - v_reset). "token": the equations as they stand, along the sequence; v is at rest before
+its first token, and a masked step does not exist.
 """
 
 import math
@@ -23,8 +23,12 @@ class SpikeGate(LIF):
     """The gate of one adapter in one module.
 
     Args:
-        units: r. adapter: its name. binary: the spike alone goes to B, not spike times activation. time: "pointwise" or "token". learn: "none", "threshold", "tau" or "both". per_rank: a threshold and a
-            tau for each unit, not for all of them.
+        units: r.
+        adapter: its name.
+        binary: the spike alone goes to B, not spike times activation.
+        time: "pointwise" or "token".
+        learn: "none", "threshold", "tau" or "both".
+        per_rank: a threshold and a tau for each unit, not for all of them.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The linear layer with a SpikeLoRA adapter: h = W0 x + s B (SN(A x) * A x), or h = W0 x + s B SN(A x) if it is binary.
+"""The linear layer with a SpikeLoRA adapter: h = W0 x + s B (SN(A x) * A x); binary: h = W0 x + s B SN(A x).
 
-SN(A x) are the spikes of the gate (gate.py): only where unit j fires is (A x)_j, or a 1, passed to B (SpikeLoRA, eq. 5).
-The gate depends on the input, so no fixed weight equals the adapter: it cannot be merged.
+SN(A x) are the spikes of the gate (gate.py): only where unit j fires is (A x)_j, or a 1, passed to B (SpikeLoRA, eq.
+5). The gate depends on the input, so no fixed weight equals the adapter: it cannot be merged.
 
 Rests on peft's LoRA variants (`lora_variants`, new in 0.20), which peft calls private: setup.py pins the version.
 """

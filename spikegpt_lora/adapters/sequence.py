@@ -1,14 +1,14 @@
 """Time steps for adapters that live in them: which steps exist, and what a gate remembers.
 
-peft hands an adapter nothing but x. A gate in token time needs two things more: the mask (a step that does not exist must
-not leak or fire) and, where a text is read in stretches, its membrane. Both are arguments of the model's forward, so
-that is where they are taken from: hooks bind them before the forward and take them away after it, also after an
+peft hands an adapter nothing but x. A gate in token time needs two things more: the mask (a step that does not exist
+must not leak or fire) and, where a text is read in stretches, its membrane. Both are arguments of the model's forward,
+so that is where they are taken from: hooks bind them before the forward and take them away after it, also after an
 exception. Nothing outlives the call.
 
 Gradient checkpointing runs a layer's forward again during backward, when the hooks' binding is long gone. The mask must
-be what it was, so it travels with what is run again: `_checkpoint_with` wraps the function that transformers' layers call
-for checkpointing, and what it checkpoints binds the same sequence anew. A membrane is never changed in place, so running
-a layer twice gives the same twice.
+be what it was, so it travels with what is run again: `_checkpoint_with` wraps the function that transformers' layers
+call for checkpointing, and what it checkpoints binds the same sequence anew. A membrane is never changed in place, so
+running a layer twice gives the same twice.
 """
 
 import inspect
