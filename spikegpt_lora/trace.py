@@ -11,15 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .adapters import SpikeGate
+from .adapters import AdapterActivity, SpikeGate, observe_adapters
 from .files import whole_file
 from .model import SpikeGPTModel
 from .spikes import LIF
@@ -155,93 +153,21 @@ def _as_int8(spikes: Tensor) -> np.ndarray:
     return spikes.to(torch.int8).numpy()
 
 
-@dataclass
-class AdapterActivity:
-    """What a model's active adapters did over all real tokens of a data set.
-
-    sparsity: share of gate outputs that are silent; None without spiking gates.
-    dead_ranks: share of rank units that never fired; None without spiking gates.
-    contribution: norm of what the adapters add over the norm of W0 x, both over all adapted modules and real tokens;
-        None where W0 x is 0.
-    modules: the same three by module name.
-    """
-
-    sparsity: float | None
-    dead_ranks: float | None
-    contribution: float | None
-    modules: dict[str, dict]
-
-
 def adapter_activity(model: nn.Module, batches: Iterable[Mapping]) -> AdapterActivity | None:
     """Observe the active adapters while `model` reads `batches`; None if it has no adapters.
 
-    Counts are summed over all batches, so a batch's size or padding does not weigh (the authors' library reports the
-    last batch only, padding included).
+    Counts are summed over all batches, so a batch's size or padding does not weigh; see `adapters.observe_adapters`,
+    which looks on while somebody else runs the model.
 
     Raises:
         ValueError: no real token in `batches`.
     """
-    observer = _AdapterObserver(_base_model(model))
-    if not observer.adapted:
-        return None
-    with _hooks(observer.hooks()):
+    with observe_adapters(model) as observer:
+        if not observer.adapted:
+            return None
         for batch in batches:
-            observer.mask = _mask(batch).to(next(model.parameters()).device)
-            observer.tokens += int(observer.mask.sum())
             _run(model, batch)
-    return observer.summary()
-
-
-class _AdapterObserver:
-    def __init__(self, base: SpikeGPTModel):
-        self.adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-        self.gates = {name: module for name, module in base.named_modules() if isinstance(module, SpikeGate)}
-        self.added = dict.fromkeys(self.adapted, 0.0)  # |adapter's part|^2, summed over real tokens
-        self.frozen = dict.fromkeys(self.adapted, 0.0)  # |W0 x|^2
-        self.fired: dict[str, Tensor] = {}  # gate's name -> spikes per rank unit
-        self.frozen_output: dict[str, Tensor] = {}
-        self.mask: Tensor | None = None  # (B, T) of the batch being read
-        self.tokens = 0
-
-    def hooks(self):
-        for name, module in self.adapted.items():
-            yield module.base_layer, partial(self.see_frozen, name)
-            yield module, partial(self.see_adapted, name)
-        for name, gate in self.gates.items():
-            yield gate, partial(self.see_gate, name)
-
-    def see_frozen(self, name, module, inputs, output):
-        self.frozen_output[name] = output
-
-    def see_adapted(self, name, module, inputs, output):
-        before = self.frozen_output.pop(name)
-        self.added[name] += float((output - before)[self.mask].double().square().sum())
-        self.frozen[name] += float(before[self.mask].double().square().sum())
-
-    def see_gate(self, name, module, inputs, output):
-        self.fired[name] = self.fired.get(name, 0) + output[self.mask].double().sum(0)
-
-    def summary(self) -> AdapterActivity:
-        if self.tokens == 0:
-            raise ValueError("adapter_activity needs at least one batch with a real token")
-        modules = {name: {"contribution": _ratio(self.added[name], self.frozen[name])} for name in self.adapted}
-        for name, counts in self.fired.items():
-            modules[name.split(".lora_gate.")[0]] |= self._of_gates(counts)
-        overall = self._of_gates(torch.cat(list(self.fired.values()))) if self.fired else {}
-        return AdapterActivity(
-            sparsity=overall.get("sparsity"),
-            dead_ranks=overall.get("dead_ranks"),
-            contribution=_ratio(sum(self.added.values()), sum(self.frozen.values())),
-            modules=modules,
-        )
-
-    def _of_gates(self, counts: Tensor) -> dict[str, float]:
-        silent = 1 - float(counts.mean()) / self.tokens
-        return {"sparsity": silent, "dead_ranks": float((counts == 0).double().mean())}
-
-
-def _ratio(added: float, frozen: float) -> float | None:
-    return (added / frozen) ** 0.5 if frozen else None
+    return observer.activity()
 
 
 def _base_model(model: nn.Module) -> SpikeGPTModel:

@@ -5,11 +5,23 @@ from peft.tuners.lora import LoraModel
 from peft.utils import register_peft_method
 
 from .config import PRESETS, SpikeLoraConfig
+from .control import SparsityCallback, SparsityController, calibrate_thresholds
 from .gate import SpikeGate
 from .layer import SpikeLoraLinear
 from .model import SpikeLoraModel
+from .observe import AdapterActivity, observe_adapters
 
-__all__ = ["SpikeGate", "SpikeLoraConfig", "SpikeLoraLinear", "SpikeLoraModel"]
+__all__ = [
+    "AdapterActivity",
+    "SparsityCallback",
+    "SparsityController",
+    "SpikeGate",
+    "SpikeLoraConfig",
+    "SpikeLoraLinear",
+    "SpikeLoraModel",
+    "calibrate_thresholds",
+    "observe_adapters",
+]
 
 register_peft_method(name="spikelora", config_cls=SpikeLoraConfig, model_cls=SpikeLoraModel, prefix="lora_")
 LoraModel.target_module_mapping["spikegpt"] = PRESETS["rkv+srffn"]

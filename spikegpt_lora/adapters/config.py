@@ -65,10 +65,6 @@ class SpikeLoraConfig(LoraConfig):
         default=0.1,
         metadata={"help": "Threshold V_theta of the membrane: from rest, a unit fires at A x >= tau * V_theta."},
     )
-    spikelora_threshold_pattern: dict[str, float] = field(
-        default_factory=dict,
-        metadata={"help": "Other thresholds for some modules, by name or regular expression, like rank_pattern."},
-    )
     spikelora_tau: float = field(default=2.0, metadata={"help": "Membrane time constant in tokens, > 1."})
     spikelora_v_reset: float | None = field(
         default=0.0, metadata={"help": "Membrane after a spike, and at rest; None: a spike subtracts the threshold."}
@@ -93,13 +89,11 @@ class SpikeLoraConfig(LoraConfig):
         self.peft_type = SPIKELORA
         plain, rest = not self.use_spikelora, self.spikelora_v_reset or 0.0
         learned, target = self.spikelora_learn, self.spikelora_target_sparsity
-        low = [value for value in self.spikelora_threshold_pattern.values() if value < rest]
         check(
             self,
             [
                 ("spikelora_tau", "> 1", self.spikelora_tau > 1),
                 ("spikelora_v_threshold", ">= spikelora_v_reset, at least 0", self.spikelora_v_threshold >= rest),
-                ("spikelora_threshold_pattern", ">= spikelora_v_reset, at least 0, everywhere", not low),
                 ("spikelora_surrogate_alpha", "> 0", self.spikelora_surrogate_alpha > 0),
                 ("spikelora_time", "'pointwise' or 'token'", self.spikelora_time in ("pointwise", "token")),
                 ("spikelora_gate", "'graded' or 'binary'", self.spikelora_gate in ("graded", "binary")),

@@ -79,31 +79,52 @@ class SpikeGate(LIF):
         tokens = sequence.current()
         mask, membrane = tokens.of(self, a)
         if self.learns:
-            spikes, membrane = self._scan(a, membrane, mask)
+            spikes, membranes = self._scan(a, membrane, mask)
+            membrane = membranes[:, -1]
         else:
             carry = [membrane]
             spikes, membrane = super().forward(a, carry, mask), carry[0]
         tokens.after[self] = membrane
         return spikes
 
+    @torch.no_grad()
+    def membranes(self, a: Tensor) -> Tensor:
+        """The membrane after each token, `(..., r)`, for the activations that `forward` takes; token by token, slow."""
+        if self.time == "pointwise":
+            flat = a.reshape(-1, 1, self.units)
+            return self._scan(flat, None, None)[1].view_as(a)
+        mask, membrane = sequence.current().of(self, a)
+        return self._scan(a, membrane, mask)[1]
+
+    def get_extra_state(self) -> Tensor:
+        """V_theta, saved with the adapter: a controller or a calibration may have moved it."""
+        return torch.tensor(self.v_threshold, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor):
+        self.v_threshold = float(state)
+
     def _first_step(self, a: Tensor) -> Tensor:
         rest, wide = self.v_reset or 0.0, a.to(torch.promote_types(a.dtype, torch.float32))
         return self.surrogate_function(rest + (wide - rest) / self.tau_now() - self.threshold_now()).to(a.dtype)
 
     def _scan(self, a: Tensor, v: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Token by token in plain torch: the kernel takes no tau or threshold that has a gradient."""
+        """Spikes, and the membrane after each token, both `(B, T, r)`. In plain torch, token by token: the kernel takes
+        no tau or threshold that has a gradient."""
         rest, wide = self.v_reset or 0.0, a.to(torch.promote_types(a.dtype, torch.float32))
         v = torch.full_like(wide[:, 0], rest) if v is None else v.to(wide.dtype)
-        threshold, tau, spikes = self.threshold_now(), self.tau_now(), []
+        threshold, tau, spikes, membranes = self.threshold_now(), self.tau_now(), [], []
         for t in range(a.shape[1]):
             h = v + (wide[:, t] - (v - rest)) / tau
             s = self.surrogate_function(h - threshold)
             fired = s.detach() if self.detach_reset else s
             after = h - fired * threshold if self.v_reset is None else (1 - fired) * h + fired * rest
-            real = True if mask is None else mask[:, t, None]
-            v = after if mask is None else torch.where(real, after, v)
-            spikes.append(s if mask is None else s * real)
-        return torch.stack(spikes, dim=1).to(a.dtype), v
+            if mask is not None:
+                real = mask[:, t, None]
+                s, after = s * real, torch.where(real, after, v)
+            v = after
+            spikes.append(s)
+            membranes.append(v)
+        return torch.stack(spikes, dim=1).to(a.dtype), torch.stack(membranes, dim=1)
 
 
 def _raw(value: float, size: int) -> nn.Parameter:

@@ -59,6 +59,10 @@ class SpikingLayer:
             return []
         return [self.lora_gate[name] for name in self.active_adapters if name in self.lora_gate]
 
+    def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
+        with sequence.mixed(adapter_names):
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         if adapter in self.lora_gate:
             raise RuntimeError(MERGE_REFUSED.format(adapter))
@@ -72,7 +76,3 @@ class SpikeLoraLinear(SpikingLayer, LoraLinear):
     @property
     def lora_variants(self):
         return {**super().lora_variants, ("use_spikelora",): SpikeLoraVariant}
-
-    def _mixed_batch_forward(self, x: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
-        with sequence.mixed(adapter_names):
-            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)

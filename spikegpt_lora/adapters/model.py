@@ -2,12 +2,12 @@
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import sequence
 from .layer import MERGE_REFUSED, SpikeLoraLinear
+from .quantized import spiking_quantized
 
 
 class SpikeLoraModel(LoraModel):
@@ -18,9 +18,6 @@ class SpikeLoraModel(LoraModel):
             _refuse_two_calls(parent, target_name, current_key)
             sequence.follow(self.model)
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        pattern = lora_config.spikelora_threshold_pattern
-        if lora_config.use_spikelora and (key := get_pattern_key(pattern, current_key)) in pattern:
-            getattr(parent, target_name).lora_gate[adapter_name].v_threshold = pattern[key]
 
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
@@ -32,6 +29,8 @@ class SpikeLoraModel(LoraModel):
             return SpikeLoraLinear(
                 target, adapter_name, config=lora_config, is_target_conv_1d_layer=transposed, **kwargs
             )
+        if kind := spiking_quantized(base):
+            return kind(target, adapter_name, config=lora_config, **kwargs)
         if lora_config.use_spikelora:
             raise ValueError(
                 f"SpikeLoRA adapts torch.nn.Linear, transformers' Conv1D and bitsandbytes' 4- and 8-bit linears, got "

@@ -116,11 +116,16 @@ def _before(reader: nn.Module, args, kwargs):
     sequence = Sequence([gate for gate in gates if gate.time == "token"], _current.get())
     _current.set(sequence)  # first: `_after` takes it away whatever happens
     if sequence.gates:
-        given = inspect.signature(reader.forward).bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
+        given = bound_arguments(reader, args, kwargs)
         sequence.mask = _mask(given)
         sequence.before = _membranes(given.get("state"), sequence.gates)
         _checkpoint_with(reader)
+
+
+def bound_arguments(model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """What a forward was called with, by name."""
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    return {**given, **given.get("kwargs", {})}
 
 
 def _after(reader: nn.Module, args, output):

@@ -1,0 +1,194 @@
+"""Thresholds that make a gate as silent as is asked: calibrated once, or held by a controller while the model trains.
+
+Both move V_theta of each module on its own, the only setting of a gate that needs no gradient. Where they left it is
+saved with the adapter (`SpikeGate.get_extra_state`).
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from . import sequence
+from .gate import SpikeGate
+from .observe import Reader
+
+
+class SparsityController:
+    """Holds every module's share of silent gate outputs at a target, by an integral control of its threshold.
+
+    After each training step V_theta moves by rate * (target - silent) * scale, where `silent` is what the module's real
+    tokens showed in that step and `scale` the mean of |A x| / tau there, running over steps: the membrane's unit. For
+    your own loop:
+
+        with SparsityController(model) as controller:
+            for batch in batches:
+                ...backward, optimizer.step()...
+                controller.step()
+
+    Args:
+        model: with adapters that spike.
+        target: share in (0, 1); None takes `spikelora_target_sparsity` of the adapter's configuration.
+        rate: of the control. Larger follows faster and wobbles more.
+        ramp: steps in which the target goes from what is found at first to `target`; 0: at once.
+
+    Raises:
+        ValueError: no target anywhere, or a model without a gate whose threshold is free.
+    """
+
+    def __init__(self, model: nn.Module, target: float | None = None, rate: float = 0.1, ramp: int = 0):
+        self.model, self.rate, self.ramp, self.steps = model, rate, ramp, 0
+        self.gates = controllable(model)
+        self.target = _configured_target(model) if target is None else target
+        if self.target is None or not 0 < self.target < 1:
+            raise ValueError(
+                f"a controller needs a target sparsity in (0, 1), got {self.target}: give target=, or "
+                "SpikeLoraConfig(spikelora_target_sparsity=...)"
+            )
+        self.first: dict[SpikeGate, float] = {}  # silent share at the first step: where a ramp begins
+        self.scale: dict[SpikeGate, float] = {}
+        self.seen: dict[SpikeGate, Tensor] = {}  # of this step: silent, |membrane|, number of values
+        self.handles = []
+
+    def __enter__(self) -> "SparsityController":
+        self.reader = Reader(self.model)
+        self.handles = [self.reader.attach()]
+        self.handles += [gate.register_forward_hook(partial(self._see, name)) for name, gate in self.gates.items()]
+        return self
+
+    def __exit__(self, *exception):
+        for handle in self.handles:
+            handle.remove()
+
+    def _see(self, name: str, gate: SpikeGate, inputs, spikes: Tensor):
+        if not gate.training or (real := self.reader.real(name, spikes)) is None:
+            return
+        a = inputs[0].detach()[self.reader.mask]
+        sums = torch.stack([(real == 0).double().sum(), (a.double().abs() / gate.tau_now()).sum()])
+        sums = torch.cat([sums, sums.new_tensor([real.numel()])])
+        self.seen[gate] = self.seen.get(gate, 0) + sums.detach()
+
+    def step(self) -> None:
+        """Move the thresholds by what was seen since the last call; call it after each optimizer step."""
+        if not self.seen:
+            return
+        gates = list(self.seen)
+        share = 1.0 if self.ramp == 0 else min(1.0, self.steps / self.ramp)
+        for gate, (silent, size, count) in zip(gates, torch.stack(list(self.seen.values())).tolist(), strict=True):
+            first = self.first.setdefault(gate, silent / count)
+            scale = self.scale[gate] = 0.9 * self.scale.get(gate, size / count) + 0.1 * size / count
+            target = first + share * (self.target - first)
+            moved = gate.v_threshold + self.rate * (target - silent / count) * scale
+            gate.v_threshold = max(moved, gate.v_reset or 0.0)
+        self.seen.clear()
+        self.steps += 1
+
+
+class SparsityCallback(TrainerCallback):
+    """`SparsityController` in a transformers Trainer.
+
+    Args:
+        target, rate: see `SparsityController`.
+        ramp: share of the training in which the target is approached.
+    """
+
+    def __init__(self, target: float | None = None, rate: float = 0.1, ramp: float = 0.0):
+        self.target, self.rate, self.ramp = target, rate, ramp
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.controller = SparsityController(model, self.target, self.rate, round(self.ramp * state.max_steps))
+        self.controller.steps = state.global_step
+        self.controller.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.controller.step()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.controller.__exit__()
+
+
+@torch.no_grad()
+def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping], sparsity: float) -> dict[str, float]:
+    """Set each module's V_theta so that `sparsity` of its gate's outputs are silent on `batches`, the first few of the
+    training data, say; returns the thresholds by gate.
+
+    In pointwise time that is a quantile of A x. In token time a spike changes what comes after it, so the threshold is
+    found by bisection. Best before training, while B is 0 and no adapter disturbs another one's input.
+
+    Args:
+        batches: what the model takes; read once, in evaluation mode.
+
+    Raises:
+        ValueError: `sparsity` not in (0, 1), no batch, or a model without a gate whose threshold is free.
+    """
+    if not 0 < sparsity < 1:
+        raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
+    recorded = _record(model, controllable(model), batches)
+    for gate, runs in recorded.values():
+        gate.v_threshold = (
+            _quantile(gate, runs, sparsity) if gate.time == "pointwise" else _bisect(gate, runs, sparsity)
+        )
+    return {name: gate.v_threshold for name, (gate, _) in recorded.items()}
+
+
+def controllable(model: nn.Module) -> dict[str, SpikeGate]:
+    """The gates whose threshold may be moved, by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    gates = {n: m for n, m in model.named_modules() if isinstance(m, SpikeGate) and m.raw_threshold is None}
+    if not gates:
+        raise ValueError(f"{type(model).__name__} has no spiking adapter whose threshold is free (not learned)")
+    return gates
+
+
+def _configured_target(model: nn.Module) -> float | None:
+    configs = getattr(model, "peft_config", {})
+    return next((getattr(config, "spikelora_target_sparsity", None) for config in configs.values()), None)
+
+
+def _record(model: nn.Module, gates: dict[str, SpikeGate], batches: Iterable[Mapping]) -> dict:
+    """Of each gate that saw tokens: itself, and the activations and mask of each batch."""
+    recorded, reader, training = {}, Reader(model), model.training
+
+    def see(name, gate, inputs, output):
+        if reader.real(name, output) is not None:
+            recorded.setdefault(name, (gate, []))[1].append((inputs[0].detach(), reader.mask))
+
+    handles = [reader.attach(), *(gate.register_forward_hook(partial(see, name)) for name, gate in gates.items())]
+    try:
+        model.eval()
+        for batch in batches:
+            device = next(model.parameters()).device
+            model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if not recorded:
+        raise ValueError("calibration needs at least one batch with a real token")
+    return recorded
+
+
+def _quantile(gate: SpikeGate, runs: list, sparsity: float) -> float:
+    values = torch.cat([a[mask].flatten() for a, mask in runs]).double()
+    rest, tau = gate.v_reset or 0.0, float(torch.as_tensor(gate.tau_now()).mean())
+    at = values.kthvalue(min(len(values), 1 + round(sparsity * len(values)))).values
+    return max(rest, rest + (float(at) - rest) / tau)
+
+
+def _bisect(gate: SpikeGate, runs: list, sparsity: float) -> float:
+    rest = gate.v_reset or 0.0
+    low, high = rest, rest + max(float(a.abs().max()) for a, _ in runs) + 1e-6  # a membrane never exceeds max |a|
+    for _ in range(20):
+        gate.v_threshold = (low + high) / 2
+        silent, count = 0.0, 0
+        for a, mask in runs:
+            with sequence.bound(sequence.Sequence([gate], mask=mask)):
+                spikes = gate(a)[mask]
+            silent, count = silent + float((spikes == 0).sum()), count + spikes.numel()
+        low, high = (low, gate.v_threshold) if silent / count > sparsity else (gate.v_threshold, high)
+    return (low + high) / 2
