@@ -4,6 +4,7 @@ modules of a SpikeGPT to adapt."""
 from peft.tuners.lora import LoraModel
 from peft.utils import register_peft_method
 
+from .adalora import SpikeAdaLoraConfig, SpikeAdaLoraModel
 from .config import PRESETS, SpikeLoraConfig
 from .control import SparsityCallback, SparsityController, calibrate_thresholds
 from .gate import SpikeGate
@@ -15,6 +16,7 @@ __all__ = [
     "AdapterActivity",
     "SparsityCallback",
     "SparsityController",
+    "SpikeAdaLoraConfig",
     "SpikeGate",
     "SpikeLoraConfig",
     "SpikeLoraLinear",
@@ -23,5 +25,9 @@ __all__ = [
     "observe_adapters",
 ]
 
-register_peft_method(name="spikelora", config_cls=SpikeLoraConfig, model_cls=SpikeLoraModel, prefix="lora_")
+for _name, _config, _model in (
+    ("spikelora", SpikeLoraConfig, SpikeLoraModel),
+    ("spikeadalora", SpikeAdaLoraConfig, SpikeAdaLoraModel),
+):
+    register_peft_method(name=_name, config_cls=_config, model_cls=_model, prefix="lora_")
 LoraModel.target_module_mapping["spikegpt"] = PRESETS["rkv+srffn"]

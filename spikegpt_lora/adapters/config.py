@@ -1,5 +1,6 @@
 """SpikeLoraConfig: LoraConfig plus the spiking gate's settings, saved in adapter_config.json."""
 
+import logging
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
@@ -7,6 +8,8 @@ from peft.utils import PeftType
 
 from ..rules import check
 from .gate import SpikeGate
+
+logger = logging.getLogger(__name__)
 
 # peft matches a regular expression against the whole module name. "all-linear" needs no entry: it is peft's own word,
 # and on SpikeGPT adds att.output to these.
@@ -16,7 +19,7 @@ PRESETS = {"rkv+srffn": r"(.*\.)?blocks\.\d+\.(att|ffn)\.(receptance|key|value)"
 LEARN = ("none", "threshold", "tau", "both")
 
 
-def _add_peft_type(name: str) -> PeftType:
+def add_peft_type(name: str) -> PeftType:
     """Add a member to peft's enumeration of methods, which peft offers no call for; done once a process."""
     if name in PeftType.__members__:
         return PeftType[name]
@@ -29,7 +32,7 @@ def _add_peft_type(name: str) -> PeftType:
     return member
 
 
-SPIKELORA = _add_peft_type("SPIKELORA")
+SPIKELORA = add_peft_type("SPIKELORA")
 
 
 @dataclass
@@ -113,6 +116,17 @@ class SpikeLoraConfig(LoraConfig):
                 ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self._leaves_base_alone()),
             ],
         )
+
+    @classmethod
+    def from_peft_type(cls, **kwargs):
+        """A configuration from what a file holds. Called on this class, a file of peft_type LORA will do: one that the
+        SpikeLoRA authors' fork wrote, or stock LoRA's, which is use_spikelora=False."""
+        if kwargs.get("peft_type") == "LORA":
+            kwargs.pop("peft_type")
+            kwargs.setdefault("use_spikelora", False)
+            kind = "of the authors' fork" if kwargs["use_spikelora"] else "of stock LoRA"
+            logger.warning("read an adapter %s (peft_type LORA) as SPIKELORA; saving it writes the new type", kind)
+        return super().from_peft_type(**kwargs)
 
     def gate(self, units: int, adapter: str) -> SpikeGate:
         """The gate of one module's adapter of rank `units`."""

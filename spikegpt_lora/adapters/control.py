@@ -4,7 +4,8 @@ Both move V_theta of each module on its own, the only setting of a gate that nee
 saved with the adapter (`SpikeGate.get_extra_state`).
 """
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -15,13 +16,15 @@ from . import sequence
 from .gate import SpikeGate
 from .observe import Reader
 
+logger = logging.getLogger(__name__)
+
 
 class SparsityController:
     """Holds every module's share of silent gate outputs at a target, by an integral control of its threshold.
 
     After each training step V_theta moves by rate * (target - silent) * scale, where `silent` is what the module's real
-    tokens showed in that step and `scale` the mean of |A x| / tau there, running over steps: the membrane's unit. For
-    your own loop:
+    tokens showed in that step and `scale` the mean of |A x| / tau there, the membrane's unit. It remembers nothing but
+    the thresholds, so training that resumes needs nothing but the adapter's file. For your own loop:
 
         with SparsityController(model) as controller:
             for batch in batches:
@@ -30,26 +33,24 @@ class SparsityController:
 
     Args:
         model: with adapters that spike.
-        target: share in (0, 1); None takes `spikelora_target_sparsity` of the adapter's configuration.
+        target: share in (0, 1), or a schedule, a function from progress in [0, 1] to a share; None takes
+            `spikelora_target_sparsity` of the adapter's configuration.
         rate: of the control. Larger follows faster and wobbles more.
-        ramp: steps in which the target goes from what is found at first to `target`; 0: at once.
 
     Raises:
         ValueError: no target anywhere, or a model without a gate whose threshold is free.
     """
 
-    def __init__(self, model: nn.Module, target: float | None = None, rate: float = 0.1, ramp: int = 0):
-        self.model, self.rate, self.ramp, self.steps = model, rate, ramp, 0
+    def __init__(self, model: nn.Module, target: float | Callable | None = None, rate: float = 0.3):
+        self.model, self.rate = model, rate
         self.gates = controllable(model)
         self.target = _configured_target(model) if target is None else target
-        if self.target is None or not 0 < self.target < 1:
+        if not callable(self.target) and (self.target is None or not 0 < self.target < 1):
             raise ValueError(
                 f"a controller needs a target sparsity in (0, 1), got {self.target}: give target=, or "
                 "SpikeLoraConfig(spikelora_target_sparsity=...)"
             )
-        self.first: dict[SpikeGate, float] = {}  # silent share at the first step: where a ramp begins
-        self.scale: dict[SpikeGate, float] = {}
-        self.seen: dict[SpikeGate, Tensor] = {}  # of this step: silent, |membrane|, number of values
+        self.seen: dict[SpikeGate, Tensor] = {}  # since the last step: silent values, sum of |membrane|, values
         self.handles = []
 
     def __enter__(self) -> "SparsityController":
@@ -62,48 +63,40 @@ class SparsityController:
         for handle in self.handles:
             handle.remove()
 
+    @torch.no_grad()
     def _see(self, name: str, gate: SpikeGate, inputs, spikes: Tensor):
         if not gate.training or (real := self.reader.real(name, spikes)) is None:
             return
-        a = inputs[0].detach()[self.reader.mask]
-        sums = torch.stack([(real == 0).double().sum(), (a.double().abs() / gate.tau_now()).sum()])
-        sums = torch.cat([sums, sums.new_tensor([real.numel()])])
-        self.seen[gate] = self.seen.get(gate, 0) + sums.detach()
+        membrane = inputs[0][self.reader.mask].double().abs() / gate.tau_now()
+        sums = torch.stack([(real == 0).double().sum(), membrane.sum()])
+        self.seen[gate] = self.seen.get(gate, 0) + torch.cat([sums, sums.new_tensor([real.numel()])])
 
-    def step(self) -> None:
-        """Move the thresholds by what was seen since the last call; call it after each optimizer step."""
+    def step(self, progress: float = 1.0) -> None:
+        """Move the thresholds by what was seen since the last call; call it after each optimizer step.
+
+        Args:
+            progress: share of the training that is done, for a target that is a schedule.
+        """
         if not self.seen:
             return
-        gates = list(self.seen)
-        share = 1.0 if self.ramp == 0 else min(1.0, self.steps / self.ramp)
-        for gate, (silent, size, count) in zip(gates, torch.stack(list(self.seen.values())).tolist(), strict=True):
-            first = self.first.setdefault(gate, silent / count)
-            scale = self.scale[gate] = 0.9 * self.scale.get(gate, size / count) + 0.1 * size / count
-            target = first + share * (self.target - first)
-            moved = gate.v_threshold + self.rate * (target - silent / count) * scale
+        target = self.target(progress) if callable(self.target) else self.target
+        for gate, (silent, size, count) in zip(self.seen, torch.stack(list(self.seen.values())).tolist(), strict=True):
+            moved = gate.v_threshold + self.rate * (target - silent / count) * size / count
             gate.v_threshold = max(moved, gate.v_reset or 0.0)
         self.seen.clear()
-        self.steps += 1
 
 
 class SparsityCallback(TrainerCallback):
-    """`SparsityController` in a transformers Trainer.
+    """`SparsityController` in a transformers Trainer; the arguments are the same."""
 
-    Args:
-        target, rate: see `SparsityController`.
-        ramp: share of the training in which the target is approached.
-    """
-
-    def __init__(self, target: float | None = None, rate: float = 0.1, ramp: float = 0.0):
-        self.target, self.rate, self.ramp = target, rate, ramp
+    def __init__(self, target: float | Callable | None = None, rate: float = 0.3):
+        self.target, self.rate = target, rate
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.controller = SparsityController(model, self.target, self.rate, round(self.ramp * state.max_steps))
-        self.controller.steps = state.global_step
-        self.controller.__enter__()
+        self.controller = SparsityController(model, self.target, self.rate).__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.controller.step()
+        self.controller.step(state.global_step / max(1, state.max_steps))
 
     def on_train_end(self, args, state, control, **kwargs):
         self.controller.__exit__()
@@ -130,7 +123,11 @@ def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping], sparsity:
         gate.v_threshold = (
             _quantile(gate, runs, sparsity) if gate.time == "pointwise" else _bisect(gate, runs, sparsity)
         )
-    return {name: gate.v_threshold for name, (gate, _) in recorded.items()}
+    thresholds = {name: gate.v_threshold for name, (gate, _) in recorded.items()}
+    low = [name for name, (gate, _) in recorded.items() if gate.v_threshold <= (gate.v_reset or 0.0)]
+    if low:
+        logger.warning("more silent than %g with a threshold of %g: %s", sparsity, thresholds[low[0]], ", ".join(low))
+    return thresholds
 
 
 def controllable(model: nn.Module) -> dict[str, SpikeGate]:

@@ -10,34 +10,14 @@ from .layer import MERGE_REFUSED, SpikeLoraLinear
 from .quantized import spiking_quantized
 
 
-class SpikeLoraModel(LoraModel):
-    """Injects SpikeLoRA adapters; used through `peft.get_peft_model(model, SpikeLoraConfig(...))`."""
+class Unmergeable:
+    """What the tuner models of spiking adapters have in common."""
 
-    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if lora_config.use_spikelora and lora_config.spikelora_time == "token":
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if config.use_spikelora and config.spikelora_time == "token":
             _refuse_two_calls(parent, target_name, current_key)
             sequence.follow(self.model)
-        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-
-    @staticmethod
-    def _create_new_module(lora_config, adapter_name, target, **kwargs):
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        # The weight's exact type tells: quantised linears subclass nn.Linear but hold another kind of weight.
-        if isinstance(base, (nn.Linear, Conv1D)) and type(base.weight) is nn.Parameter:
-            transposed = isinstance(base, Conv1D)
-            lora_config.fan_in_fan_out = transposed
-            return SpikeLoraLinear(
-                target, adapter_name, config=lora_config, is_target_conv_1d_layer=transposed, **kwargs
-            )
-        if kind := spiking_quantized(base):
-            return kind(target, adapter_name, config=lora_config, **kwargs)
-        if lora_config.use_spikelora:
-            raise ValueError(
-                f"SpikeLoRA adapts torch.nn.Linear, transformers' Conv1D and bitsandbytes' 4- and 8-bit linears, got "
-                f"{type(base).__name__} (it would silently become plain LoRA): leave it out of target_modules, or set "
-                "use_spikelora=False"
-            )
-        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key, **kwargs)
 
     def _spikes(self, adapter_name: str) -> bool:
         return adapter_name in self.peft_config and self.peft_config[adapter_name].use_spikelora
@@ -64,13 +44,39 @@ class SpikeLoraModel(LoraModel):
         return not self._spikes(adapter_name) and super().supports_lora_conversion(adapter_name)
 
 
+class SpikeLoraModel(Unmergeable, LoraModel):
+    """Injects SpikeLoRA adapters; used through `peft.get_peft_model(model, SpikeLoraConfig(...))`."""
+
+    @staticmethod
+    def _create_new_module(lora_config, adapter_name, target, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if plain_linear(base):
+            lora_config.fan_in_fan_out = transposed = isinstance(base, Conv1D)
+            return SpikeLoraLinear(
+                target, adapter_name, config=lora_config, is_target_conv_1d_layer=transposed, **kwargs
+            )
+        if kind := spiking_quantized(base):
+            return kind(target, adapter_name, config=lora_config, **kwargs)
+        if lora_config.use_spikelora:
+            raise ValueError(
+                f"SpikeLoRA adapts torch.nn.Linear, transformers' Conv1D and bitsandbytes' 4- and 8-bit linears, got "
+                f"{type(base).__name__} (it would silently become plain LoRA): leave it out of target_modules, or set "
+                "use_spikelora=False"
+            )
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+
+def plain_linear(base: nn.Module) -> bool:
+    """Whether it holds one real weight: quantised linears subclass nn.Linear but hold another kind."""
+    return isinstance(base, (nn.Linear, Conv1D)) and type(base.weight) is nn.Parameter
+
+
 def _refuse_two_calls(parent: nn.Module, target_name: str, current_key: str):
     """DeBERTa's attention calls its projections a second time, on relative positions, which are no time steps."""
     if type(parent).__name__ != "DisentangledSelfAttention" or not getattr(parent, "relative_attention", False):
         return
-    if target_name.startswith("pos_") or (
-        getattr(parent, "share_att_key", True) and target_name in ("query_proj", "key_proj")
-    ):
+    shared = ("query_proj", "key_proj") if getattr(parent, "share_att_key", True) else ()
+    if target_name.startswith("pos_") or target_name in shared:
         raise ValueError(
             f"{current_key} reads DeBERTa's relative positions too, which are no time steps: leave it out of "
             "target_modules (value_proj and the dense layers remain), or use spikelora_time='pointwise'"
