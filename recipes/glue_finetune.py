@@ -160,8 +160,8 @@ def run(args, data: DatasetDict, tokenizer, method: str, rank: int, seed: int, l
         "r": rank,
         "lora_alpha": rank,
         "target_modules": ["query", "key", "value", "dense"],
+        "exclude_modules": ["pooler.dense"],
     }
-    shared["exclude_modules"] = ["pooler.dense"]
     if method == "lora":
         model = get_peft_model(base, LoraConfig(**shared))
     else:
@@ -171,10 +171,10 @@ def run(args, data: DatasetDict, tokenizer, method: str, rank: int, seed: int, l
         model,
         TrainingArguments(
             output_dir=str(args.output_dir / "training"), num_train_epochs=args.epochs,
-            learning_rate=args.learning_rate, per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=128,
-            warmup_steps=0.06,
-            lr_scheduler_type="linear", weight_decay=0.01, bf16=args.bf16, use_cpu=not torch.cuda.is_available(),
-            save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no", seed=seed, data_seed=seed,
+            per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=128, weight_decay=0.01,
+            learning_rate=args.learning_rate, lr_scheduler_type="linear", warmup_steps=0.06, seed=seed, data_seed=seed,
+            bf16=args.bf16, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
+            report_to="none", disable_tqdm=True,
         ),
         train_dataset=data["train"],
         data_collator=DataCollatorWithPadding(tokenizer),
