@@ -33,6 +33,7 @@ from spikegpt_lora.report import table
 from spikegpt_lora.training import set_dropout
 
 SIZES = {"n_layer": (4, "blocks"), "n_embd": (256, "width"), "vocab_size": (8192, "tokens of the BPE")}
+PAIRS = "; beside it, each step tells {pairs} pairs of neighbouring sentences from one another"
 KNESER_NEY_TOKENS = 50_000_000  # it keeps all n-grams in memory, about 100 bytes a token
 
 
@@ -171,7 +172,7 @@ def finish(run: Pretraining, corpus: Corpus, args) -> None:
     record = {
         "options": vars(run.options),
         "config": {key: getattr(rounded.config, key) for key in ("vocab_size", "n_layer", "n_embd")},
-        "began_as": args.model,
+        "started_from": args.model,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "tokens": run.step * run.options.batch_size * run.options.length,
         "hours": run.seconds / 3600,
@@ -214,7 +215,7 @@ def model_card(record: dict) -> str:
         "evaluation sentence\n"
         f"- training: {options['steps']:,} steps of {options['batch_size']} x {options['length']} tokens "
         f"({record['tokens'] / 1e6:.1f} M) in {record['hours']:.2f} hours; AdamW, rate {options['learning_rate']:g}, "
-        f"the last {options['decay']:.0%} of the steps decay",
+        f"the last {options['decay']:.0%} of the steps decay{PAIRS.format(**options) if options['pairs'] else ''}",
         f"Validation ({facts['validation']['documents']:,} documents that were not trained on). A sign counts as a "
         "word, and so does a document's end; 5-grams are of the same tokens:",
         table(
@@ -234,8 +235,11 @@ def model_card(record: dict) -> str:
         ),
         "Training loss, mean of 50 steps:",
         table(
-            ["step", "loss", "hours"],
-            [[f"{s:,}", f"{a:.3f}", f"{t / 3600:.2f}"] for s, a, t in record["log"][stride - 1 :: stride]],
+            ["step", "nats a token", *["nats a pair"] * bool(options["pairs"]), "hours"],
+            [
+                [f"{step:,}", *(f"{loss:.3f}" for loss in losses), f"{seconds / 3600:.2f}"]
+                for step, *losses, seconds in record["log"][stride - 1 :: stride]
+            ],
         ),
     ]
     return "\n\n".join(sections) + "\n"

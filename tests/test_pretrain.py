@@ -65,6 +65,17 @@ def test_a_finished_run_is_made_longer(trained, text):
     assert done.returncode == 0 and "going on from step 96" in done.stdout
 
 
+def test_a_model_is_trained_further_with_its_tokenizer_and_on_pairs(trained, text, tmp_path):
+    model = trained[0] / "model"
+    sizes = ["--batch-size", "4", "--length", "16", "--steps", "50", "--pairs", "2"]
+    done = here("pretrain.py", text, "--model", model, "--output-dir", tmp_path, *sizes, *MINI)
+    assert done.returncode == 0, done.stderr
+    assert "2 pairs of neighbouring sentences" in done.stdout and "| nats a pair |" in done.stdout
+    assert (tmp_path / "model" / "tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
+    first = float((tmp_path / "model" / "loss.csv").read_text().splitlines()[1].split(",")[1])
+    assert first < float((model / "loss.csv").read_text().splitlines()[1].split(",")[1])  # it did not begin anew
+
+
 def test_ctrl_c_says_how_to_go_on(text, tmp_path):
     arguments = [str(text), "--output-dir", str(tmp_path), "--steps", "100000", "--save-minutes", "0", *MINI, *SMALL]
     process = subprocess.Popen(
@@ -91,6 +102,8 @@ def test_ctrl_c_says_how_to_go_on(text, tmp_path):
         ([Path(__file__).with_name("conftest.py"), "--decontaminate", "none"], "at least 100 documents are needed"),
         ([RECIPES / "generate.py", "--n-layer", "0", "--batch-size", "0"], "batch_size must be >= 1, got 0"),
         ([RECIPES / "generate.py", "--n-layer", "0"], "n_layer must be >= 1, got 0"),
+        ([RECIPES / "generate.py", "--model", "embedded", "--n-embd", "8"], "n_embd: sizes are for a new model"),
+        ([RECIPES / "generate.py", "--model", "nowhere"], "no language model at 'nowhere'"),
     ],
 )
 def test_wrong_input_is_one_clear_error(tmp_path, arguments, message):
