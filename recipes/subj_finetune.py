@@ -62,6 +62,10 @@ ADJUSTABLE = {
     "word_dropout": (float, "share of the tokens that a training step leaves out"),
     "rank": (int, "of adapters; alpha is the same"),
     "v_threshold": (float, "of SpikeLoRA's gate"),
+    "time": (str, "of SpikeLoRA's gate: pointwise or token"),
+    "gate": (str, "of SpikeLoRA: graded or binary"),
+    "learn": (str, "of SpikeLoRA's gate: none, threshold, tau or both"),
+    "target_sparsity": (float, "of SpikeLoRA's gate, held while training"),
 }
 RANDOM_SIZES = {"n_layer": 2, "n_embd": 128, "vocab_size": 4096}
 UPSTREAM_TOKENIZERS = {"ridger/SpikeGPT-OpenWebText-216M": "EleutherAI/gpt-neox-20b"}

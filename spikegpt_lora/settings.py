@@ -28,7 +28,11 @@ class FinetuneOptions:
     word_dropout: float = 0.0  # share of the tokens that do not exist in a training step
     rank: int = 16  # of adapters; the scaling alpha / rank is 1
     targets: str = "rkv+srffn"  # or "all-linear", which adds att.output
-    v_threshold: float = 0.1
+    v_threshold: float = 0.1  # of SpikeLoRA's gate, and the next four: see `SpikeLoraConfig`
+    time: str = "pointwise"
+    gate: str = "graded"
+    learn: str = "none"
+    target_sparsity: float | None = None
     bf16: bool = False
     keep: str = "best"  # epoch on the validation split, or "last"
     group_by_length: bool = True  # batches of sentences of similar length

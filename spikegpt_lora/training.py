@@ -30,7 +30,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .adapters import SpikeLoraConfig
+from .adapters import SparsityCallback, SpikeLoraConfig
 from .adapters.config import PRESETS
 from .model import SpikeGPTForSequenceClassification
 from .settings import METHODS, FinetuneOptions
@@ -67,7 +67,10 @@ def adapt(model: SpikeGPTForSequenceClassification, method: str, options: Finetu
     }
     if method == "lora":
         return get_peft_model(model, LoraConfig(**shared))
-    return get_peft_model(model, SpikeLoraConfig(**shared, spikelora_v_threshold=options.v_threshold))
+    names = ("v_threshold", "time", "gate", "learn", "target_sparsity")
+    return get_peft_model(
+        model, SpikeLoraConfig(**shared, **{f"spikelora_{name}": getattr(options, name) for name in names})
+    )
 
 
 def set_dropout(model: nn.Module, dropout: float) -> nn.Module:
@@ -126,7 +129,7 @@ def finetune(
         processing_class=tokenizer,
         data_collator=PaddingAsText(tokenizer) if options.read_padding else DataCollatorWithPadding(tokenizer),
         compute_metrics=_accuracy,
-        callbacks=[Stopwatch()],
+        callbacks=[Stopwatch(), *([SparsityCallback()] if method == "spikelora" and options.target_sparsity else [])],
     )
     trainer.group_by_length, trainer.word_dropout = options.group_by_length, options.word_dropout
     for callback in (ProgressCallback, PrinterCallback):
