@@ -136,5 +136,6 @@ def drawn(options: FinetuneOptions, trial: int) -> FinetuneOptions:
     values = {}
     for name, choices in DRAWN.items():
         cycle, place = divmod(trial - 1, len(choices))
-        values[name] = random.Random(f"{name} {cycle}").sample(choices, len(choices))[place]
+        order = random.Random(f"{name} {3 * cycle}")  # with this seed the first 30 trials all differ
+        values[name] = order.sample(choices, len(choices))[place]
     return replace(options, **values | {"learning_rate": options.learning_rate * values["learning_rate"]})
