@@ -239,3 +239,31 @@ def test_an_adapter_adds_one_number_a_module_to_the_file(tmp_path):
     assert {key for key in sizes[1].keys() - sizes[0].keys()} == {
         key.replace("lora_A.weight", "lora_gate._extra_state") for key in sizes[0] if "lora_A" in key
     }
+
+
+def gradients_of_half(rank, folder):
+    """One of two processes: its half of the batch, under DistributedDataParallel."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(adapted("bert", **TOKEN).double())
+    half = {key: value[2 * rank : 2 * rank + 2] for key, value in batch().items()}
+    model(**half).logits.pow(2).sum().backward()
+    torch.save(
+        {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}, f"{folder}/{rank}.pt"
+    )
+    dist.destroy_process_group()
+
+
+TOKEN = {"spikelora_time": "token", "target_modules": ["query", "value"]}
+
+
+def test_two_processes_have_the_gradients_of_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(gradients_of_half, (str(tmp_path),), nprocs=2)
+    model = adapted("bert", **TOKEN).double()
+    model(**batch()).logits.pow(2).sum().backward()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                assert largest_difference(2 * found[name], p.grad) < 1e-9  # DDP gives the mean of the two

@@ -65,11 +65,11 @@ class SparsityController:
 
     @torch.no_grad()
     def _see(self, name: str, gate: SpikeGate, inputs, spikes: Tensor):
-        if not gate.training or (real := self.reader.real(name, spikes)) is None:
+        if not gate.training or not self.reader.first(name) or (real := self.reader.real(spikes)) is None:
             return
-        membrane = inputs[0][self.reader.mask].double().abs() / gate.tau_now()
-        sums = torch.stack([(real == 0).double().sum(), membrane.sum()])
-        self.seen[gate] = self.seen.get(gate, 0) + torch.cat([sums, sums.new_tensor([real.numel()])])
+        count = self.reader.count(spikes) * spikes.shape[-1]
+        membrane = self.reader.real(inputs[0]).abs() / gate.tau_now()
+        self.seen[gate] = self.seen.get(gate, 0) + torch.stack([count - real.sum(), membrane.sum(), count.double()])
 
     def step(self, progress: float = 1.0) -> None:
         """Move the thresholds by what was seen since the last call; call it after each optimizer step.
@@ -81,8 +81,9 @@ class SparsityController:
             return
         target = self.target(progress) if callable(self.target) else self.target
         for gate, (silent, size, count) in zip(self.seen, torch.stack(list(self.seen.values())).tolist(), strict=True):
-            moved = gate.v_threshold + self.rate * (target - silent / count) * size / count
-            gate.v_threshold = max(moved, gate.v_reset or 0.0)
+            if count:
+                moved = gate.v_threshold + self.rate * (target - silent / count) * size / count
+                gate.v_threshold = max(moved, gate.v_reset or 0.0)
         self.seen.clear()
 
 
@@ -152,7 +153,7 @@ def _record(model: nn.Module, gates: dict[str, SpikeGate], batches: Iterable[Map
     recorded, reader, training = {}, Reader(model), model.training
 
     def see(name, gate, inputs, output):
-        if reader.real(name, output) is not None:
+        if reader.first(name) and reader.real(output) is not None:
             recorded.setdefault(name, (gate, []))[1].append((inputs[0].detach(), reader.mask))
 
     handles = [reader.attach(), *(gate.register_forward_hook(partial(see, name)) for name, gate in gates.items())]
@@ -171,7 +172,7 @@ def _record(model: nn.Module, gates: dict[str, SpikeGate], batches: Iterable[Map
 
 
 def _quantile(gate: SpikeGate, runs: list, sparsity: float) -> float:
-    values = torch.cat([a[mask].flatten() for a, mask in runs]).double()
+    values = torch.cat([(a if mask is None else a[mask]).flatten() for a, mask in runs]).double()
     rest, tau = gate.v_reset or 0.0, float(torch.as_tensor(gate.tau_now()).mean())
     at = values.kthvalue(min(len(values), 1 + round(sparsity * len(values)))).values
     return max(rest, rest + (float(at) - rest) / tau)
@@ -185,7 +186,7 @@ def _bisect(gate: SpikeGate, runs: list, sparsity: float) -> float:
         silent, count = 0.0, 0
         for a, mask in runs:
             with sequence.bound(sequence.Sequence([gate], mask=mask)):
-                spikes = gate(a)[mask]
+                spikes = gate(a) if mask is None else gate(a)[mask]
             silent, count = silent + float((spikes == 0).sum()), count + spikes.numel()
         low, high = (low, gate.v_threshold) if silent / count > sparsity else (gate.v_threshold, high)
     return (low + high) / 2

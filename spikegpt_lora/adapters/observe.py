@@ -44,7 +44,7 @@ class Reader:
 
     def __init__(self, model: nn.Module):
         self.model = next((m for m in model.modules() if isinstance(m, SpikeGPTModel)), model)
-        self.mask: Tensor | None = None  # (B, T)
+        self.mask: Tensor | None = None  # (B, T); None: everything is real
         self.called: set[str] = set()
 
     def attach(self):
@@ -53,17 +53,30 @@ class Reader:
 
     def _start(self, model, args, kwargs):
         given = bound_arguments(model, args, kwargs)
-        ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        mask = given.get("attention_mask")
-        self.mask = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
+        tokens = next((given[key] for key in ("input_ids", "inputs_embeds") if given.get(key) is not None), None)
+        self.mask = given.get("attention_mask")
+        if self.mask is None and tokens is not None:
+            self.mask = tokens.new_ones(tokens.shape[:2])
+        if self.mask is not None:
+            self.mask = self.mask.bool()
         self.called.clear()
 
-    def real(self, name: str, x: Tensor) -> Tensor | None:
-        """The real tokens' rows of x `(B, T, d)`; None where x holds no tokens or `name` was called before."""
-        if name in self.called:
-            return None
+    def first(self, name: str) -> bool:
+        """Whether this is `name`'s first call in this forward."""
+        new = name not in self.called
         self.called.add(name)
-        return x.detach()[self.mask] if x.shape[:-1] == self.mask.shape else None
+        return new
+
+    def real(self, x: Tensor) -> Tensor | None:
+        """x `(B, T, d)` in float64, 0 where there is no token (so that sums are over real ones, without waiting for the
+        device); None where x holds no tokens."""
+        if self.mask is not None and x.shape[:-1] != self.mask.shape:
+            return None
+        return x.detach().double() if self.mask is None else x.detach().double() * self.mask[..., None]
+
+    def count(self, x: Tensor) -> Tensor:
+        """How many real tokens x holds."""
+        return x.new_full((), x[..., 0].numel(), dtype=torch.float64) if self.mask is None else self.mask.sum()
 
 
 class AdapterObserver:
@@ -73,41 +86,37 @@ class AdapterObserver:
         self.reader, self.membranes = Reader(model), membranes
         self.adapted = {n: m for n, m in self.reader.model.named_modules() if isinstance(m, BaseTunerLayer)}
         self.gates = {n: m for n, m in self.reader.model.named_modules() if isinstance(m, SpikeGate)}
-        self.tokens: Tensor | int = 0
         self.counts = defaultdict(lambda: defaultdict(int))  # module or gate -> what -> sum over real tokens
-        self.before: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}  # W0 x of modules at work
 
     def hooks(self):
         yield self.reader.attach()
-        yield self.reader.model.register_forward_pre_hook(self._start)
         for name, module in self.adapted.items():
             yield module.get_base_layer().register_forward_hook(partial(self._frozen, name))
             yield module.register_forward_hook(partial(self._adapted, name))
         for name, gate in self.gates.items():
             yield gate.register_forward_hook(partial(self._gate, name))
 
-    def _start(self, model, args):
-        self.tokens = self.tokens + self.reader.mask.sum()
-        self.before.clear()
-
     def _frozen(self, name, module, inputs, output):
-        if (real := self.reader.real(name, output)) is not None:
-            self.before[name] = real.double()
+        self.before.pop(name, None)
+        if self.reader.first(name) and (real := self.reader.real(output)) is not None:
+            self.before[name] = real
 
     def _adapted(self, name, module, inputs, output):
         before = self.before.pop(name, None)
         if before is not None:
-            counts, now = self.counts[name], output.detach()[self.reader.mask].double()
-            counts["added"] = counts["added"] + (now - before).square().sum()
-            counts["frozen"] = counts["frozen"] + before.square().sum()
+            added = (self.reader.real(output) - before).square().sum()
+            self._add(name, added=added, frozen=before.square().sum())
 
     def _gate(self, name, gate, inputs, output):
-        if (real := self.reader.real(name, output)) is not None:
-            counts = self.counts[name]
-            counts["fired"] = counts["fired"] + real.double().sum(0)
+        if self.reader.first(name) and (real := self.reader.real(output)) is not None:
+            self._add(name, fired=real.flatten(0, -2).sum(0), tokens=self.reader.count(output))
             if self.membranes:
-                after = gate.membranes(inputs[0])[self.reader.mask]
-                counts["membrane"] = counts["membrane"] + after.double().sum(0)
+                self._add(name, membrane=self.reader.real(gate.membranes(inputs[0])).sum())
+
+    def _add(self, name: str, **sums: Tensor):
+        for what, value in sums.items():
+            self.counts[name][what] = self.counts[name][what] + value
 
     def activity(self) -> AdapterActivity | None:
         """What was seen so far; None of a model without adapters.
@@ -117,36 +126,34 @@ class AdapterObserver:
         """
         if not self.adapted:
             return None
-        tokens = int(self.tokens)
-        if tokens == 0:
+        modules = {name: {"contribution": _ratio([self.counts[name]])} for name in self.adapted if name in self.counts}
+        gates = {name: self.counts[name] for name in self.gates if name in self.counts}
+        if not modules or not all(int(counts["tokens"]) for counts in gates.values()):
             raise ValueError("nothing was observed: let the model read at least one batch with a real token")
-        modules = {}
-        for name in self.adapted:
-            if name in self.counts:
-                modules[name] = {"contribution": _ratio([self.counts[name]])}
-        fired = {name: self.counts[name]["fired"] for name in self.gates if name in self.counts}
-        for name, counts in fired.items():
-            gate = self.gates[name]
-            modules[name.split(".lora_gate.")[0]] |= _of_gate(counts, tokens) | {
-                "threshold": float(torch.as_tensor(gate.threshold_now()).mean()),
-                "tau": float(torch.as_tensor(gate.tau_now()).mean()),
-                "firing": (counts / tokens).tolist(),
-            }
-            if self.membranes:
-                membrane = float(self.counts[name]["membrane"].mean() / tokens)
-                modules[name.split(".lora_gate.")[0]]["membrane"] = membrane
-        overall = _of_gate(torch.cat(list(fired.values())), tokens) if fired else {}
+        for name, counts in gates.items():
+            modules[name.split(".lora_gate.")[0]] |= _of_gate(self.gates[name], counts)
+        silent = [1 - counts["fired"] / counts["tokens"] for counts in gates.values()]
         return AdapterActivity(
-            sparsity=overall.get("sparsity"),
-            dead_ranks=overall.get("dead_ranks"),
-            contribution=_ratio([self.counts[name] for name in self.adapted if name in self.counts]),
+            sparsity=float(torch.cat(silent).mean()) if gates else None,
+            dead_ranks=float((torch.cat(silent) == 1).double().mean()) if gates else None,
+            contribution=_ratio([self.counts[name] for name in modules]),
             modules=modules,
-            left_out=[name for name in self.adapted if name not in self.counts],
+            left_out=[name for name in self.adapted if name not in modules],
         )
 
 
-def _of_gate(fired: Tensor, tokens: int) -> dict[str, float]:
-    return {"sparsity": 1 - float(fired.mean()) / tokens, "dead_ranks": float((fired == 0).double().mean())}
+def _of_gate(gate: SpikeGate, counts: dict) -> dict:
+    firing = counts["fired"] / counts["tokens"]
+    measured = {
+        "sparsity": 1 - float(firing.mean()),
+        "dead_ranks": float((firing == 0).double().mean()),
+        "threshold": float(torch.as_tensor(gate.threshold_now()).mean()),
+        "tau": float(torch.as_tensor(gate.tau_now()).mean()),
+        "firing": firing.tolist(),
+    }
+    return measured | (
+        {"membrane": float(counts["membrane"].mean() / counts["tokens"])} if "membrane" in counts else {}
+    )
 
 
 def _ratio(counts: list[dict]) -> float | None:
