@@ -1,0 +1,143 @@
+"""A SpikeGPT classifier as a list of operations and a dictionary of weights: what graph.json and weights.npz hold.
+
+Every operation has a name, `op` (a method of `interpreter.Program`), the names of its inputs, and settings. Names are
+the model's own: "blocks.0.att.key" is that linear layer, "blocks.0.lif1" are those spikes.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from .adapters import SpikeGate
+from .model import Block, SpikeGPTForSequenceClassification
+from .spikes import LIF
+
+
+@dataclass
+class Graph:
+    """nodes in the order in which they run; weights by name, float32; labels of the classes."""
+
+    nodes: list[dict] = field(default_factory=list)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
+
+    def add(self, name: str, op: str, inputs: list[str], **settings) -> str:
+        self.nodes.append({"name": name, "op": op, "inputs": inputs, **settings})
+        return name
+
+    def weight(self, name: str, tensor: torch.Tensor) -> str:
+        self.weights[name] = tensor.detach().float().cpu().numpy()
+        return name
+
+
+def graph_of(model: nn.Module) -> Graph:
+    """The graph of a SpikeGPT classifier, with or without LoRA or SpikeLoRA adapters.
+
+    Raises:
+        ValueError: another kind of model, or a part of it that the graph has no operation for; the message names it.
+    """
+    classifier = next((m for m in model.modules() if isinstance(m, SpikeGPTForSequenceClassification)), None)
+    if classifier is None:
+        raise ValueError(f"{type(model).__name__} holds no SpikeGPTForSequenceClassification to export")
+    base, graph = classifier.spikegpt, Graph(labels=[str(v) for v in classifier.config.id2label.values()])
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise ValueError(f"{name} holds values that are not finite: nothing computed with them means anything")
+    graph.weight("emb", (base.emb.weight >= 0).float())
+    x = graph.add("emb", "embed_spike", ["token"], weight="emb")
+    for i, block in enumerate(base.blocks):
+        x = _block(graph, f"blocks.{i}", block, x)
+    x = _layernorm(graph, "ln_out", base.ln_out, x)
+    graph.weight("score", _score(classifier))
+    graph.add("pool", "pool", [x], kind=classifier.config.pooling, weight="score")
+    return graph
+
+
+def _score(classifier: SpikeGPTForSequenceClassification) -> torch.Tensor:
+    score = classifier.score
+    return (score.modules_to_save[score.active_adapters[0]] if hasattr(score, "modules_to_save") else score).weight
+
+
+def _block(graph: Graph, name: str, block: Block, x: str) -> str:
+    if hasattr(block, "ln0"):
+        x = _layernorm(graph, "ln0", block.ln0, x)
+    current = _srwkv(graph, f"{name}.att", block.att, _layernorm(graph, f"{name}.ln1", block.ln1, x))
+    x = graph.add(f"{name}.x1", "add", [x, _lif(graph, f"{name}.lif1", block.lif1, current)])
+    current = _srffn(graph, f"{name}.ffn", block.ffn, _layernorm(graph, f"{name}.ln2", block.ln2, x))
+    return graph.add(f"{name}.x2", "add", [x, _lif(graph, f"{name}.lif2", block.lif2, current)])
+
+
+def _srwkv(graph: Graph, name: str, att: nn.Module, x: str) -> str:
+    mixed = _mixes(graph, name, att, x, "kvr")
+    k = _linear(graph, f"{name}.key", att.key, mixed["k"])
+    v = _linear(graph, f"{name}.value", att.value, mixed["v"])
+    r = _linear(graph, f"{name}.receptance", att.receptance, mixed["r"])
+    decay = graph.weight(f"{name}.time_decay", att.time_decay)
+    first = graph.weight(f"{name}.time_first", att.time_first)
+    y = graph.add(f"{name}.wkv", "wkv", [k, v], decay=decay, first=first)
+    gated = graph.add(f"{name}.gated", "multiply", [graph.add(f"{name}.sigmoid", "sigmoid", [r]), y])
+    return _linear(graph, f"{name}.output", att.output, gated)
+
+
+def _srffn(graph: Graph, name: str, ffn: nn.Module, x: str) -> str:
+    mixed = _mixes(graph, name, ffn, x, "kr")
+    k = _linear(graph, f"{name}.key", ffn.key, mixed["k"])
+    r = _linear(graph, f"{name}.receptance", ffn.receptance, mixed["r"])
+    v = _linear(graph, f"{name}.value", ffn.value, graph.add(f"{name}.squared_relu", "squared_relu", [k]))
+    return graph.add(f"{name}.gated", "multiply", [graph.add(f"{name}.sigmoid", "sigmoid", [r]), v])
+
+
+def _mixes(graph: Graph, name: str, half: nn.Module, x: str, parts: str) -> dict[str, str]:
+    previous = graph.add(f"{name}.delay", "delay", [x])
+    weights = {p: graph.weight(f"{name}.time_mix_{p}", getattr(half, f"time_mix_{p}").flatten()) for p in parts}
+    return {p: graph.add(f"{name}.mix_{p}", "mix", [x, previous], weight=weights[p]) for p in parts}
+
+
+def _layernorm(graph: Graph, name: str, norm: nn.LayerNorm, x: str) -> str:
+    weight, bias = graph.weight(f"{name}.weight", norm.weight), graph.weight(f"{name}.bias", norm.bias)
+    return graph.add(name, "layernorm", [x], weight=weight, bias=bias, eps=norm.eps)
+
+
+def _linear(graph: Graph, name: str, linear: nn.Module, x: str) -> str:
+    """W0 x, and what each active adapter adds to it."""
+    base = linear.get_base_layer() if isinstance(linear, LoraLayer) else linear
+    if type(base) is not nn.Linear or base.bias is not None:
+        raise ValueError(
+            f"{name} must be a torch.nn.Linear without bias, got {base}: no operation of the graph is that"
+        )
+    y = graph.add(name, "linear", [x], weight=graph.weight(name, base.weight))
+    if not isinstance(linear, LoraLayer) or linear.disable_adapters:
+        return y
+    for adapter in (one for one in linear.active_adapters if one in linear.lora_A):
+        a, b = linear.lora_A[adapter], linear.lora_B[adapter]
+        if not isinstance(a, nn.Linear) or b.bias is not None:
+            raise ValueError(f"{name}: adapter {adapter!r} is no plain pair of linear layers")
+        passed = graph.add(f"{name}.lora_A", "linear", [x], weight=graph.weight(f"{name}.lora_A", a.weight))
+        if (gate := getattr(linear, "lora_gate", {}).get(adapter)) is not None:
+            passed = _gate(graph, f"{name}.lora_gate", gate, passed)
+        added = graph.weight(f"{name}.lora_B", b.weight * linear.scaling[adapter])  # the scale once, in the weight
+        y = graph.add(f"{name}.adapted", "add", [y, graph.add(f"{name}.lora_B", "linear", [passed], weight=added)])
+    return y
+
+
+def _gate(graph: Graph, name: str, gate: SpikeGate, a: str) -> str:
+    spikes = _lif(graph, name, gate, a, from_rest=gate.time == "pointwise")
+    return spikes if gate.binary else graph.add(f"{name}.graded", "multiply", [spikes, a])
+
+
+def _lif(graph: Graph, name: str, lif: LIF, current: str, from_rest: bool = False) -> str:
+    learned = isinstance(lif, SpikeGate)
+    tau, threshold = (lif.tau_now(), lif.threshold_now()) if learned else (lif.tau, lif.v_threshold)
+    if not lif.decay_input:
+        raise ValueError(f"{name} must divide its input by tau (lif_decay_input): the graph's neuron does")
+    settings = {"tau": _number(tau), "v_threshold": _number(threshold), "v_reset": lif.v_reset}
+    return graph.add(name, "lif", [current], **settings, from_rest=from_rest)
+
+
+def _number(value) -> float | list[float]:
+    """A setting as JSON: one number, or one a unit."""
+    values = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    return values[0] if len(values) == 1 else values
