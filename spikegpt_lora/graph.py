@@ -116,8 +116,8 @@ def _linear(graph: Graph, name: str, linear: nn.Module, x: str) -> str:
         if not isinstance(a, nn.Linear) or b.bias is not None:
             raise ValueError(f"{name}: adapter {adapter!r} is no plain pair of linear layers")
         passed = graph.add(f"{name}.lora_A", "linear", [x], weight=graph.weight(f"{name}.lora_A", a.weight))
-        if (gate := getattr(linear, "lora_gate", {}).get(adapter)) is not None:
-            passed = _gate(graph, f"{name}.lora_gate", gate, passed)
+        if adapter in getattr(linear, "lora_gate", {}):
+            passed = _gate(graph, f"{name}.lora_gate", linear.lora_gate[adapter], passed)
         added = graph.weight(f"{name}.lora_B", b.weight * linear.scaling[adapter])  # the scale once, in the weight
         y = graph.add(f"{name}.adapted", "add", [y, graph.add(f"{name}.lora_B", "linear", [passed], weight=added)])
     return y

@@ -179,11 +179,9 @@ class EventDriven(Program):
     def step(self, token, before, after):
         values, events = {"token": token}, {}  # events: name of a residual sum -> the spikes that it is made of
         for node in self.nodes:
-            name, inputs = node["name"], [values.get(i) for i in node["inputs"]]
+            name, source, inputs = node["name"], node["inputs"][0], [values.get(i) for i in node["inputs"]]
             if name in self.columns:
-                values[name] = self._norm(
-                    node, values[node["inputs"][0]], events[node["inputs"][0]], values, after, before
-                )
+                values[name] = self._norm(node, values[source], events[source], values, after, before)
             elif node["op"] == "linear" and self.by_name[source]["op"] == "mix":
                 pass  # done by _norm, with all the layers that read the same events
             elif node["op"] == "linear":
