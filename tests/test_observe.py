@@ -91,12 +91,12 @@ def test_plain_lora_has_a_contribution_and_no_spikes():
 def test_poolers_are_left_out_by_name():
     model = get_peft_model(BertModel(BertConfig(vocab_size=37, **TINY)), SpikeLoraConfig(target_modules=["dense"]))
     activity = seen_once(model)
-    assert activity.left_out == ["pooler.dense"] and len(activity.modules) == 3
+    assert activity.left_out == ["base_model.model.pooler.dense"] and len(activity.modules) == 3
 
 
 def test_models_that_read_no_ids_are_counted_whole():
     config = ViTConfig(image_size=8, patch_size=4, num_channels=1, **TINY)
-    model = get_peft_model(ViTModel(config), SpikeLoraConfig(target_modules=["query"]))
+    model = get_peft_model(ViTModel(config), SpikeLoraConfig(target_modules=["q_proj"]))
     activity = seen_once(model, {"pixel_values": torch.randn(2, 1, 8, 8)})
     assert 0 < activity.sparsity <= 1
 

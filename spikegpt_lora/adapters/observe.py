@@ -147,13 +147,17 @@ def _of_gate(gate: SpikeGate, counts: dict) -> dict:
     measured = {
         "sparsity": 1 - float(firing.mean()),
         "dead_ranks": float((firing == 0).double().mean()),
-        "threshold": float(torch.as_tensor(gate.threshold_now()).mean()),
-        "tau": float(torch.as_tensor(gate.tau_now()).mean()),
+        "threshold": _mean(gate.threshold_now()),
+        "tau": _mean(gate.tau_now()),
         "firing": firing.tolist(),
     }
     return measured | (
         {"membrane": float(counts["membrane"].mean() / counts["tokens"])} if "membrane" in counts else {}
     )
+
+
+def _mean(value: float | Tensor) -> float:
+    return float(torch.as_tensor(value).detach().mean())
 
 
 def _ratio(counts: list[dict]) -> float | None:
