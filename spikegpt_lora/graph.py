@@ -5,6 +5,7 @@ the model's own: "blocks.0.att.key" is that linear layer, "blocks.0.lif1" are th
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +13,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .adapters import SpikeGate
+from .files import whole_file, write_json
 from .model import Block, SpikeGPTForSequenceClassification
 from .spikes import LIF
+
+SCHEMA = "spikegpt_lora/graph/1"
 
 
 @dataclass
@@ -31,6 +35,13 @@ class Graph:
     def weight(self, name: str, tensor: torch.Tensor) -> str:
         self.weights[name] = tensor.detach().float().cpu().numpy()
         return name
+
+    def save(self, folder: Path) -> None:
+        """graph.json and weights.npz, what `interpreter.Program` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "graph.json", {"schema": SCHEMA, "labels": self.labels, "nodes": self.nodes})
+        with whole_file(folder / "weights.npz") as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **self.weights)
 
 
 def graph_of(model: nn.Module) -> Graph:
