@@ -1,15 +1,14 @@
 """Runs an exported SpikeGPT with numpy alone: token by token, the state explicit, many sentences at once.
 
-    python interpreter.py BUNDLE                   the bundle's sentences again, compared with what was recorded
-    python interpreter.py BUNDLE --event-driven    the same in the form that adds at spikes and never multiplies W by x
+    logits, seen = Program(folder).run(ids, lengths, watch=["blocks.0.lif1"])
+    logits, seen = EventDriven(folder).run(ids, lengths)      # adds at spikes, never multiplies W by x
 
 For whoever writes a chip's host code: every operation of the model is a method of `Program` below, a few lines each.
-This file stands alone; copy it anywhere. It reads graph.json (the operations in order) and weights.npz.
+This file stands alone; copy it anywhere. It reads graph.json (the operations in order) and weights.npz, as
+`Graph.save` writes them.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -240,26 +239,3 @@ class EventDriven(Program):
         binary = self.by_name[node["inputs"][0]]["op"] == "lif"
         self.additions, self.products = self.additions + count * binary, self.products + count * (not binary)
         return x @ weight.T
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--event-driven", action="store_true")
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
-    args = parser.parse_args()
-    program = (EventDriven if args.event_driven else Program)(args.bundle, args.dtype)
-    with np.load(args.bundle / "sentences.npz") as given:
-        lengths = given["lengths"]
-        logits, _ = program.run(given["ids"], lengths)
-        agree = int((logits.argmax(axis=1) == given["logits"].argmax(axis=1)).sum())
-        print(f"{agree} of {len(logits)} predictions as recorded; largest difference of a logit "
-              f"{np.abs(logits - given['logits']).max():.2e}")  # fmt: skip
-    if args.event_driven:
-        tokens = int(lengths.sum())
-        print(f"a token: {program.additions / tokens:,.0f} additions, {program.products / tokens:,.0f} products")
-    return 0 if agree == len(logits) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

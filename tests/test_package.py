@@ -13,14 +13,19 @@ PACKAGE = Path(spikegpt_lora.__file__).parent
 
 # Each module may import from the rows above its own, never from its own row or below.
 LAYERS = [
-    {"files", "hub", "statistics", "config", "tokenizer", "baselines", "memory", "kneser_ney", "extension.build"},
-    {"data", "extension"},
-    {"corpus"},
+    {"files", "hub", "statistics", "rules", "tokenizer", "baselines", "memory", "kneser_ney", "interpreter"},
+    {"config", "settings", "data", "command_line", "extension.build"},
+    {"corpus", "extension"},
     {"extension.__main__", "wkv", "spikes", "token_shift", "gates", "dropout"},
-    {"model", "adapters.layer", "adapters.config"},
+    {"model"},
+    {"adapters.sequence"},
+    {"adapters.gate"},
+    {"adapters.config", "adapters.layer", "adapters.observe"},
+    {"adapters.quantized", "adapters.control"},
     {"adapters.model"},
+    {"adapters.adalora"},
     {"adapters"},
-    {"checkpoint", "trace"},
+    {"checkpoint", "trace", "graph", "sentence_pairs"},
     {"training", "report", "pretraining"},
 ]
 

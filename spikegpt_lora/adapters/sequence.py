@@ -112,7 +112,8 @@ def follow(model: nn.Module) -> None:
 
 
 def _before(reader: nn.Module, args, kwargs):
-    gates = [gate for module in reader.modules() if hasattr(module, "active_gates") for gate in module.active_gates()]
+    layers = [module for module in reader.modules() if hasattr(type(module), "active_gates")]
+    gates = [gate for layer in layers for gate in layer.active_gates()]
     sequence = Sequence([gate for gate in gates if gate.time == "token"], _current.get())
     _current.set(sequence)  # first: `_after` takes it away whatever happens
     if sequence.gates:
