@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from peft import LoraConfig, get_peft_model
 from spikingjelly.activation_based import functional, neuron
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
-from transformers import RwkvConfig, RwkvModel
+from transformers import BertConfig, BertForSequenceClassification, RwkvConfig, RwkvModel
 from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
 import spikegpt_lora.model
@@ -51,7 +52,16 @@ from spikegpt_lora.spikes import LIF
 
 SMALL = {"n_layer": 4, "n_embd": 256, "batch": 32, "tokens": 40}
 LARGE = {"n_layer": 18, "n_embd": 768, "batch": 8, "tokens": 40}  # SpikeGPT-216M
-PARTS = ("kernels", "lengths", "step", "large_step", "streaming", "rwkv")
+MINILM = {"n_layer": 6, "n_embd": 384, "batch": 32, "tokens": 40}  # all-MiniLM-L6-v2
+PARTS = ("kernels", "lengths", "step", "gates", "large_step", "streaming", "rwkv")
+GATES = {
+    "LoRA": LoraConfig,
+    "SpikeLoRA": SpikeLoraConfig,
+    "SpikeLoRA, binary": partial(SpikeLoraConfig, spikelora_gate="binary"),
+    "SpikeLoRA, token time": partial(SpikeLoraConfig, spikelora_time="token"),
+    "SpikeLoRA, learned": partial(SpikeLoraConfig, spikelora_learn="both"),
+    "SpikeLoRA, token time, learned": partial(SpikeLoraConfig, spikelora_time="token", spikelora_learn="both"),
+}
 
 
 class Disagreement(Exception):
@@ -166,7 +176,7 @@ def step(repeats: int) -> list[dict]:
     """One LoRA and one SpikeLoRA training step of a 4-layer, 256-wide model."""
     rows = []
     for adapter in (LoraConfig, SpikeLoraConfig):
-        training = Training(adapter, **SMALL)
+        training = Training(adapter, spikegpt, **SMALL)
         training.check_gradients(WAYS)
         ways = {"matrix products": training.floor()}
         ways |= {name: inside(context, training.step) for name, context in WAYS.items()}
@@ -176,9 +186,18 @@ def step(repeats: int) -> list[dict]:
     return rows
 
 
+def gates(repeats: int) -> list[dict]:
+    """A training step with each kind of gate, on a SpikeGPT and on an encoder of all-MiniLM-L6-v2's size."""
+    rows = []
+    for name, model, size in (("4 x 256", spikegpt, SMALL), ("MiniLM, 6 x 384", bert, MINILM)):
+        ways = {gate: Training(adapter, model, **size).step for gate, adapter in GATES.items()}
+        rows += compare(f"step by gate, {name}, batch 32 x 40", ways, repeats)
+    return rows
+
+
 def large_step(repeats: int) -> list[dict]:
     """One LoRA training step of the 216M model's shape, and its memory."""
-    training = Training(LoraConfig, **LARGE)
+    training = Training(LoraConfig, spikegpt, **LARGE)
     ways = {"extension": WAYS["extension"], "loops over tokens": WAYS["loops over tokens"]}
     training.check_gradients(ways)
     timed = {"matrix products": training.floor()}
@@ -237,13 +256,15 @@ def rwkv(repeats: int) -> list[dict]:
 
 
 class Training:
-    """A training step of a classifier with adapters: forward, backward, clipping, AdamW."""
+    """A training step of a classifier with adapters: forward, backward, clipping, AdamW.
 
-    def __init__(self, adapter, n_layer: int, n_embd: int, batch: int, tokens: int):
-        size = {"n_layer": n_layer, "n_embd": n_embd}
-        model = random_weights(SpikeGPTForSequenceClassification(config(size, num_labels=2, pooling="last_mean")))
+    Args:
+        adapter: makes a peft configuration. model: makes the classifier from n_layer and n_embd, and names its targets.
+    """
+
+    def __init__(self, adapter: Callable, model: Callable, n_layer: int, n_embd: int, batch: int, tokens: int):
+        model, target = model(n_layer, n_embd)
         self.weights_mib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-        target = r"(.*\.)?blocks\.\d+\.(att|ffn)\.(receptance|key|value)"
         adapter = adapter(task_type="SEQ_CLS", r=16, lora_alpha=16, target_modules=target)
         self.model = random_weights(get_peft_model(model, adapter)).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -285,6 +306,18 @@ class Training:
         gradients = [p.grad for p in self.parameters]
         self.optimizer.zero_grad()
         return gradients
+
+
+def spikegpt(n_layer: int, n_embd: int):
+    size = {"n_layer": n_layer, "n_embd": n_embd}
+    model = random_weights(SpikeGPTForSequenceClassification(config(size, num_labels=2, pooling="last_mean")))
+    return model, r"(.*\.)?blocks\.\d+\.(att|ffn)\.(receptance|key|value)"
+
+
+def bert(n_layer: int, n_embd: int):
+    sizes = {"hidden_size": n_embd, "num_hidden_layers": n_layer, "intermediate_size": 4 * n_embd}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=n_embd // 32))
+    return model, r"(.*\.)?encoder\.layer\.\d+\..*(query|key|value|dense)"
 
 
 def random_weights(model):

@@ -55,8 +55,16 @@ def test_the_floor_makes_the_products_that_were_made(bench):
 
 def test_every_way_to_run_a_model_gives_the_same_gradients(bench):
     need_extension()
-    training = bench.Training(bench.SpikeLoraConfig, n_layer=2, n_embd=12, batch=3, tokens=9)
+    training = bench.Training(bench.SpikeLoraConfig, bench.spikegpt, n_layer=2, n_embd=12, batch=3, tokens=9)
     training.check_gradients(bench.WAYS)
     with pytest.raises(bench.Disagreement):
         gradients = training._gradients()
         bench.agree("a step", {"one": lambda: gradients, "other": lambda: [2 * x for x in gradients]}, 1e-6)
+
+
+@pytest.mark.parametrize("model", ["spikegpt", "bert"])
+def test_every_gate_makes_a_training_step(bench, model):
+    for adapter in bench.GATES.values():
+        training = bench.Training(adapter, getattr(bench, model), n_layer=1, n_embd=32, batch=2, tokens=5)
+        training.step()
+        assert any("lora_A" in name for name, p in training.model.named_parameters() if p.requires_grad)
