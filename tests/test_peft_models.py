@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from spikegpt_lora import SpikeLoraConfig
-from spikegpt_lora.adapters import SparsityCallback, SpikeGate, observe_adapters
+from spikegpt_lora.adapters import SparsityCallback, SparsityController, SpikeGate, observe_adapters
 
 TINY = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 MODELS = {
@@ -246,9 +246,16 @@ def gradients_of_half(rank, folder):
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model = torch.nn.parallel.DistributedDataParallel(adapted("bert", **TOKEN).double())
+    plain = adapted("bert", **TOKEN).double()
+    model = torch.nn.parallel.DistributedDataParallel(plain)
     half = {key: value[2 * rank : 2 * rank + 2] for key, value in batch().items()}
     model(**half).logits.pow(2).sum().backward()
+    with SparsityController(plain, 0.9) as controller:
+        plain.train()
+        plain(**half)
+        controller.step()
+    thresholds = torch.tensor([m.v_threshold for m in plain.modules() if isinstance(m, SpikeGate)])
+    torch.save(thresholds, f"{folder}/thresholds{rank}.pt")
     torch.save(
         {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}, f"{folder}/{rank}.pt"
     )
@@ -258,7 +265,7 @@ def gradients_of_half(rank, folder):
 TOKEN = {"spikelora_time": "token", "target_modules": ["query", "value"]}
 
 
-def test_two_processes_have_the_gradients_of_the_whole_batch(tmp_path):
+def test_two_processes_have_the_gradients_of_the_whole_batch_and_the_same_thresholds(tmp_path):
     torch.multiprocessing.spawn(gradients_of_half, (str(tmp_path),), nprocs=2)
     model = adapted("bert", **TOKEN).double()
     model(**batch()).logits.pow(2).sum().backward()
@@ -267,3 +274,5 @@ def test_two_processes_have_the_gradients_of_the_whole_batch(tmp_path):
         for name, p in model.named_parameters():
             if p.grad is not None:
                 assert largest_difference(2 * found[name], p.grad) < 1e-9  # DDP gives the mean of the two
+    thresholds = [torch.load(tmp_path / f"thresholds{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(*thresholds) and (thresholds[0] != 0.1).all()

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from transformers import TrainerCallback
 
 from . import sequence
@@ -80,7 +81,10 @@ class SparsityController:
         if not self.seen:
             return
         target = self.target(progress) if callable(self.target) else self.target
-        for gate, (silent, size, count) in zip(self.seen, torch.stack(list(self.seen.values())).tolist(), strict=True):
+        sums = torch.stack(list(self.seen.values()))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)  # every process moves the same thresholds alike
+        for gate, (silent, size, count) in zip(self.seen, sums.tolist(), strict=True):
             if count:
                 moved = gate.v_threshold + self.rate * (target - silent / count) * size / count
                 gate.v_threshold = max(moved, gate.v_reset or 0.0)
@@ -91,9 +95,11 @@ class SparsityCallback(TrainerCallback):
     """`SparsityController` in a transformers Trainer; the arguments are the same."""
 
     def __init__(self, target: float | Callable | None = None, rate: float = 0.3):
-        self.target, self.rate = target, rate
+        self.target, self.rate, self.controller = target, rate, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.controller is not None:  # of a training that was broken off
+            self.controller.__exit__()
         self.controller = SparsityController(model, self.target, self.rate).__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
