@@ -1,4 +1,4 @@
-"""QLoRA: SpikeLoRA on the 4-bit and 8-bit linears of bitsandbytes (in the test extra; skipped where it is missing)."""
+"""QLoRA: SpikeLoRA on the 4-bit and 8-bit linears of bitsandbytes (extra "qlora"; skipped where it is missing)."""
 
 import copy
 
