@@ -46,6 +46,7 @@ from spikegpt_lora import (
     extension,
     wkv,
 )
+from spikegpt_lora.adapters.config import PRESETS
 from spikegpt_lora.extension import build
 from spikegpt_lora.files import whole_file, write_text
 from spikegpt_lora.spikes import LIF
@@ -311,7 +312,7 @@ class Training:
 def spikegpt(n_layer: int, n_embd: int):
     size = {"n_layer": n_layer, "n_embd": n_embd}
     model = random_weights(SpikeGPTForSequenceClassification(config(size, num_labels=2, pooling="last_mean")))
-    return model, r"(.*\.)?blocks\.\d+\.(att|ffn)\.(receptance|key|value)"
+    return model, PRESETS["rkv+srffn"]
 
 
 def bert(n_layer: int, n_embd: int):

@@ -72,10 +72,12 @@ class Program:
         return self.weights[node["weight"]][inputs[0]]
 
     def layernorm(self, node, inputs, state, after):
-        (x,) = inputs
-        centred = x - x.mean(axis=1, keepdims=True)
-        scaled = centred / np.sqrt((centred * centred).mean(axis=1, keepdims=True) + self.dtype.type(node["eps"]))
-        return scaled * self.weights[node["weight"]] + self.weights[node["bias"]]
+        mu, sigma = self._statistics(node, inputs[0])
+        return (inputs[0] - mu) / sigma * self.weights[node["weight"]] + self.weights[node["bias"]]
+
+    def _statistics(self, node, x):
+        mu = x.mean(axis=1, keepdims=True)
+        return mu, np.sqrt(((x - mu) ** 2).mean(axis=1, keepdims=True) + self.dtype.type(node["eps"]))
 
     def delay(self, node, inputs, state, after):
         after[node["name"]] = inputs[0]
@@ -198,8 +200,7 @@ class EventDriven(Program):
     def _norm(self, node, x, spikes, values, after, before):
         """Statistics of x, then the sums of all readers; returns nothing that anybody multiplies with."""
         form = self.columns[node["name"]]
-        mu = x.mean(axis=1, keepdims=True)
-        sigma = np.sqrt(((x - mu) ** 2).mean(axis=1, keepdims=True) + self.dtype.type(node["eps"]))
+        mu, sigma = self._statistics(node, x)
         sums = self._embedding_sums(node["name"], values) + sum(self._added(form["columns"], s) for s in spikes)
         given = (sums - mu * form["mean"]) / sigma + form["bias"]
         now, then = np.split(given, 2, axis=1)
@@ -219,8 +220,7 @@ class EventDriven(Program):
             form["ln0_columns"] = form["columns"] * g[:, None]
             form["ln0_mean"], form["ln0_bias"] = g @ form["columns"], b @ form["columns"]
         e = values[ln0["inputs"][0]]
-        mu = e.mean(axis=1, keepdims=True)
-        sigma = np.sqrt(((e - mu) ** 2).mean(axis=1, keepdims=True) + self.dtype.type(ln0["eps"]))
+        mu, sigma = self._statistics(ln0, e)
         return (self._added(form["ln0_columns"], e) - mu * form["ln0_mean"]) / sigma + form["ln0_bias"]
 
     def _added(self, columns, spikes):

@@ -262,8 +262,9 @@ def _facts(path: Path) -> dict:
 
 def _optimizer(parameters: dict[str, nn.Parameter], options: PretrainOptions) -> torch.optim.Optimizer:
     """AdamW that decays the blocks' matrices, and neither embedding, head nor vectors."""
-    matrices = [p for name, p in parameters.items() if ".blocks." in name and p.ndim == 2]
-    others = [p for name, p in parameters.items() if not (".blocks." in name and p.ndim == 2)]
+    names = {name for name, p in parameters.items() if ".blocks." in name and p.ndim == 2}
+    matrices = [p for name, p in parameters.items() if name in names]
+    others = [p for name, p in parameters.items() if name not in names]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98), fused=True)
 

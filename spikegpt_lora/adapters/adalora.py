@@ -61,10 +61,9 @@ class SpikeSVDLinear(SpikingLayer, SVDLinear):
         for name in self.active_adapters:
             if name not in self.lora_A:
                 continue
-            gate, narrow = self.lora_gate[name], self._cast_input_dtype(x, self.lora_A[name].dtype)
+            narrow = self._cast_input_dtype(x, self.lora_A[name].dtype)
             a = self.lora_dropout[name](narrow) @ self.lora_A[name].T
-            passed = gate(a) if gate.binary else gate(a) * a
-            added = (passed * self.lora_E[name].T) @ self.lora_B[name].T
+            added = (self.lora_gate[name].passed(a) * self.lora_E[name].T) @ self.lora_B[name].T
             result = result + added * self.scaling[name] / (self.ranknum[name] + 1e-5)
         return result
 

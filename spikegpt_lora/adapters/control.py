@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from . import sequence
 from .gate import SpikeGate
-from .observe import Reader
+from .observe import Reader, mean
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def _record(model: nn.Module, gates: dict[str, SpikeGate], batches: Iterable[Map
 
 def _quantile(gate: SpikeGate, runs: list, sparsity: float) -> float:
     values = torch.cat([(a if mask is None else a[mask]).flatten() for a, mask in runs]).double()
-    rest, tau = gate.v_reset or 0.0, float(torch.as_tensor(gate.tau_now()).mean())
+    rest, tau = gate.v_reset or 0.0, mean(gate.tau_now())
     at = values.kthvalue(min(len(values), 1 + round(sparsity * len(values)))).values
     return max(rest, rest + (float(at) - rest) / tau)
 

@@ -87,6 +87,11 @@ class SpikeGate(LIF):
         tokens.after[self] = membrane
         return spikes
 
+    def passed(self, a: Tensor) -> Tensor:
+        """What goes to B: spike times activation, or of a binary gate the spike."""
+        spikes = self(a)  # through __call__: observers see them
+        return spikes if self.binary else spikes * a
+
     @torch.no_grad()
     def membranes(self, a: Tensor) -> Tensor:
         """The membrane after each token, `(..., r)`, for the activations that `forward` takes; token by token, slow."""

@@ -32,8 +32,7 @@ class SpikeLoraVariant(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         a = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        gate = module.lora_gate[active_adapter]
-        passed = gate(a) if gate.binary else gate(a) * a
+        passed = module.lora_gate[active_adapter].passed(a)
         return result + module.lora_B[active_adapter](passed) * module.scaling[active_adapter]
 
     @staticmethod

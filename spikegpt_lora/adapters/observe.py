@@ -15,9 +15,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..model import SpikeGPTModel
 from .gate import SpikeGate
-from .sequence import bound_arguments
+from .sequence import bound_arguments, reader_of
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Reader:
     """Knows which tokens of the forward now running are real, and which modules it has called already."""
 
     def __init__(self, model: nn.Module):
-        self.model = next((m for m in model.modules() if isinstance(m, SpikeGPTModel)), model)
+        self.model = reader_of(model)
         self.mask: Tensor | None = None  # (B, T); None: everything is real
         self.called: set[str] = set()
 
@@ -147,8 +146,8 @@ def _of_gate(gate: SpikeGate, counts: dict) -> dict:
     measured = {
         "sparsity": 1 - float(firing.mean()),
         "dead_ranks": float((firing == 0).double().mean()),
-        "threshold": _mean(gate.threshold_now()),
-        "tau": _mean(gate.tau_now()),
+        "threshold": mean(gate.threshold_now()),
+        "tau": mean(gate.tau_now()),
         "firing": firing.tolist(),
     }
     return measured | (
@@ -156,7 +155,8 @@ def _of_gate(gate: SpikeGate, counts: dict) -> dict:
     )
 
 
-def _mean(value: float | Tensor) -> float:
+def mean(value: float | Tensor) -> float:
+    """Of a gate's setting: the number, or the mean of what was learned."""
     return float(torch.as_tensor(value).detach().mean())
 
 

@@ -94,6 +94,11 @@ def mixed(adapter_names: list[str]):
             sequence.adapter_names = None
 
 
+def reader_of(model: nn.Module) -> nn.Module:
+    """The part of `model` whose forward is given tokens and mask: the SpikeGPTModel inside, or `model` itself."""
+    return next((m for m in model.modules() if isinstance(m, SpikeGPTModel)), model)
+
+
 def follow(model: nn.Module) -> None:
     """From now on every forward of `model`, of transformers or with a SpikeGPTModel inside, tells its gates what they
     need. Calling it again changes nothing.
@@ -105,7 +110,7 @@ def follow(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} reads two sequences in one forward: token time is for models that read one"
         )
-    reader = next((m for m in model.modules() if isinstance(m, SpikeGPTModel)), model)
+    reader = reader_of(model)
     if _before not in reader._forward_pre_hooks.values():
         reader.register_forward_pre_hook(_before, with_kwargs=True)
         reader.register_forward_hook(_after, always_call=True)
