@@ -30,7 +30,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .adapters import SparsityCallback, SpikeLoraConfig
+from .adapters import SparsityCallback, SpikeLoraConfig, observe_adapters
 from .adapters.config import PRESETS
 from .model import SpikeGPTForSequenceClassification
 from .settings import METHODS, FinetuneOptions
@@ -155,6 +155,10 @@ def _record(trainer: Trainer) -> dict:
         "best_epoch": round(best["epoch"]) if best else round(trainer.state.epoch),
         "validation_accuracy": best["eval_accuracy"] if best else None,
         "validation_by_epoch": [entry["eval_accuracy"] for entry in evaluations],
+        "sparsity_by_epoch": [entry["eval_sparsity"] for entry in evaluations if "eval_sparsity" in entry],
+        "sparsity_by_step": {
+            entry["step"]: entry["train_sparsity"] for entry in trainer.state.log_history if "train_sparsity" in entry
+        },
     }
 
 
@@ -211,6 +215,14 @@ class PairedTrainer(Trainer):
     """
 
     group_by_length, word_dropout = True, 0.0
+
+    def evaluate(self, *args, **kwargs):
+        """As ever; and how silent the gates are on what it reads goes into the log history ("eval_sparsity")."""
+        with observe_adapters(self.model) as seen:
+            metrics = super().evaluate(*args, **kwargs)
+        if (activity := seen.activity()) is not None and activity.sparsity is not None:
+            self.state.log_history[-1]["eval_sparsity"] = activity.sparsity
+        return metrics
 
     def training_step(self, model, inputs, *args, **kwargs):
         if self.word_dropout:

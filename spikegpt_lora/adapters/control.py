@@ -51,6 +51,7 @@ class SparsityController:
                 f"a controller needs a target sparsity in (0, 1), got {self.target}: give target=, or "
                 "SpikeLoraConfig(spikelora_target_sparsity=...)"
             )
+        self.silent: float | None = None  # share over all modules, of what the last step moved by
         self.seen: dict[SpikeGate, Tensor] = {}  # since the last step: silent values, sum of |membrane|, values
         self.handles = []
 
@@ -84,6 +85,7 @@ class SparsityController:
         sums = torch.stack(list(self.seen.values()))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)  # every process moves the same thresholds alike
+        self.silent = float(sums[:, 0].sum() / sums[:, 2].sum().clamp(min=1))
         for gate, (silent, size, count) in zip(self.seen, sums.tolist(), strict=True):
             if count:
                 moved = gate.v_threshold + self.rate * (target - silent / count) * size / count
@@ -92,7 +94,10 @@ class SparsityController:
 
 
 class SparsityCallback(TrainerCallback):
-    """`SparsityController` in a transformers Trainer; the arguments are the same."""
+    """`SparsityController` in a transformers Trainer; the arguments are the same.
+
+    The Trainer's log history gets "train_sparsity": the silent share of the step before each entry.
+    """
 
     def __init__(self, target: float | Callable | None = None, rate: float = 0.3):
         self.target, self.rate, self.controller = target, rate, None
@@ -104,6 +109,10 @@ class SparsityCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.controller.step(state.global_step / max(1, state.max_steps))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.controller.silent is not None and "loss" in (logs or {}):
+            state.log_history[-1]["train_sparsity"] = self.controller.silent
 
     def on_train_end(self, args, state, control, **kwargs):
         self.controller.__exit__()
