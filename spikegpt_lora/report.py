@@ -252,7 +252,7 @@ def draw_raster(trace: SpikeTrace, path: Path, sentence: int = 0, title: str = "
     axis.set_xticks(first, words[first], rotation=60, ha="right", fontsize=8)
     figure.suptitle(title, fontsize=9)
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        figure.savefig(temporary, dpi=240)
 
 
 def draw_accuracy(results: dict, path: Path) -> None:

@@ -10,7 +10,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ class SpikeTrace:
     tokens, words: str `(B, T)`, the token at each time step and the word it is part of.
     labels: `(B,)` as given, -1 where unknown.
     note: what was recorded, in the words of whoever recorded it.
+    currents: where asked for, name -> float32 `(B, T, C)`, what the neurons integrate (not of "emb", which has none).
     """
 
     spikes: dict[str, np.ndarray]
@@ -44,6 +45,7 @@ class SpikeTrace:
     words: np.ndarray
     labels: np.ndarray
     note: str = ""
+    currents: dict[str, np.ndarray] = field(default_factory=dict)
 
     def firing_rate(self, population: str) -> float:
         """Spikes per neuron and real token."""
@@ -76,6 +78,7 @@ class SpikeTrace:
         """Write one .npz file; `numpy.load` reads it without this package (no pickled objects)."""
         arrays = {f"spikes/{name}": array for name, array in self.spikes.items()}
         arrays |= {f"values/{name}": array for name, array in self.values.items()}
+        arrays |= {f"currents/{name}": array for name, array in self.currents.items()}
         arrays |= {name: getattr(self, name) for name in ("lengths", "tokens", "words", "labels", "note")}
         with whole_file(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
@@ -87,18 +90,21 @@ class SpikeTrace:
         Raises:
             ValueError: the file is no spike trace.
         """
-        groups: dict[str, dict] = {"spikes": {}, "values": {}, "": {}}
+        groups: dict[str, dict] = {"spikes": {}, "values": {}, "currents": {}, "": {}}
         try:
             with np.load(path, allow_pickle=False) as file:
                 for key in file.files:
                     group, _, name = key.rpartition("/")
                     groups[group][name] = file[key]
-            return cls(groups["spikes"], groups["values"], **groups[""] | {"note": str(groups[""]["note"])})
+            rest = groups[""] | {"note": str(groups[""]["note"])}
+            return cls(groups["spikes"], groups["values"], currents=groups["currents"], **rest)
         except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} is no spike trace written by SpikeTrace.save: {error}") from error
 
 
-def record_spikes(model: nn.Module, batch: Mapping, tokenizer=None, note: str = "") -> SpikeTrace:
+def record_spikes(
+    model: nn.Module, batch: Mapping, tokenizer=None, note: str = "", currents: bool = False
+) -> SpikeTrace:
     """Run `model` on `batch` in evaluation mode and return the spikes of every population.
 
     Args:
@@ -107,6 +113,7 @@ def record_spikes(model: nn.Module, batch: Mapping, tokenizer=None, note: str = 
             the words too.
         tokenizer: turns ids into readable tokens and words; without it they are the ids as text.
         note: kept with the trace.
+        currents: record what the neurons integrate too, four bytes a neuron and token.
 
     Raises:
         ValueError: the model holds no SpikeGPT, or a spike is no integer in [-128, 127].
@@ -114,12 +121,15 @@ def record_spikes(model: nn.Module, batch: Mapping, tokenizer=None, note: str = 
     base = _base_model(model)
     recorded: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
+    integrated: dict[str, Tensor] = {}
 
     def remember(name, graded):
         def hook(module, inputs, output):
             recorded[name] = output
             if graded:
                 values[name] = output * inputs[0]
+            if currents and isinstance(module, LIF):
+                integrated[name] = inputs[0]
 
         return hook
 
@@ -134,6 +144,7 @@ def record_spikes(model: nn.Module, batch: Mapping, tokenizer=None, note: str = 
     return SpikeTrace(
         spikes={name: _as_int8(_left_aligned(x, mask, front)) for name, x in recorded.items()},
         values={name: _left_aligned(x, mask, front).float().numpy() for name, x in values.items()},
+        currents={name: _left_aligned(x, mask, front).float().numpy() for name, x in integrated.items()},
         lengths=mask.sum(1).numpy(),
         tokens=tokens,
         words=words,
