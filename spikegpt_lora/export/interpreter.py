@@ -1,14 +1,17 @@
 """Runs an exported SpikeGPT with numpy alone: token by token, the state explicit, many sentences at once.
 
+    python interpreter.py BUNDLE                   the bundle's sentences again, compared with what was recorded
+    python interpreter.py BUNDLE --event-driven    the same in the form that adds at spikes and never multiplies W by x
+
     logits, seen = Program(folder).run(ids, lengths, watch=["blocks.0.lif1"])
-    logits, seen = EventDriven(folder).run(ids, lengths)      # adds at spikes, never multiplies W by x
 
 For whoever writes a chip's host code: every operation of the model is a method of `Program` below, a few lines each.
-This file stands alone; copy it anywhere. It reads graph.json (the operations in order) and weights.npz, as
-`Graph.save` writes them.
+This file stands alone; copy it anywhere. It reads graph.json (the operations in order) and weights.npz.
 """
 
+import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +38,12 @@ class Program:
         weight = stored[name].astype(self.dtype)
         return weight * stored[f"{name}/scale"].astype(self.dtype) if f"{name}/scale" in stored.files else weight
 
-    def run(self, ids, lengths, watch=()):
+    def run(self, ids, lengths, watch=(), forced=None):
         """Read sentences ids `(B, T)`, of `lengths` `(B,)` tokens each from the left.
+
+        Args:
+            watch: names of nodes. forced: of some nodes the values `(B, T, n)` that the nodes behind them get, in place
+                of what was computed ("teacher forcing": recorded spikes, so that a difference cannot spread).
 
         Returns:
             logits `(B, labels)`, and of each node in `watch` its values `(B, T, n)`, 0 behind a sentence's end.
@@ -45,6 +52,7 @@ class Program:
         for t in range(ids.shape[1]):
             before, state = state, {}
             self.reading = reading = t < np.asarray(lengths)  # of each sentence, whether it still goes on
+            self.forced = {name: values[:, t].astype(self.dtype) for name, values in (forced or {}).items()}
             values = self.step(ids[:, t], before, state)
             state = {name: _keep(reading, new, before.get(name)) for name, new in state.items()}
             for name in watch:
@@ -56,7 +64,8 @@ class Program:
         values = {"token": token}
         for node in self.nodes:
             inputs = [values[name] for name in node["inputs"]]
-            values[node["name"]] = getattr(self, node["op"])(node, inputs, before.get(node["name"]), after)
+            value = getattr(self, node["op"])(node, inputs, before.get(node["name"]), after)
+            values[node["name"]] = self.forced.get(node["name"], value)
         return values
 
     def classify(self, state):
@@ -103,7 +112,8 @@ class Program:
         return y
 
     def sigmoid(self, node, inputs, state, after):
-        return 1 / (1 + np.exp(-inputs[0]))
+        with np.errstate(over="ignore"):  # exp gives infinity, and the share is 0 as it should be
+            return 1 / (1 + np.exp(-inputs[0]))
 
     def squared_relu(self, node, inputs, state, after):
         return np.maximum(inputs[0], 0) ** 2
@@ -113,9 +123,6 @@ class Program:
 
     def add(self, node, inputs, state, after):
         return inputs[0] + inputs[1]
-
-    def scale(self, node, inputs, state, after):
-        return inputs[0] * self.dtype.type(node["factor"])
 
     def lif(self, node, inputs, state, after):
         """charge, fire, reset; with "from_rest" every token is a first step."""
@@ -152,90 +159,133 @@ class EventDriven(Program):
     stays a product reads no spikes: att.output (sigmoid times WKV), ffn.value (squared ReLU, zeros are skipped), and B
     of a graded gate, one column times one value a spike.
 
-    additions, products: what was done so far, counted where it is done.
+    Args:
+        shortest: get each population's part of S in the shortest of three ways: add where there are spikes; subtract
+            from the sum of all columns where there are none; change the last token's part where spikes changed.
+
+    additions: so far, by (what reads, what spikes), counted where they are made. products: so far, by layer.
     """
 
-    def __init__(self, folder, dtype=np.float32):
+    def __init__(self, folder, dtype=np.float32, shortest=False):
         super().__init__(folder, dtype)
-        self.additions = self.products = 0
+        self.shortest, self.totals, self.additions, self.products = shortest, {}, {}, {}
         self.by_name = {node["name"]: node for node in self.nodes}
-        self.readers = {}  # name of a layer norm -> the linear layers that read mixes of it
+        self.readers = {}  # name of a layer norm -> the linear layers that read mixes of it: layer, share, weight
         for node in self.nodes:
             source = self.by_name.get(node["inputs"][0])
             if node["op"] == "linear" and source is not None and source["op"] == "mix":
                 self.readers.setdefault(source["inputs"][0], []).append(
                     (node["name"], source["weight"], node["weight"])
                 )
-        self.columns = {name: self._columns(name) for name in self.readers}
+        self.forms = {name: self._form(name) for name in self.readers}
 
-    def _columns(self, norm):
+    def _form(self, norm):
         """Of one layer norm: rows for `now` and `then` of all its readers, as columns to add, and what is constant."""
-        node = self.by_name[norm]
-        g, b = self.weights[node["weight"]], self.weights[node["bias"]]
+        node, ln0 = self.by_name[norm], self.by_name["ln0"]
         shares = [(self.weights[weight], self.weights[share]) for _, share, weight in self.readers[norm]]
-        parts = [weight * share for weight, share in shares] + [weight * (1 - share) for weight, share in shares]
-        stacked = np.concatenate(parts)
-        return {"columns": np.ascontiguousarray((stacked * g).T), "mean": stacked @ g, "bias": stacked @ b}
+        stacked = np.concatenate([w * share for w, share in shares] + [w * (1 - share) for w, share in shares])
+        form = {"constant": self._constants(node, stacked.T)}
+        form["columns"] = np.ascontiguousarray((stacked * self.weights[node["weight"]]).T)
+        form["ln0 constant"] = self._constants(
+            ln0, form["columns"]
+        )  # ln0 is a layer norm like the others, of emb alone
+        form["ln0 columns"] = form["columns"] * self.weights[ln0["weight"]][:, None]
+        return form
+
+    def _constants(self, norm, columns):
+        """What a layer norm's gain and bias give through `columns` `(C, rows)`."""
+        return self.weights[norm["weight"]] @ columns, self.weights[norm["bias"]] @ columns
 
     def step(self, token, before, after):
-        values, events = {"token": token}, {}  # events: name of a residual sum -> the spikes that it is made of
+        values, events = {"token": token}, {}  # events: name of a residual sum -> the populations that it is made of
         for node in self.nodes:
             name, source, inputs = node["name"], node["inputs"][0], [values.get(i) for i in node["inputs"]]
-            if name in self.columns:
-                values[name] = self._norm(node, values[source], events[source], values, after, before)
+            if name in self.forms:
+                self._norm(node, events[source], values, before, after)
             elif node["op"] == "linear" and self.by_name[source]["op"] == "mix":
-                pass  # done by _norm, with all the layers that read the same events
+                continue  # done by _norm, with all the layers that read the same events
             elif node["op"] == "linear":
                 values[name] = self._product(node, inputs[0])
-            elif node["op"] in ("delay", "mix"):
-                values[name] = inputs[0]  # carried by the sums
-            else:
-                values[name] = getattr(self, node["op"])(node, inputs, before.get(name), after)
+            elif node["op"] not in ("delay", "mix"):  # these two are carried by the sums
+                value = getattr(self, node["op"])(node, inputs, before.get(name), after)
+                values[name] = self.forced.get(name, value)
             if name == "ln0":
                 events[name] = []
             elif node["op"] == "add" and source in events:
-                events[name] = [*events[source], values[node["inputs"][1]]]
+                events[name] = [*events[source], node["inputs"][1]]
         return values
 
-    def _norm(self, node, x, spikes, values, after, before):
-        """Statistics of x, then the sums of all readers; returns nothing that anybody multiplies with."""
-        form = self.columns[node["name"]]
-        mu, sigma = self._statistics(node, x)
-        sums = self._embedding_sums(node["name"], values) + sum(self._added(form["columns"], s) for s in spikes)
-        given = (sums - mu * form["mean"]) / sigma + form["bias"]
-        now, then = np.split(given, 2, axis=1)
-        last = before.get(node["name"])
-        after[node["name"]] = then
-        total = now + (0 if last is None else last)
-        ends = np.cumsum([len(self.weights[weight]) for _, _, weight in self.readers[node["name"]]])
-        for (name, _, _), part in zip(self.readers[node["name"]], np.split(total, ends[:-1], axis=1)):
-            values[name] = part
-        return None
+    def _norm(self, node, populations, values, before, after):
+        """What all readers of this layer norm get, from its statistics and the sums at spikes."""
+        name, form = node["name"], self.forms[node["name"]]
+        embedding = self.by_name["ln0"]["inputs"][0]
+        sums = self._sum(name, embedding, form["ln0 columns"], values, before, after)
+        sums = self._normed(self.by_name["ln0"], sums, form["ln0 constant"], values)
+        for population in populations:
+            sums = sums + self._sum(name, population, form["columns"], values, before, after)
+        now, then = np.split(self._normed(node, sums, form["constant"], values), 2, axis=1)
+        after[name] = then
+        total = now + before.get(name, 0)
+        ends = np.cumsum([len(self.weights[weight]) for _, _, weight in self.readers[name]])
+        for (layer, _, _), part in zip(self.readers[name], np.split(total, ends[:-1], axis=1)):
+            values[layer] = part
 
-    def _embedding_sums(self, norm, values):
-        """W m g ln0(e) for the embedding's spikes e: ln0 is a layer norm like the others, of e alone."""
-        form, ln0 = self.columns[norm], self.by_name["ln0"]
-        if "ln0_columns" not in form:
-            g, b = self.weights[ln0["weight"]], self.weights[ln0["bias"]]
-            form["ln0_columns"] = form["columns"] * g[:, None]
-            form["ln0_mean"], form["ln0_bias"] = g @ form["columns"], b @ form["columns"]
-        e = values[ln0["inputs"][0]]
-        mu, sigma = self._statistics(ln0, e)
-        return (self._added(form["ln0_columns"], e) - mu * form["ln0_mean"]) / sigma + form["ln0_bias"]
+    def _normed(self, norm, sums, constant, values):
+        mu, sigma = self._statistics(norm, values[norm["inputs"][0]])
+        return (sums - mu * constant[0]) / sigma + constant[1]
 
-    def _added(self, columns, spikes):
-        """The sum of the columns where spikes `(B, C)` are; the additions are counted here, where they are made."""
-        sums = np.zeros((len(spikes), columns.shape[1]), self.dtype)
+    def _sum(self, norm, population, columns, values, before, after):
+        """The sum of the columns `(C, rows)` where the population `(B, C)` spikes, `(B, rows)`."""
+        spikes, key = values[population] > 0, (norm, population)
+        if self.shortest and key not in self.totals:
+            self.totals[key] = columns.sum(axis=0)
+        sums, made = np.zeros((len(spikes), columns.shape[1]), self.dtype), 0
         for row in np.flatnonzero(self.reading):
-            events = np.flatnonzero(spikes[row])
-            sums[row] = columns[events].sum(axis=0)
-            self.additions += len(events) * columns.shape[1]
+            now, ways = spikes[row], [(spikes[row], spikes[row] & False, 0)]
+            if self.shortest:
+                ways.append((now & False, ~now, self.totals[key]))
+            if self.shortest and key in before:
+                last = before[norm, population, "spikes"][row]
+                ways.append((now & ~last, last & ~now, before[key][row]))
+            plus, minus, start = min(ways, key=lambda way: way[0].sum() + way[1].sum())
+            sums[row] = start + columns[plus].sum(axis=0) - columns[minus].sum(axis=0)
+            made += int(plus.sum() + minus.sum()) * columns.shape[1]
+        self.additions[key] = self.additions.get(key, 0) + made
+        if self.shortest:
+            after[key], after[norm, population, "spikes"] = sums, spikes
         return sums
 
     def _product(self, node, x):
         """W x where x is real, or B of a gate: one column times one value for each that is not 0."""
-        weight = self.weights[node["weight"]]
-        count = int(np.count_nonzero(x[self.reading])) * len(weight)
-        binary = self.by_name[node["inputs"][0]]["op"] == "lif"
-        self.additions, self.products = self.additions + count * binary, self.products + count * (not binary)
+        weight, source = self.weights[node["weight"]], node["inputs"][0]
+        made = int(np.count_nonzero(x[self.reading])) * len(weight)
+        counted, key = (self.additions, (node["name"], source)) if self.by_name[source]["op"] == "lif" else (
+            self.products, node["name"]
+        )  # fmt: skip
+        counted[key] = counted.get(key, 0) + made
         return x @ weight.T
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--event-driven", action="store_true")
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
+    args = parser.parse_args()
+    program = (EventDriven if args.event_driven else Program)(args.bundle, args.dtype)
+    with np.load(args.bundle / "sentences.npz") as given:
+        ids, lengths, recorded = (given[name] for name in ("ids", "lengths", "logits"))
+    logits, _ = program.run(ids, lengths)
+    agree = int((logits.argmax(axis=1) == recorded.argmax(axis=1)).sum())
+    print(
+        f"{agree} of {len(logits)} predictions as recorded; largest difference of a logit "
+        f"{np.abs(logits - recorded).max():.2e}"
+    )
+    if args.event_driven:
+        additions, products = (sum(made.values()) / lengths.sum() for made in (program.additions, program.products))
+        print(f"a token: {additions:,.0f} additions, {products:,.0f} products")
+    return 0 if agree == len(logits) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

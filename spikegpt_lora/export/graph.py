@@ -10,14 +10,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
+from spikingjelly.activation_based.surrogate import ATan
 from torch import nn
 
-from .adapters import SpikeGate
-from .files import whole_file, write_json
-from .model import Block, SpikeGPTForSequenceClassification
-from .spikes import LIF
+from ..adapters import SpikeGate
+from ..dropout import Dropout
+from ..files import whole_file, write_json
+from ..model import SRFFN, SRWKV, Block, SpikeGPTForSequenceClassification
+from ..spikes import LIF
 
 SCHEMA = "spikegpt_lora/graph/1"
+# Modules without children that the graph has an operation for, or that do nothing once training is over.
+KNOWN = (
+    nn.Linear, nn.Embedding, nn.LayerNorm, LIF, ATan, nn.Identity, nn.Dropout, Dropout, nn.ModuleDict, nn.ParameterDict
+)  # fmt: skip
 
 
 @dataclass
@@ -36,12 +42,32 @@ class Graph:
         self.weights[name] = tensor.detach().float().cpu().numpy()
         return name
 
-    def save(self, folder: Path) -> None:
-        """graph.json and weights.npz, what `interpreter.Program` reads."""
+    def save(self, folder: Path, int8: bool = False) -> None:
+        """graph.json and weights.npz, what `interpreter.Program` reads.
+
+        Args:
+            int8: matrices as int8 "NAME" times a power of two "NAME/scale" (see `quantize`), vectors as they are.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "graph.json", {"schema": SCHEMA, "labels": self.labels, "nodes": self.nodes})
+        stored = {}
+        for name, weight in self.weights.items():
+            if int8 and weight.ndim == 2:
+                stored[name], stored[f"{name}/scale"] = quantize(weight)
+            else:
+                stored[name] = weight
         with whole_file(folder / "weights.npz") as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **self.weights)
+            np.savez_compressed(file, **stored)
+
+
+def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """A matrix as int8 in [-127, 127] times a power of two, the smallest that lets its largest value in.
+
+    Products with such numbers are exact in float32, and a power of two is a shift on a chip.
+    """
+    largest = float(np.abs(weight).max())
+    scale = np.float32(2.0 ** np.ceil(np.log2(largest / 127.0))) if largest else np.float32(1)
+    return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale
 
 
 def graph_of(model: nn.Module) -> Graph:
@@ -53,10 +79,8 @@ def graph_of(model: nn.Module) -> Graph:
     classifier = next((m for m in model.modules() if isinstance(m, SpikeGPTForSequenceClassification)), None)
     if classifier is None:
         raise ValueError(f"{type(model).__name__} holds no SpikeGPTForSequenceClassification to export")
+    _refuse_unknown(classifier)
     base, graph = classifier.spikegpt, Graph(labels=[str(v) for v in classifier.config.id2label.values()])
-    for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
-            raise ValueError(f"{name} holds values that are not finite: nothing computed with them means anything")
     graph.weight("emb", (base.emb.weight >= 0).float())
     x = graph.add("emb", "embed_spike", ["token"], weight="emb")
     for i, block in enumerate(base.blocks):
@@ -67,12 +91,25 @@ def graph_of(model: nn.Module) -> Graph:
     return graph
 
 
+def _refuse_unknown(classifier: nn.Module) -> None:
+    for name, module in classifier.named_modules():
+        if not any(True for _ in module.children()) and not isinstance(module, KNOWN):
+            raise ValueError(f"{name} is a {type(module).__name__}, for which the graph has no operation")
+    for name, p in classifier.named_parameters():
+        if not torch.isfinite(p).all():
+            raise ValueError(f"{name} holds values that are not finite: nothing computed with them means anything")
+
+
 def _score(classifier: SpikeGPTForSequenceClassification) -> torch.Tensor:
     score = classifier.score
     return (score.modules_to_save[score.active_adapters[0]] if hasattr(score, "modules_to_save") else score).weight
 
 
 def _block(graph: Graph, name: str, block: Block, x: str) -> str:
+    if (type(block.att), type(block.ffn)) != (SRWKV, SRFFN):
+        raise ValueError(
+            f"{name} must hold SRWKV and SRFFN, got {type(block.att).__name__}, {type(block.ffn).__name__}"
+        )
     if hasattr(block, "ln0"):
         x = _layernorm(graph, "ln0", block.ln0, x)
     current = _srwkv(graph, f"{name}.att", block.att, _layernorm(graph, f"{name}.ln1", block.ln1, x))
@@ -126,11 +163,12 @@ def _linear(graph: Graph, name: str, linear: nn.Module, x: str) -> str:
         a, b = linear.lora_A[adapter], linear.lora_B[adapter]
         if not isinstance(a, nn.Linear) or b.bias is not None:
             raise ValueError(f"{name}: adapter {adapter!r} is no plain pair of linear layers")
-        passed = graph.add(f"{name}.lora_A", "linear", [x], weight=graph.weight(f"{name}.lora_A", a.weight))
+        of = {part: f"{name}.{part}.{adapter}" for part in ("lora_A", "lora_gate", "lora_B", "adapted")}
+        passed = graph.add(of["lora_A"], "linear", [x], weight=graph.weight(of["lora_A"], a.weight))
         if adapter in getattr(linear, "lora_gate", {}):
-            passed = _gate(graph, f"{name}.lora_gate", linear.lora_gate[adapter], passed)
-        added = graph.weight(f"{name}.lora_B", b.weight * linear.scaling[adapter])  # the scale once, in the weight
-        y = graph.add(f"{name}.adapted", "add", [y, graph.add(f"{name}.lora_B", "linear", [passed], weight=added)])
+            passed = _gate(graph, of["lora_gate"], linear.lora_gate[adapter], passed)
+        added = graph.weight(of["lora_B"], b.weight * linear.scaling[adapter])  # the scale once, in the weight
+        y = graph.add(of["adapted"], "add", [y, graph.add(of["lora_B"], "linear", [passed], weight=added)])
     return y
 
 
