@@ -1,0 +1,295 @@
+"""What reading costs: operations counted while a model runs, by NeuroBench's definitions, per real token.
+
+    effective  pairs of a nonzero weight and a nonzero input, at every call of every nn.Linear; bias left out
+    AC or MAC  a call's pairs are accumulations if its whole input holds only -1, 0 and 1, else multiply-accumulates
+    dense      all pairs, zero or not: what hardware does that looks at neither
+
+Counted is what is executed, not what might be. In SpikeGPT a LayerNorm stands before every W0 but two, whose inputs
+are a gated average and a squared relu: no W0 ever sees spikes, so its operations are MACs, and what is saved is saved
+by zeros (squared relu, silent gates). Firing rate times operations is therefore no cost of this model.
+
+Not counted, as in NeuroBench: norms, gates, WKV, token shift, neurons, look-ups.
+Source: NeuroBench (arXiv 2304.04640) and its package 2.3.0, to whose numbers the tests hold this file.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.observe import Reader
+from ..spikes import LIF
+
+# pJ an operation in 45 nm at 0.9 V: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC
+# 2014. A MAC is the sum of its multiply and its add, so int8's accumulator is taken as 8 bit wide; with a 32-bit one
+# it is 0.3. Reads are of 32 bit, half of the source's 64 (10 pJ, 100 pJ, and for DRAM the low end of 1.3 to 2.6 nJ,
+# commonly rounded to 640 pJ).
+ENERGY = {
+    "fp32_add": 0.9,
+    "fp32_multiply": 3.7,
+    "fp32_mac": 4.6,
+    "int8_add": 0.03,
+    "int8_multiply": 0.2,
+    "int8_mac": 0.23,
+    "int32_add": 0.1,
+    "read_sram_8_kib": 5.0,
+    "read_sram_1_mib": 50.0,
+    "read_dram": 640.0,
+}
+
+
+@dataclass
+class LayerCount:
+    """One nn.Linear, W `(outputs, inputs)`; operations are per real token of the model.
+
+    dense_macs, effective_macs, effective_acs: as at the top of this file. A layer that runs once a sentence, such as a
+        classifier after pooling, has its operations spread over the sentence's tokens, so layers can be added up.
+    input_density: share of nonzero inputs. binary_input: every call's inputs were -1, 0 or 1.
+    """
+
+    inputs: int
+    outputs: int
+    dense_macs: float
+    effective_macs: float
+    effective_acs: float
+    input_density: float
+    binary_input: bool
+
+
+@dataclass
+class PopulationCount:
+    """Outputs of one population of LIF neurons (an adapter's gate is one) over all real tokens, and how many were 0."""
+
+    outputs: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.outputs
+
+
+@dataclass
+class Operations:
+    """What a model did while it read.
+
+    tokens, sentences: real tokens and rows of the batches.
+    layers: every nn.Linear that was called, by name: "blocks.0.att.key" is W0, "blocks.0.att.key.lora_A.default" the A
+        of its adapter "default".
+    populations: every LIF that was called, by name: "blocks.0.lif1", "blocks.0.att.key.lora_gate.default".
+    connection_sparsity: share of zero weights in all nn.Linear of the model; None without any.
+    footprint: bytes of all parameters and buffers, as they are in memory.
+    left_out: modules with weight matrices that are not counted (convolutions, recurrent layers, AdaLoRA's adapters):
+        where it is not empty, the totals are too small.
+    """
+
+    tokens: int
+    sentences: int
+    layers: dict[str, LayerCount]
+    populations: dict[str, PopulationCount]
+    connection_sparsity: float | None
+    footprint: int
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def dense_macs(self) -> float:
+        """Per real token, all layers."""
+        return sum(layer.dense_macs for layer in self.layers.values())
+
+    @property
+    def effective_macs(self) -> float:
+        """Per real token, all layers."""
+        return sum(layer.effective_macs for layer in self.layers.values())
+
+    @property
+    def effective_acs(self) -> float:
+        """Per real token, all layers."""
+        return sum(layer.effective_acs for layer in self.layers.values())
+
+    @property
+    def activation_sparsity(self) -> float | None:
+        """Zeros over all outputs of all populations; None without one."""
+        outputs = sum(population.outputs for population in self.populations.values())
+        return sum(population.zeros for population in self.populations.values()) / outputs if outputs else None
+
+
+def count_operations(model: nn.Module, batches: Iterable[Mapping]) -> Operations:
+    """Let `model` read `batches` in evaluation mode and count; its modes and hooks are afterwards what they were.
+
+    Args:
+        model: any torch model; of a SpikeGPT or a transformer only the real tokens count.
+        batches: keyword arguments of the model's forward, "labels" left out. A step where attention_mask is 0 is no
+            token; without mask every step is one. Without input_ids and inputs_embeds the tokens are the rows of the
+            first tensor `(..., features)`. A layer whose input is no row of tokens counts all its rows.
+
+    Raises:
+        ValueError: no real token in `batches`, or a weight that is packed (4 bit), so that its zeros are not known.
+    """
+    counter = _Counter(model)
+    with _evaluating(model), torch.no_grad(), ExitStack() as stack:
+        for handle in counter.hooks():
+            stack.callback(handle.remove)
+        device = next(model.parameters(), torch.empty(0)).device
+        for batch in batches:
+            given = {key: value for key, value in batch.items() if key != "labels"}
+            given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
+            model(**given)
+            counter.end_of(given)
+    return counter.operations()
+
+
+class _Counter:
+    """Sums over calls, exact in integers, by the names that `Operations` uses."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.reader = model, Reader(model)
+        self.tokens = self.sentences = 0
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.layers: dict[str, Counter] = defaultdict(Counter)
+        self.populations: dict[str, Counter] = defaultdict(Counter)
+
+    def hooks(self):
+        yield self.reader.attach()
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear):
+                hook = partial(self._linear, _short(name), _nonzeros_of_columns(name, module))
+                yield module.register_forward_hook(hook, with_kwargs=True)
+            elif isinstance(module, LIF):
+                yield module.register_forward_hook(partial(self._population, _short(name)))
+
+    def _rows(self, x: Tensor) -> tuple[Tensor, int]:
+        """x as `(rows, features)`, 0 in the rows of no token, which thus neither count nor decide on AC or MAC; and how
+        many rows count."""
+        real = self.reader.real(x)
+        rows = x[..., 0].numel() if real is None else int(self.reader.count(x))
+        return (x.detach() if real is None else real).reshape(-1, x.shape[-1]), rows
+
+    def _linear(self, name, weights, linear, args, kwargs, output):
+        x, rows = self._rows(args[0] if args else kwargs["input"])
+        active = (x != 0).sum(dim=0)
+        kind = "acs" if bool(((x == 0) | (x.abs() == 1)).all()) else "macs"
+        pairs = int((active * weights).sum())  # no matrix product: CUDA has none for integers
+        self.shapes[name] = (linear.in_features, linear.out_features)
+        self.layers[name].update({"rows": rows, "active": int(active.sum()), kind: pairs, f"{kind}_calls": 1})
+
+    def _population(self, name, module, inputs, output):
+        spikes, rows = self._rows(output)
+        outputs = rows * output.shape[-1]
+        self.populations[name].update(outputs=outputs, zeros=outputs - int(spikes.count_nonzero()))
+
+    def end_of(self, batch: dict):
+        """The model has read `batch`."""
+        mask = self.reader.mask
+        if mask is None:  # no tokens as the reader knows them
+            first = next(value for value in batch.values() if isinstance(value, Tensor))
+            mask = torch.ones(first.shape[:-1])
+        self.tokens += int(mask.sum())
+        self.sentences += len(mask)
+
+    def operations(self) -> Operations:
+        if not self.tokens:
+            raise ValueError("nothing was counted: let the model read at least one batch with a real token")
+        linears = [module.weight for module in self.model.modules() if isinstance(module, nn.Linear)]
+        weights, held = sum(weight.numel() for weight in linears), [*self.model.parameters(), *self.model.buffers()]
+        return Operations(
+            tokens=self.tokens,
+            sentences=self.sentences,
+            layers={name: self._layer(name, sums) for name, sums in self.layers.items() if sums["rows"]},
+            populations={name: PopulationCount(**sums) for name, sums in self.populations.items() if sums["outputs"]},
+            connection_sparsity=1 - sum(int(w.count_nonzero()) for w in linears) / weights if weights else None,
+            footprint=sum(tensor.numel() * tensor.element_size() for tensor in held),
+            left_out=_left_out(self.model),
+        )
+
+    def _layer(self, name: str, sums: Counter) -> LayerCount:
+        inputs, outputs = self.shapes[name]
+        return LayerCount(
+            inputs=inputs,
+            outputs=outputs,
+            dense_macs=sums["rows"] * inputs * outputs / self.tokens,
+            effective_macs=sums["macs"] / self.tokens,
+            effective_acs=sums["acs"] / self.tokens,
+            input_density=sums["active"] / (sums["rows"] * inputs),
+            binary_input=sums["macs_calls"] == 0,
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    """Evaluation mode; afterwards every module, not just the whole, is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _nonzeros_of_columns(name: str, linear: nn.Linear) -> Tensor:
+    """How many outputs each input reaches, int64 `(inputs,)`."""
+    weight = linear.weight.detach()
+    if weight.shape != (linear.out_features, linear.in_features):
+        raise ValueError(f"the weight of {name} is packed, {tuple(weight.shape)}: count before quantizing to 4 bit")
+    return (weight != 0).sum(dim=0)
+
+
+def _short(name: str) -> str:
+    """A module's path in SpikeGPTModel, or in the model that peft wraps; W0 and a classifier that peft trains bear the
+    name of the layer that they are."""
+    name = name.removeprefix("base_model.model.").removeprefix("spikegpt.").removesuffix(".base_layer")
+    return name.partition(".modules_to_save.")[0].removesuffix(".original_module")
+
+
+def _left_out(model: nn.Module) -> list[str]:
+    def matrices(module):
+        own = module.named_parameters(recurse=False)
+        return [p for key, p in own if p.dim() > 1 and ("weight" in key or isinstance(module, nn.ParameterDict))]
+
+    counted = (nn.Linear, nn.Embedding)  # a look-up is no operation
+    others = ((name, module) for name, module in model.named_modules() if not isinstance(module, counted))
+    return [_short(name) for name, module in others if matrices(module)]
+
+
+def arithmetic_energy(macs: float, acs: float) -> dict[str, float]:
+    """Energy in pJ of so many operations (per token, if they are): counts times `ENERGY`, nothing else.
+
+    No memory, no control, no leakage, no chip: on most hardware moving the weights costs more than this. "fp32" is the
+    convention of the literature; "int8" of the dense count, `arithmetic_energy(dense_macs, 0)`, is what spikes have to
+    beat: an ordinary integer accelerator without any sparsity.
+    """
+    return {kind: macs * ENERGY[f"{kind}_mac"] + acs * ENERGY[f"{kind}_add"] for kind in ("fp32", "int8")}
+
+
+def as_json(operations: Operations) -> dict:
+    """Plain numbers for cost.json, names in order; operations per real token, energy in pJ per real token."""
+    dense, macs, acs = operations.dense_macs, operations.effective_macs, operations.effective_acs
+    executed, baseline = arithmetic_energy(macs, acs), arithmetic_energy(dense, 0)
+    populations = {n: asdict(p) | {"sparsity": p.sparsity} for n, p in operations.populations.items()}
+    return {
+        "tokens": operations.tokens,
+        "sentences": operations.sentences,
+        "dense_macs": dense,
+        "effective_macs": macs,
+        "effective_acs": acs,
+        "activation_sparsity": operations.activation_sparsity,
+        "connection_sparsity": operations.connection_sparsity,
+        "footprint": operations.footprint,
+        "left_out": list(operations.left_out),
+        "layers": _in_order({name: asdict(layer) for name, layer in operations.layers.items()}),
+        "populations": _in_order(populations),
+        "arithmetic_energy": {
+            "effective_fp32": executed["fp32"],
+            "dense_fp32": baseline["fp32"],
+            "dense_int8": baseline["int8"],
+        },
+        "constants": dict(ENERGY),
+    }
+
+
+def _in_order(named: dict) -> dict:
+    """By name, block 10 after block 9."""
+    return dict(sorted(named.items(), key=lambda item: [p.zfill(9) if p.isdigit() else p for p in item[0].split(".")]))
