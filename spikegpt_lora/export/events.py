@@ -1,0 +1,101 @@
+"""A bundle's spikes as address events (AER), and in the shapes that other tools take.
+
+events.npz holds `events`, sorted, one a spike: sample, t (token), population, index, value (1, or of a graded gate what
+it passes on); `populations` and `sizes` say what the numbers mean. The words stand in sentences.npz.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..files import whole_file
+from ..trace import SpikeTrace
+
+EVENT = np.dtype(
+    [("sample", np.int32), ("t", np.int32), ("population", np.int16), ("index", np.int32), ("value", np.float32)]
+)
+TONIC = np.dtype([("t", np.int64), ("x", np.int64), ("p", np.int64)])  # tonic's own names and order
+MICROSECONDS = 100  # a token in `to_tonic`: the dt of the .nir files
+
+
+def events_of(trace: SpikeTrace) -> np.ndarray:
+    """All spikes of a trace as `EVENT` records, by sample, token, population and neuron."""
+    found = []
+    for number, (name, spikes) in enumerate(trace.spikes.items()):
+        where = np.nonzero(spikes)
+        events = np.zeros(len(where[0]), EVENT)
+        events["sample"], events["t"], events["index"] = where
+        events["population"] = number
+        events["value"] = trace.values[name][where] if name in trace.values else 1
+        found.append(events)
+    return np.sort(np.concatenate(found), order=["sample", "t", "population", "index"])
+
+
+def save_events(trace: SpikeTrace, path: Path) -> None:
+    names, sizes = list(trace.spikes), [spikes.shape[-1] for spikes in trace.spikes.values()]
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, events=events_of(trace), populations=np.array(names), sizes=np.array(sizes))
+
+
+class EventDataset(Dataset):
+    """A bundle's sentences as spikes: item i is (spikes `(T, N)` float32, label), T its own length in tokens.
+
+    The N neurons are those of `populations`, one after the other; `slices` says which are whose.
+
+    Args:
+        bundle: its folder. populations: which ones, in which order (default: all).
+
+    Raises:
+        ValueError: a population that the bundle does not have.
+    """
+
+    def __init__(self, bundle: str | Path, populations: list[str] | None = None):
+        with np.load(Path(bundle) / "events.npz") as file:
+            self.events, names, sizes = file["events"], file["populations"].tolist(), file["sizes"].tolist()
+        with np.load(Path(bundle) / "sentences.npz") as file:
+            self.lengths, self.labels, self.words = file["lengths"], file["labels"], file["words"]
+        wanted = names if populations is None else list(populations)
+        if unknown := set(wanted) - set(names):
+            raise ValueError(f"no population {sorted(unknown)[0]!r} in {bundle}; there are {', '.join(names)}")
+        size, ends = dict(zip(names, sizes)), np.cumsum([0] + [dict(zip(names, sizes))[name] for name in wanted])
+        self.slices = {name: slice(end, end + size[name]) for name, end in zip(wanted, ends.tolist())}
+        first = np.full(len(names), -1)
+        for name, place in self.slices.items():
+            first[names.index(name)] = place.start
+        self.events = self.events[first[self.events["population"]] >= 0]
+        self.units = first[self.events["population"]] + self.events["index"]  # of each event, its place among the N
+        self.starts = np.searchsorted(self.events["sample"], np.arange(len(self.lengths) + 1))
+        self.size = int(ends[-1])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        events, units = self._of(i)
+        spikes = torch.zeros(int(self.lengths[i]), self.size)
+        spikes[torch.from_numpy(events["t"].astype(np.int64)), torch.from_numpy(units)] = 1
+        return spikes, int(self.labels[i])
+
+    def _of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)  # what ends a for loop over a data set
+        part = slice(self.starts[i], self.starts[i + 1])
+        return self.events[part], self.units[part]
+
+
+def to_tonic(bundle: str | Path, populations: list[str] | None = None) -> list[tuple[np.ndarray, int, list[str]]]:
+    """Of each sentence (events, label, words), the events as tonic and the Spiking Heidelberg Digits have them.
+
+    events: structured array of t (microseconds, 100 a token), x (neuron, as `EventDataset` numbers them), p (1), in the
+    order of t. words: the word of each token, "" for tokens of no word.
+    """
+    data, out = EventDataset(bundle, populations), []
+    for i in range(len(data)):
+        events, units = data._of(i)
+        record = np.zeros(len(events), TONIC)
+        record["t"], record["x"], record["p"] = events["t"].astype(np.int64) * MICROSECONDS, units, 1
+        record = record[np.lexsort((record["x"], record["t"]))]
+        out.append((record, int(data.labels[i]), data.words[i, : data.lengths[i]].tolist()))
+    return out

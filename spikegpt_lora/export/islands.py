@@ -1,0 +1,157 @@
+"""Spiking populations as NIR files that simulators run spike for spike, and the simulators that do.
+
+Only Input, Linear, LIF and Output: other nodes are skipped in silence by one importer or refused by another. The
+mapping is exact where one token is dt = 1e-4 s (fixed in snnTorch), tau is a power of two (Norse computes 1 / tau in
+float32), the reset is hard and to 0, and the threshold lies one float32 below ours, because NIR fires above a threshold
+and SpikeGPT at it. Where it would not be exact it is refused.
+"""
+
+import contextlib
+import io
+import math
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import nir
+import numpy as np
+import torch
+
+DT = 1e-4  # seconds a token
+SIMULATORS = {"snnTorch": "snntorch", "Norse": "norse"}  # and their packages
+
+
+def refusals(node: dict) -> list[str]:
+    """Why simulators would not run this neuron (a "lif" of graph.json) exactly; empty if they do."""
+    reasons, name = [], node["name"]
+    taus = np.atleast_1d(node["tau"]).tolist()
+    if any(math.frexp(tau)[0] != 0.5 for tau in taus):
+        reasons.append(f"{name}: tau must be a power of two (1 / tau is rounded otherwise), got {taus[0]:g}")
+    if node["v_reset"] is None:
+        reasons.append(f"{name}: a soft reset (v_reset None) is not in NIR's LIF, which sets the membrane to v_reset")
+    elif node["v_reset"] != 0:
+        reasons.append(f"{name}: v_reset must be 0 (both simulators reset to 0), got {node['v_reset']:g}")
+    return reasons
+
+
+def island(node: dict, units: int, weight: np.ndarray | None = None, lowered: bool = True) -> nir.NIRGraph:
+    """One population: Input, Linear where `weight` `(units, m)` is given, LIF, Output.
+
+    Args:
+        node: the graph's "lif". lowered: False leaves the threshold as it is, which is wrong at ties (`control`).
+    """
+    threshold = np.float32(node["v_threshold"])
+    threshold = np.nextafter(threshold, np.float32(-np.inf)) if lowered else threshold
+    lif = nir.LIF(
+        tau=np.broadcast_to(np.float64(node["tau"]) * DT, units).copy(),
+        r=np.ones(units),
+        v_leak=np.zeros(units),
+        v_threshold=np.broadcast_to(np.float64(threshold), units).copy(),
+        v_reset=np.zeros(units),
+    )
+    nodes = {"input": nir.Input({"input": np.array([units if weight is None else weight.shape[1]])})}
+    if weight is not None:
+        nodes["linear"] = nir.Linear(weight=weight.astype(np.float32))
+    nodes |= {"lif": lif, "output": nir.Output({"output": np.array([units])})}
+    names = list(nodes)
+    metadata = {
+        "population": node["name"], "dt": DT, "tau_steps": node["tau"], "v_threshold": node["v_threshold"],
+        "fires": "at v_threshold; the file's threshold is the float32 below it, for simulators that fire above",
+        "reset": "hard", "decay_input": True, "from_rest_every_token": node["from_rest"],
+    }  # fmt: skip
+    return nir.NIRGraph(nodes=nodes, edges=list(zip(names, names[1:])), metadata=metadata)
+
+
+def write(graph: nir.NIRGraph, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    nir.write(str(path), graph)
+
+
+def installed() -> dict[str, str]:
+    """The simulators that are here, and their versions."""
+    found = {}
+    for name, package in SIMULATORS.items():
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(package)
+    return found
+
+
+@torch.no_grad()
+def replay(simulator: str, graph: nir.NIRGraph, inputs: np.ndarray, from_rest: bool = False) -> np.ndarray:
+    """Spikes (bool) `(B, T, n)` of an island for float32 inputs `(B, T, m)`, in a simulator of `SIMULATORS`.
+
+    Args:
+        from_rest: every token is a first step.
+    """
+    rows = torch.from_numpy(np.ascontiguousarray(inputs, np.float32))
+    if from_rest:
+        rows = rows.flatten(0, 1)[:, None]
+    with _silent():
+        step = {"snnTorch": _snntorch, "Norse": _norse}[simulator](graph)
+    spikes = torch.stack([step(rows[:, t]) for t in range(rows.shape[1])], dim=1)
+    return (spikes != 0).view(*inputs.shape[:2], -1).numpy()
+
+
+def _snntorch(graph):
+    from snntorch.import_nir import import_from_nir  # an optional package: extra "export"
+
+    network = import_from_nir(graph)  # a new one: its neurons keep their membranes inside
+    return lambda x: network(x)[0]
+
+
+def _norse(graph):
+    from norse.torch import from_nir
+
+    network, state = from_nir(graph, dt=DT), None
+
+    def step(x):
+        nonlocal state
+        spikes, state = network(x, state)
+        return spikes
+
+    return step
+
+
+@contextlib.contextmanager
+def _silent():
+    """Importers print what they do, and warn of what torch deprecated."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def charge(node: dict, current: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Membrane before the reset and spikes, `(B, T, n)` both, of a "lif" with these currents: the definition, in numpy.
+
+    In the currents' dtype, with the operations in the model's order.
+    """
+    kind = current.dtype.type
+    tau, threshold = (np.asarray(node[key]).astype(current.dtype) for key in ("tau", "v_threshold"))
+    rest = kind(node["v_reset"] or 0)
+    h, spikes = np.empty_like(current), np.empty(current.shape, bool)
+    v = np.full_like(current[:, 0], rest)
+    for t in range(current.shape[1]):
+        h[:, t] = v + (current[:, t] - (v - rest)) / tau
+        spikes[:, t] = h[:, t] >= threshold
+        v = h[:, t] - spikes[:, t] * threshold if node["v_reset"] is None else np.where(spikes[:, t], rest, h[:, t])
+        if node["from_rest"]:
+            v = np.full_like(v, rest)
+    return h, spikes
+
+
+def control(simulator: str) -> dict:
+    """Whether a wrong island would be seen: int8 weights that make membranes end exactly on the threshold.
+
+    Returns:
+        neuron steps, ties among them, wrong spikes with the threshold one float32 lower (0 if all is well), and wrong
+        spikes with the threshold left as it is (not 0 if all is well).
+    """
+    generator = np.random.default_rng(0)
+    node = {"name": "control", "tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "from_rest": False}
+    weight = generator.integers(-40, 60, (48, 24)).astype(np.float32) / 64
+    events = (generator.random((32, 24, 24)) < 0.3).astype(np.float32)
+    h, spikes = charge(node, events.astype(np.float64) @ weight.T.astype(np.float64))
+    wrong = [
+        int((replay(simulator, island(node, 48, weight, lowered), events) != spikes).sum()) for lowered in (True, False)
+    ]
+    return {"steps": spikes.size, "ties": int((h == 1).sum()), "wrong": wrong[0], "wrong_if_not_lowered": wrong[1]}

@@ -1,0 +1,279 @@
+"""The bundle and its check, on a small model: what is right passes, whatever is altered is found and named."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import h5py
+import nir
+import numpy as np
+import pytest
+import torch
+from test_interpreter import model_with, sentences
+
+from spikegpt_lora.adapters import SpikeGate
+from spikegpt_lora.export import Bundle, EventDataset, check_bundle, export_bundle, islands, to_tonic
+from spikegpt_lora.export.__main__ import main
+from spikegpt_lora.export.bundle import aligned, prepared, seal
+from spikegpt_lora.export.graph import graph_of, quantize
+from spikegpt_lora.export.interpreter import Program
+
+ADAPTED = ["none", "lora", "graded", "binary", "token"]
+
+
+def batch_of():
+    ids, lengths, batch = sentences()
+    return batch | {"labels": torch.tensor([0, 1, 1, 0])}
+
+
+def small(adapter="graded", **config):
+    model = model_with(adapter, **config).float()
+    for module in model.modules():
+        if isinstance(module, SpikeGate) and module.tau == 3.0:
+            module.tau = 4.0  # a power of two, for the simulators
+    return model
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    return export_bundle(small(), batch_of(), tmp_path_factory.mktemp("bundle") / "graded", event_driven=True)
+
+
+@pytest.fixture
+def copy(graded, tmp_path):
+    """The bundle, to be spoilt."""
+    return shutil.copytree(graded, tmp_path / "bundle")
+
+
+def reseal(folder):
+    """The hashes of what lies there now: a forger's."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    seal(folder, manifest)
+
+
+@pytest.mark.parametrize(("adapter", "weights"), [*((one, "float32") for one in ADAPTED), ("graded", "int8")])
+def test_a_bundle_is_right_in_every_mode(adapter, weights, tmp_path):
+    for name in islands.SIMULATORS.values():
+        pytest.importorskip(name)
+    folder = export_bundle(small(adapter), batch_of(), tmp_path / "bundle", weights=weights)
+    results = check_bundle(folder)
+    assert results["passed"] and results["problems"] == []
+    for simulator in results["simulators"].values():
+        assert simulator["neurons"]["wrong"] == simulator["with_weights"]["wrong"] == 0
+        assert simulator["neurons"]["islands"] == len(Bundle(folder).neurons)
+        assert simulator["with_weights"]["islands"] >= 2  # lif1 of each block, and with adapters their gates
+    assert Bundle(folder).manifest["checks"]["checked"] == results
+    assert check_bundle(folder)["passed"]  # writing the results has not spoilt the hashes
+
+
+def test_the_interpreter_and_both_event_driven_forms_have_the_models_spikes(graded):
+    cost, exported = json.loads((graded / "cost.json").read_text()), Bundle(graded).manifest["checks"]["exported"]
+    for compared in (exported, cost["event_driven"]["compared"], cost["event_driven"]["shortest"]["compared"]):
+        assert compared["different_spikes"] == compared["different_predictions"] == 0
+        assert compared["steps"] > 1000 and compared["largest_logit_difference"] < 1e-9
+
+
+def test_the_shortest_form_adds_less_and_nothing_is_lost_between_layers(graded):
+    cost = json.loads((graded / "cost.json").read_text())["event_driven"]
+    assert cost["shortest"]["additions"] < cost["additions"]
+    assert sum(layer["additions"] for layer in cost["layers"].values()) == pytest.approx(cost["additions"])
+    assert cost["layers"].keys() == json.loads((graded / "cost.json").read_text())["as_executed"]["layers"].keys() - {
+        "score"
+    }
+
+
+@pytest.mark.parametrize("simulator", islands.SIMULATORS)
+def test_the_control_island_fails_only_with_the_threshold_not_lowered(simulator):
+    pytest.importorskip(islands.SIMULATORS[simulator])
+    control = islands.control(simulator)
+    assert control["ties"] > 10 and control["wrong"] == 0 and control["wrong_if_not_lowered"] > 10
+
+
+def test_one_byte_anywhere_is_found(copy):
+    files = sorted(path for path in copy.rglob("*") if path.is_file())
+    assert len(files) > 20
+    for path in files:
+        whole = path.read_bytes()
+        at = len(whole) // 2
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            results = check_bundle(copy)
+        except ValueError:  # a manifest that can't be read any more
+            assert path.name == "manifest.json"
+        else:
+            assert not results["passed"] and path.name in " ".join(results["problems"])
+        path.write_bytes(whole)
+    path.unlink()
+    assert f"{path.relative_to(copy)} is missing" in check_bundle(copy)["problems"]
+
+
+def test_a_spike_altered_with_its_hash_is_named_by_every_part_of_the_check(copy):
+    name, sample, step, unit = "blocks.1.lif1", 2, 3, 5
+    with h5py.File(copy / "traces.h5", "r+") as file:
+        found = []
+        file.visititems(lambda path, item: found.append(path) if isinstance(item, h5py.Dataset) else None)
+        path = next(p for p in found if name in p and "spikes" in p)
+        file[path][sample, step, unit] = not file[path][sample, step, unit]
+    reseal(copy)
+    problems = check_bundle(copy)["problems"]
+    where = f"population {name}, sample {sample}, step {step}, neuron {unit}"
+    kinds = ["traces.h5: spikes are not", "events.npz and traces.h5", "interpreter:"]
+    kinds += [f"{simulator}, island:" for simulator in islands.installed()]
+    for kind in kinds:
+        assert any(line.startswith(kind) and where in line for line in problems), (kind, problems)
+
+
+def test_an_altered_weight_or_island_is_found_though_its_hash_is_right(copy):
+    pytest.importorskip("norse")
+    file = copy / "islands" / "blocks.0.lif1.nir"
+    graph = nir.read(file)
+    graph.nodes["lif"].v_threshold *= 1.5
+    nir.write(str(file), graph)
+    reseal(copy)
+    problems = check_bundle(copy)["problems"]
+    assert problems and all("Norse" in line or "snnTorch" in line for line in problems)
+    assert any("population blocks.0.lif1, sample" in line for line in problems)
+
+
+def test_an_altered_graph_is_found_though_its_hash_is_right(copy):
+    graph = json.loads((copy / "graph.json").read_text())
+    next(node for node in graph["nodes"] if node["name"] == "blocks.1.lif2")["v_threshold"] = 0.3
+    (copy / "graph.json").write_text(json.dumps(graph))
+    reseal(copy)
+    problems = check_bundle(copy)["problems"]
+    assert any("population blocks.1.lif2" in line for line in problems)
+
+
+def test_files_are_read_by_stock_numpy_h5py_and_nir(graded):
+    bundle = Bundle(graded)
+    data = nir.read_data(str(graded / "traces.h5"))
+    assert data.nodes["blocks.0.lif1"].observables["spikes"].data.dtype == bool
+    with h5py.File(graded / "traces.h5") as file:
+        assert file["nodes/blocks.0.lif1/observables/current/data"].dtype == np.float32
+    kinds = {type(node) for path in (graded / "islands").iterdir() for node in nir.read(path).nodes.values()}
+    assert kinds == {nir.Input, nir.Linear, nir.LIF, nir.Output}
+    for name in ("events.npz", "sentences.npz", "weights.npz"):
+        with np.load(graded / name, allow_pickle=False) as file:
+            assert all(file[key].dtype != object for key in file.files)
+    assert {p["name"] for p in bundle.manifest["populations"]} == set(bundle.traces)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lif_v_reset": None}, "blocks.0.lif1: a soft reset"),
+        ({"lif_tau": 3.0}, "tau must be a power of two"),
+        ({"lif_v_reset": 0.5}, "v_reset must be 0"),
+    ],
+)
+def test_neurons_that_simulators_would_not_run_exactly_are_refused(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_bundle(small("none", **change), batch_of(), tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_unknown_modules_and_a_folder_that_exists_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="membranes kept in bfloat16"):
+        export_bundle(small().bfloat16(), batch_of(), tmp_path / "bundle")
+    with pytest.raises(FileExistsError, match="give another folder"):
+        export_bundle(small(), batch_of(), tmp_path)
+    with pytest.raises(ValueError, match="weights must be one of float32, int8"):
+        export_bundle(small(), batch_of(), tmp_path / "bundle", weights="int4")
+    model = small("none")
+    model.spikegpt.blocks[1].dropout = torch.nn.GELU()
+    with pytest.raises(ValueError, match="blocks.1.dropout is a GELU, for which the graph has no operation"):
+        export_bundle(model, batch_of(), tmp_path / "bundle")
+
+
+def test_the_model_that_is_exported_stays_as_it_is(tmp_path):
+    model = small("graded")
+    before = {name: p.clone() for name, p in model.state_dict().items() if isinstance(p, torch.Tensor)}
+    export_bundle(model.train(), batch_of(), tmp_path / "bundle", weights="int8")
+    assert model.training
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items() if name in before)
+
+
+def test_a_scaling_that_is_no_power_of_two_is_in_the_weight(tmp_path):
+    model = small("graded")
+    for module in model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling["default"] = 1.3
+    graph = graph_of(prepared(model))
+    graph.save(tmp_path)
+    batch = batch_of()
+    lengths = batch["attention_mask"].sum(1).numpy()
+    logits, _ = Program(tmp_path, np.float64).run(aligned(batch), lengths)
+    wanted = model.double()(batch["input_ids"], batch["attention_mask"]).logits.detach().numpy()
+    assert np.abs(logits - wanted).max() < 1e-5
+
+
+def test_int8_is_the_nearest_of_a_grid_of_powers_of_two_and_stays_there():
+    weight = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).numpy()
+    grid, scale = quantize(weight)
+    assert grid.dtype == np.int8 and np.log2(scale) == np.round(np.log2(scale)) and np.abs(grid).max() > 63
+    assert np.abs(grid * scale - weight).max() <= scale / 2
+    again, same = quantize(grid * scale)
+    assert same == scale and np.array_equal(again, grid)
+    assert np.array_equal(quantize(np.zeros((2, 2), np.float32))[0], np.zeros((2, 2)))
+
+
+def test_events_play_back_as_the_recorded_spikes(graded):
+    bundle, names = Bundle(graded), ["blocks.1.lif2", "emb"]
+    data = EventDataset(graded, names)
+    assert len(data) == 4 and [label for _, label in data] == [0, 1, 1, 0]
+    for i, (spikes, _) in enumerate(data):
+        length = int(bundle.sentences["lengths"][i])
+        for name in names:
+            assert np.array_equal(spikes[:, data.slices[name]].numpy(), bundle.traces[name]["spikes"][i, :length])
+    with pytest.raises(ValueError, match="no population 'lif9'"):
+        EventDataset(graded, ["lif9"])
+
+
+def test_tonic_arrays_hold_the_same_spikes_in_order_of_time(graded):
+    data = EventDataset(graded)
+    for (events, label, words), (spikes, same) in zip(to_tonic(graded), data, strict=True):
+        grid = np.zeros(spikes.shape)
+        grid[events["t"] // 100, events["x"]] = events["p"]
+        assert events.dtype.names == ("t", "x", "p") and (np.diff(events["t"]) >= 0).all()
+        assert np.array_equal(grid, spikes.numpy()) and label == same and len(words) == len(spikes)
+
+
+def test_graded_events_carry_what_is_passed_on(graded):
+    bundle = Bundle(graded)
+    with np.load(graded / "events.npz") as file:
+        events, names = file["events"], file["populations"].tolist()
+    name = next(n for n in names if ".lora_gate." in n)
+    mine = events[events["population"] == names.index(name)]
+    current = bundle.traces[name]["current"]
+    assert len(mine) and np.array_equal(mine["value"], current[mine["sample"], mine["t"], mine["index"]])
+    assert set(events["value"][events["population"] == names.index("emb")]) == {1.0}
+
+
+def test_left_padding_gives_the_same_bundle(graded, tmp_path):
+    batch = batch_of()
+    rows = [(ids[mask.bool()], mask.sum()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    left = {
+        "input_ids": torch.stack([torch.cat([torch.zeros(11 - n, dtype=torch.long), ids]) for ids, n in rows]),
+        "attention_mask": torch.stack([torch.cat([torch.zeros(11 - n), torch.ones(n)]).long() for _, n in rows]),
+        "labels": batch["labels"],
+    }
+    other = Bundle(export_bundle(small(), left, tmp_path / "bundle"))
+    for name, trace in Bundle(graded).traces.items():
+        assert np.array_equal(other.traces[name]["spikes"], trace["spikes"]), name
+
+
+def test_the_command_checks_a_bundle_in_a_process_of_its_own(graded):
+    command = [sys.executable, "-m", "spikegpt_lora.export", "check", str(graded)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "the bundle is right" in done.stdout, done.stderr
+
+
+def test_the_command_says_what_it_found_in_its_exit_status(copy, tmp_path, monkeypatch, capsys):
+    (copy / "events.npz").write_bytes(b"none")
+    for folder, status, words in [(copy, 1, "WRONG  events.npz was altered"), (tmp_path, 2, "is no bundle")]:
+        monkeypatch.setattr(sys, "argv", ["export", "check", str(folder)])
+        assert main() == status
+        said = capsys.readouterr()
+        assert words in (said.out if status == 1 else said.err)
