@@ -1,0 +1,184 @@
+"""From a fine-tuned SpikeGPT to a neuromorphic bundle, checked in outside simulators, with pictures and costs.
+
+    python recipes/export_neuromorphic.py runs/subj/spikelora/seed0 --data-dir FOLDER_WITH_SUBJ
+
+It takes what recipes/subj_finetune.py left behind (a model's folder, or an adapter's, which names its base model) and
+leaves in --output-dir:
+
+    bundle/        graph, weights, NIR islands, spikes, events, costs, manifest (spikegpt_lora/export/bundle.py)
+    pictures/      raster.png firing.png sparsity.png cost.png
+    summary.md     what was found: check, spikes, costs, accuracy
+
+`python -m spikegpt_lora.export check BUNDLE` checks a bundle again, anywhere, without the model. Simulators that are
+not installed are not asked: pip install "spikegpt_lora[export]".
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from spikegpt_lora import command_line, load_task
+from spikegpt_lora.export import Bundle, check_bundle, export_bundle
+from spikegpt_lora.export.__main__ import summary as checked_summary
+from spikegpt_lora.export.bundle import aligned, by_length
+from spikegpt_lora.export.interpreter import Program
+from spikegpt_lora.export.pictures import draw_all
+from spikegpt_lora.files import write_text
+from spikegpt_lora.report import table
+
+
+def main() -> int:
+    args = parse_arguments()
+    command_line.set_up()
+    try:
+        return export(args)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; nothing half-written is left under its final name.")
+        return 130
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_line.parser(__doc__)
+    add = parser.add_argument
+    add("model", type=Path, help="folder of a fine-tuned classifier or of its adapter")
+    add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub")
+    add("--task", choices=["subj", "subj-mini"], default="subj", help="whose test sentences are read")
+    add("--text", type=Path, help="read this file instead, a sentence a line")
+    add("--sentences", type=command_line.positive, default=200, help="the first so many")
+    add("--weights", choices=["float32", "int8"], default="float32", help="int8: times powers of two")
+    add("--event-driven", action="store_true", help="count the event-driven form too (some 30 ms a token)")
+    add("--accuracy", action="store_true", help="let the interpreter read the whole test split with these weights")
+    add("--max-length", type=command_line.positive, default=128, help="tokens a sentence")
+    add("--output-dir", type=Path, help="results go here (default: MODEL/export-WEIGHTS)")
+    args = parser.parse_args()
+    if args.text and args.accuracy:
+        parser.error("--accuracy needs labels, and --text has none: leave one of them out")
+    return args
+
+
+def export(args) -> int:
+    out = args.output_dir or args.model / f"export-{args.weights}"
+    if (out / "bundle").exists():
+        raise ValueError(f"{out / 'bundle'} exists: give another --output-dir, or delete it")
+    model, tokenizer = load(args.model)
+    texts, labels = read(args)
+    shown = slice(0, args.sentences)
+    batch = encode(tokenizer, texts[shown], labels[shown], args.max_length)
+    bundle = export_bundle(model, batch, out / "bundle", tokenizer, args.weights, args.event_driven, bar)
+    results = check_bundle(bundle, bar)
+    draw_all(Bundle(bundle), out / "pictures")
+    parts = [f"# {args.model}, {args.weights}", checked_summary(results), spikes(Bundle(bundle)), costs(bundle)]
+    if args.accuracy:
+        parts.append(accuracy(model, bundle, tokenizer, texts, labels, args))
+    write_text(out / "summary.md", "\n\n".join(parts) + "\n")
+    print("\n" + (out / "summary.md").read_text(encoding="utf-8"))
+    print(f"Written to {out}: bundle/, pictures/, summary.md.")
+    return 0 if results["passed"] else 1
+
+
+def bar(rounds: list, text: str):
+    return tqdm(rounds, desc=text, leave=False)
+
+
+def load(folder: Path):
+    """The classifier, with its adapter if `folder` holds one, and its tokenizer."""
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
+    source = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else folder
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f"no model at {source}, the base model that {folder} names: {error}") from error
+    if adapter.is_file():
+        model = PeftModel.from_pretrained(model, folder)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def read(args) -> tuple[list[str], list[int]]:
+    if args.text is None:
+        test = load_task(args.task, args.data_dir)["test"]
+        return list(test["text"]), list(test["label"])
+    texts = [line for line in args.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"{args.text} holds no sentence")
+    return texts, [-1] * len(texts)
+
+
+def encode(tokenizer, texts: list[str], labels: list[int], max_length: int):
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    batch["labels"] = torch.tensor(labels)
+    return batch
+
+
+def spikes(bundle: Bundle) -> str:
+    """Spikes a token and a sentence, by kind of population."""
+    manifest, rows, kinds = bundle.manifest, [], {}
+    for one in manifest["populations"]:
+        kind = "adapter gates" if ".lora_gate." in one["name"] else one["name"].rpartition(".")[2]
+        kinds.setdefault(kind, []).append(one)
+    length = manifest["tokens"] / manifest["sentences"]
+    for kind, ones in kinds.items():
+        a_token, units = sum(one["spikes_per_token"] for one in ones), sum(one["n"] for one in ones)
+        rows.append([kind, f"{units:,}", f"{100 * a_token / units:.1f}", f"{a_token:.1f}", f"{length * a_token:,.0f}"])
+    return table(["spikes of", "neurons", "firing %", "a token", "a sentence"], rows)
+
+
+def costs(bundle: Path) -> str:
+    """The two columns, side by side and never added."""
+    cost = json.loads((bundle / "cost.json").read_text(encoding="utf-8"))
+    done = cost["as_executed"]
+    rows = [
+        ["as executed: dense MACs", done["dense_macs"], done["arithmetic_energy"]["dense_fp32"]],
+        ["as executed: effective MACs", done["effective_macs"], done["arithmetic_energy"]["effective_fp32"]],
+        ["as executed: effective ACs", done["effective_acs"], None],
+        ["dense int8 MACs, for comparison", done["dense_macs"], done["arithmetic_energy"]["dense_int8"]],
+    ]
+    if form := cost.get("event_driven"):
+        energy, short = form["arithmetic_energy"], form["shortest"]
+        rows += [
+            ["event-driven form: additions, products", [form["additions"], form["products"]], energy["fp32"]],
+            ["the same in int8", [form["additions"], form["products"]], energy["int8"]],
+            ["the shortest of three ways", [short["additions"], form["products"]], short["arithmetic_energy"]["fp32"]],
+            ["of these additions, the embedding's", short["embedding_additions"], None],
+        ]
+    cells = [
+        [name, " + ".join(f"{n:,.0f}" for n in (count if isinstance(count, list) else [count]))]
+        + ["" if energy is None else f"{energy / 1e6:.2f}"]
+        for name, count, energy in rows
+    ]
+    return table(["operations", "a token", "arithmetic, uJ a token (45 nm)"], cells)
+
+
+def accuracy(model, bundle: Path, tokenizer, texts: list[str], labels: list[int], args) -> str:
+    """The whole test split, read by the model as it was and by the interpreter with the bundle's weights."""
+    batch, program, right = encode(tokenizer, texts, labels, args.max_length), Program(bundle, np.float32), [0, 0, 0]
+    ids, lengths, wanted = aligned(batch), batch["attention_mask"].sum(1).numpy(), np.array(labels)
+    for rows in bar(list(by_length(lengths, 64)), "accuracy"):
+        T = int(lengths[rows].max())
+        with torch.no_grad():
+            mask = torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]
+            theirs = model(torch.from_numpy(ids[rows, :T]), mask.long()).logits.numpy().argmax(axis=1)
+        ours = program.run(ids[rows, :T], lengths[rows])[0].argmax(axis=1)
+        for i, correct in enumerate((theirs == wanted[rows], ours == wanted[rows], ours == theirs)):
+            right[i] += int(correct.sum())
+    of_model, of_bundle, same = (100 * n / len(wanted) for n in right)
+    return (
+        f"Accuracy on all {len(wanted):,} test sentences: the model {of_model:.2f} %, the interpreter with the "
+        f"bundle's {args.weights} weights {of_bundle:.2f} % ({of_bundle - of_model:+.2f}); "
+        f"{same:.2f} % of the answers are the same."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
