@@ -1,0 +1,67 @@
+"""recipes/export_neuromorphic.py as a user runs it, on a tiny adapter."""
+
+import json
+
+import pytest
+import running
+from peft import get_peft_model
+
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig, load_task
+from spikegpt_lora.export import Bundle
+from spikegpt_lora.tokenizer import train_tokenizer
+
+NAME = "export_neuromorphic.py"
+SUBJ_MINI = ["--task", "subj-mini", "--sentences", "6"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a fine-tuning run: base/ and spikelora/."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = train_tokenizer(load_task("subj-mini")["train"]["text"], 300)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2}
+    config = SpikeGPTConfig(**sizes, pooling="last_mean", pad_token_id=tokenizer.pad_token_id, num_labels=2)
+    SpikeGPTForSequenceClassification(config).save_pretrained(folder / "base")
+    model = SpikeGPTForSequenceClassification.from_pretrained(folder / "base")
+    get_peft_model(model, SpikeLoraConfig(task_type="SEQ_CLS", r=4)).save_pretrained(folder / "spikelora")
+    for part in ("base", "spikelora"):
+        tokenizer.save_pretrained(folder / part)
+    return folder
+
+
+def test_one_command_leaves_a_right_bundle_pictures_and_a_summary(run, tmp_path):
+    arguments = [*SUBJ_MINI, "--weights", "int8", "--event-driven", "--accuracy", "--output-dir", tmp_path]
+    done = running.here(NAME, run / "spikelora", *arguments)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert text in done.stdout and "the bundle is right" in text and "event-driven form" in text
+    assert "Accuracy on all" in text and "int8 weights" in text
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
+    bundle = Bundle(tmp_path / "bundle")
+    assert bundle.manifest["sentences"] == 6 and bundle.manifest["weights"] == "int8"
+    assert bundle.manifest["checks"]["checked"]["passed"]
+
+
+def test_a_whole_model_and_a_text_file_are_read_too(run, tmp_path):
+    (tmp_path / "lines.txt").write_text("a small gem .\n\nthe plot is about a dog .\n", encoding="utf-8")
+    done = running.here(NAME, run / "base", "--text", tmp_path / "lines.txt", "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle(tmp_path / "out" / "bundle")
+    assert bundle.sentences["labels"].tolist() == [-1, -1] and "gem" in bundle.sentences["words"][0]
+
+
+def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path):
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    settings = json.loads((run / "spikelora" / "adapter_config.json").read_text())
+    (lost / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "gone")})
+    )
+    for folder, message in [(tmp_path / "nowhere", "holds neither a model"), (lost, "the base model that")]:
+        done = running.here(NAME, folder, *SUBJ_MINI)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "bundle").mkdir()
+    done = running.here(NAME, run / "base", *SUBJ_MINI, "--output-dir", tmp_path)
+    assert done.returncode == 2 and "give another --output-dir" in done.stderr
+    done = running.here(NAME, run / "base", "--text", tmp_path / "none.txt", "--accuracy")
+    assert done.returncode == 2 and "--accuracy needs labels" in done.stderr
