@@ -50,7 +50,7 @@ from spikegpt_lora.data import LABELS, resplit
 from spikegpt_lora.files import write_json, write_text
 from spikegpt_lora.settings import METHODS, PARITY, SETTINGS, choose, drawn
 from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.training import adapt, finetune, tokenize
+from spikegpt_lora.training import adapt, adapter_config, finetune, tokenize
 
 # What the command line may change, for all methods or for one.
 ADJUSTABLE = {
@@ -152,6 +152,7 @@ def resolve(args) -> None:
     kind = args.model if args.model in SETTINGS else "embedded" if is_small(args.model) else "other"
     changes = {name: getattr(args, name) or [] for name in ADJUSTABLE}
     args.settings = choose(kind, args.parity, args.bf16, changes)
+    adapter_config("spikelora", args.settings["spikelora"])  # what it refuses is refused before anything is trained
 
 
 def is_small(model: str) -> bool:

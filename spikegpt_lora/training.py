@@ -59,6 +59,15 @@ def adapt(model: SpikeGPTForSequenceClassification, method: str, options: Finetu
     if method == "head":
         model.spikegpt.requires_grad_(False)
         return model
+    return get_peft_model(model, adapter_config(method, options))
+
+
+def adapter_config(method: str, options: FinetuneOptions) -> LoraConfig:
+    """The adapter of "lora" or "spikelora".
+
+    Raises:
+        ValueError: settings of the gate that it does not have.
+    """
     shared = {
         "task_type": "SEQ_CLS",
         "r": options.rank,
@@ -66,11 +75,9 @@ def adapt(model: SpikeGPTForSequenceClassification, method: str, options: Finetu
         "target_modules": PRESETS.get(options.targets, options.targets),
     }
     if method == "lora":
-        return get_peft_model(model, LoraConfig(**shared))
+        return LoraConfig(**shared)
     names = ("v_threshold", "time", "gate", "learn", "target_sparsity")
-    return get_peft_model(
-        model, SpikeLoraConfig(**shared, **{f"spikelora_{name}": getattr(options, name) for name in names})
-    )
+    return SpikeLoraConfig(**shared, **{f"spikelora_{name}": getattr(options, name) for name in names})
 
 
 def set_dropout(model: nn.Module, dropout: float) -> nn.Module:

@@ -278,6 +278,7 @@ def test_an_upstream_checkpoint_is_fine_tuned(finished, tmp_path):
         (["--task", "subj-mini", "--epochs", "0"], "epochs must be >= 1, got 0"),
         (["--task", "subj-mini", "--n-layer", "0"], "must be >= 1, got 0"),
         (["--model", "embedded", "--n-layer", "2"], "--n-layer is for --model random; embedded has its own"),
+        (["--time", "spikelora=later"], "spikelora_time must be 'pointwise' or 'token', got 'later'"),
         (["--tune", "2", "--parity", "paper"], "give one of the two"),
         (["--parity", "library", "--pooling", "mean"], "--parity library fixes --pooling"),
     ],
