@@ -27,7 +27,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from spikegpt_lora import command_line, load_task
 from spikegpt_lora.export import Bundle, check_bundle, export_bundle
 from spikegpt_lora.export.__main__ import summary as checked_summary
-from spikegpt_lora.export.bundle import aligned, by_length
+from spikegpt_lora.export.bundle import add_check, aligned, by_length
 from spikegpt_lora.export.interpreter import Program
 from spikegpt_lora.export.pictures import draw_all
 from spikegpt_lora.files import write_text
@@ -79,7 +79,12 @@ def export(args) -> int:
     draw_all(Bundle(bundle), out / "pictures")
     parts = [f"# {args.model}, {args.weights}", checked_summary(results), spikes(Bundle(bundle)), costs(bundle)]
     if args.accuracy:
-        parts.append(accuracy(model, bundle, tokenizer, texts, labels, args))
+        counted = accuracy(model, bundle, tokenizer, texts, labels, args.max_length)
+        add_check(Bundle(bundle), "accuracy", counted)
+        parts.append(
+            "Accuracy on all {sentences:,} test sentences: the model {model:.2f} %, the interpreter with the bundle's "
+            "weights {bundle:.2f} %; {same:.2f} % of the answers are the same.".format(**counted)
+        )
     write_text(out / "summary.md", "\n\n".join(parts) + "\n")
     print("\n" + (out / "summary.md").read_text(encoding="utf-8"))
     print(f"Written to {out}: bundle/, pictures/, summary.md.")
@@ -138,31 +143,41 @@ def costs(bundle: Path) -> str:
     """The two columns, side by side and never added."""
     cost = json.loads((bundle / "cost.json").read_text(encoding="utf-8"))
     done = cost["as_executed"]
+    energy = done["arithmetic_energy"]
     rows = [
-        ["as executed: dense MACs", done["dense_macs"], done["arithmetic_energy"]["dense_fp32"]],
-        ["as executed: effective MACs", done["effective_macs"], done["arithmetic_energy"]["effective_fp32"]],
-        ["as executed: effective ACs", done["effective_acs"], None],
-        ["dense int8 MACs, for comparison", done["dense_macs"], done["arithmetic_energy"]["dense_int8"]],
+        ["as executed: dense MACs", [done["dense_macs"]], energy["dense_fp32"], done["memory_energy"]],
+        ["as executed: effective MACs", [done["effective_macs"]], energy["effective_fp32"], None],
+        ["as executed: effective ACs", [done["effective_acs"]], None, None],
+        ["dense int8 MACs, for comparison", [done["dense_macs"]], energy["dense_int8"], None],
     ]
     if form := cost.get("event_driven"):
-        energy, short = form["arithmetic_energy"], form["shortest"]
-        rows += [
-            ["event-driven form: additions, products", [form["additions"], form["products"]], energy["fp32"]],
-            ["the same in int8", [form["additions"], form["products"]], energy["int8"]],
-            ["the shortest of three ways", [short["additions"], form["products"]], short["arithmetic_energy"]["fp32"]],
-            ["of these additions, the embedding's", short["embedding_additions"], None],
-        ]
-    cells = [
-        [name, " + ".join(f"{n:,.0f}" for n in (count if isinstance(count, list) else [count]))]
-        + ["" if energy is None else f"{energy / 1e6:.2f}"]
-        for name, count, energy in rows
-    ]
-    return table(["operations", "a token", "arithmetic, uJ a token (45 nm)"], cells)
+        for name, one in (("event-driven form", form), ("the shortest of three ways", form["shortest"])):
+            counts = [one["additions"], one["products"], sum(one["rescaling"].values())]
+            rows.append(
+                [
+                    f"{name}: additions, products, rescaling",
+                    counts,
+                    one["arithmetic_energy"]["fp32"],
+                    one["memory_energy"],
+                ]
+            )
+        rows.append(["of these additions, the embedding's", [form["shortest"]["embedding_additions"]], None, None])
+    cells = []
+    for name, counts, arithmetic, memory in rows:
+        places = [None, None] if memory is None else [memory["sram_1_mib"], memory["dram"]]
+        cells.append([name, " + ".join(f"{count:,.0f}" for count in counts), *map(micro, [arithmetic, *places])])
+    head = ["operations", "a token", "arithmetic, uJ", "weights from 1 MiB SRAM, uJ", "from DRAM, uJ"]
+    return table(head, cells) + "\n\nEnergy: counts times published constants of 45 nm (cost.json), never measured."
 
 
-def accuracy(model, bundle: Path, tokenizer, texts: list[str], labels: list[int], args) -> str:
+def micro(energy: float | None) -> str:
+    """pJ as microjoules."""
+    return "" if energy is None else f"{energy / 1e6:,.2f}"
+
+
+def accuracy(model, bundle: Path, tokenizer, texts: list[str], labels: list[int], max_length: int) -> dict:
     """The whole test split, read by the model as it was and by the interpreter with the bundle's weights."""
-    batch, program, right = encode(tokenizer, texts, labels, args.max_length), Program(bundle, np.float32), [0, 0, 0]
+    batch, program, right = encode(tokenizer, texts, labels, max_length), Program(bundle, np.float32), [0, 0, 0]
     ids, lengths, wanted = aligned(batch), batch["attention_mask"].sum(1).numpy(), np.array(labels)
     for rows in bar(list(by_length(lengths, 64)), "accuracy"):
         T = int(lengths[rows].max())
@@ -172,12 +187,8 @@ def accuracy(model, bundle: Path, tokenizer, texts: list[str], labels: list[int]
         ours = program.run(ids[rows, :T], lengths[rows])[0].argmax(axis=1)
         for i, correct in enumerate((theirs == wanted[rows], ours == wanted[rows], ours == theirs)):
             right[i] += int(correct.sum())
-    of_model, of_bundle, same = (100 * n / len(wanted) for n in right)
-    return (
-        f"Accuracy on all {len(wanted):,} test sentences: the model {of_model:.2f} %, the interpreter with the "
-        f"bundle's {args.weights} weights {of_bundle:.2f} % ({of_bundle - of_model:+.2f}); "
-        f"{same:.2f} % of the answers are the same."
-    )
+    shares = {name: 100 * n / len(wanted) for name, n in zip(("model", "bundle", "same"), right)}
+    return {"sentences": len(wanted), **shares}
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def record_spikes(
 
         return hook
 
-    with _hooks((module, remember(name, isinstance(module, SpikeGate))) for name, module in _spiking(base)):
+    with _hooks((module, remember(name, _graded(module))) for name, module in _spiking(base)):
         _run(model, batch)
 
     mask = _mask(batch).cpu()
@@ -149,7 +149,7 @@ def record_spikes(
         tokens=tokens,
         words=words,
         note=note,
-        labels=np.asarray(labels),
+        labels=torch.as_tensor(labels).cpu().numpy(),
     )
 
 
@@ -191,6 +191,10 @@ def _base_model(model: nn.Module) -> SpikeGPTModel:
 def _spiking(base: SpikeGPTModel) -> list[tuple[str, nn.Module]]:
     neurons = [(name, module) for name, module in base.named_modules() if isinstance(module, LIF)]
     return [(EMBEDDING, base.emb_spike)] + neurons
+
+
+def _graded(module: nn.Module) -> bool:
+    return isinstance(module, SpikeGate) and not module.binary
 
 
 @contextmanager

@@ -95,6 +95,8 @@ def test_additions_are_counted_where_they_are_made(tmp_path):
         expected += so_far * 2 * (4 * C + C)  # key and receptance of SRFFN
         so_far += spikes[f"blocks.{i}.lif2"]
     assert sum(program.additions.values()) == expected and sum(program.products.values()) > 0
+    tokens, rows = int(lengths.sum()), 2 * (3 * C + 5 * C) * SIZES["n_layer"]
+    assert program.rescaling["products"] == 4 * rows * tokens  # two a row for ln0 and two for the norm itself
 
 
 ALONE = """

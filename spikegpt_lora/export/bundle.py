@@ -6,7 +6,7 @@
     sentences.npz               ids `(B, T)`, lengths, labels, tokens, words, and the model's logits
     islands/NAME.nir            the neurons of one population: Input (their current), LIF, Output
     islands/NAME.weights.nir    where a matrix stands right before them: Input, Linear, LIF, Output
-    traces.h5                   nir.read_data: of each population `spikes` (bool), `current` (float32)
+    traces.h5                   nir.read_data: of each population `spikes` (bool), `current` (float32; "emb" has none)
     events.npz                  the spikes as address events (events.py)
     cost.json                   counted operations, and energy as counts times constants (cost.py)
 
@@ -17,7 +17,6 @@ import copy
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -30,12 +29,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..files import whole_file, write_json, write_text
-from ..trace import EMBEDDING, SpikeTrace, record_spikes
+from ..trace import SpikeTrace, record_spikes
 from . import islands
 from .cost import as_json, count_operations
 from .event_driven import measure
 from .events import save_events
-from .graph import Graph, graph_of, quantize
+from .graph import graph_of, quantize
 from .interpreter import Program
 
 SCHEMA = "spikegpt_lora/bundle/1"
@@ -77,19 +76,23 @@ def export_bundle(
     Raises:
         FileExistsError: `directory` exists.
         ValueError: a model that the graph or the islands cannot hold exactly: another class, an unknown module, not
-            float32, values that are not finite, a soft reset, tau not a power of two. One message lists them.
+            float32, values that are not finite, a soft reset, tau not a power of two; a sentence without a token. Or
+            a graph that turns out not to compute what the model does.
     """
     directory = Path(directory)
     if directory.exists():
         raise FileExistsError(f"{directory} exists: give another folder for the bundle, or delete it")
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    graph_of(model)  # refuses by name what the rest would stumble over
     model = prepared(model, weights)
     graph = graph_of(model)
     neurons = [node for node in graph.nodes if node["op"] == "lif"]
     if reasons := [reason for node in neurons for reason in islands.refusals(node)]:
         raise ValueError("simulators would not run this model's neurons exactly:\n" + "\n".join(reasons))
     trace = record_spikes(model, batch, tokenizer, currents=True)
+    if not trace.lengths.all():
+        raise ValueError(f"sentence {int(np.argmin(trace.lengths))} has no token: leave it out of the batch")
     unfinished = directory.with_name(f"{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -97,10 +100,13 @@ def export_bundle(
     _save_sentences(model, batch, trace, unfinished / "sentences.npz")
     _save_traces(trace, unfinished / "traces.h5")
     save_events(trace, unfinished / "events.npz")
+    (unfinished / "islands").mkdir()
     for node in neurons:
-        _save_islands(graph, node, trace.spikes[node["name"]].shape[-1], unfinished / "islands")
+        units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
+        for file, island in islands.of(node, units, parts, graph.weights).items():
+            nir.write(str(unfinished / "islands" / file), island)
 
-    compare = partial(compare_in_float64, Reference(model, batch), progress=progress)
+    compare = partial(compare_in_float64, model, batch, progress=progress)
     compared, cost = compare(Program(unfinished, np.float64), "interpreter"), {}
     cost["as_executed"] = as_json(count_operations(model, [batch]))
     if event_driven:
@@ -113,11 +119,11 @@ def export_bundle(
         "sentences": len(trace.lengths),
         "tokens": int(trace.lengths.sum()),
         "conventions": CONVENTIONS,
-        "populations": [_population(trace, name, graph) for name in trace.spikes],
-        "host": _host(graph),
+        "populations": [population(trace, name, graph.nodes) for name in trace.spikes],
+        "host": _host(graph.nodes),
         "checks": {"exported": compared},
     }
-    seal(unfinished, manifest)
+    seal(unfinished, manifest, hashes_of(unfinished))
     unfinished.rename(directory)
     return directory
 
@@ -184,13 +190,6 @@ def _save_traces(trace: SpikeTrace, path: Path) -> None:
         nir.write_data(temporary, nir.NIRGraphData(nodes))
 
 
-def _save_islands(graph: Graph, node: dict, units: int, folder: Path) -> None:
-    islands.write(islands.island(node, units), folder / f"{node['name']}.nir")
-    if parts := weights_before(graph.nodes, node):
-        weight = np.concatenate([graph.weights[weight] for _, weight in parts], axis=1)
-        islands.write(islands.island(node, units, weight), folder / f"{node['name']}.weights.nir")
-
-
 def weights_before(nodes: list[dict], node: dict) -> list[tuple[str, str]]:
     """The linear layers whose sum is this node's input, as (what they read, weight); empty if something else is."""
     by_name = {other["name"]: other for other in nodes}
@@ -207,58 +206,71 @@ def weights_before(nodes: list[dict], node: dict) -> list[tuple[str, str]]:
     return parts(node["inputs"][0]) or []
 
 
-def _population(trace: SpikeTrace, name: str, graph: Graph) -> dict:
-    node = next((node for node in graph.nodes if node["name"] == name), {})
-    files = [] if name == EMBEDDING else [f"islands/{name}.nir"]
-    if name != EMBEDDING and weights_before(graph.nodes, node):
+def population(trace: SpikeTrace, name: str, nodes: list[dict]) -> dict:
+    """What the manifest says of one population."""
+    node = next((node for node in nodes if node["name"] == name), None)
+    neurons = node is not None and node["op"] == "lif"
+    files = [f"islands/{name}.nir"] if neurons else []
+    if neurons and weights_before(nodes, node):
         files.append(f"islands/{name}.weights.nir")
     return {
         "name": name,
         "n": trace.spikes[name].shape[-1],
-        "kind": "graded" if f"{name}.graded" in {node["name"] for node in graph.nodes} else "binary",
-        "from_rest": node.get("from_rest", True),
+        "kind": "graded" if name in trace.values else "binary",
+        "from_rest": node["from_rest"] if neurons else True,
         "islands": files,
         "firing_rate": trace.firing_rate(name),
         "spikes_per_token": trace.spikes_per_token(name),
     }
 
 
-def _host(graph: Graph) -> dict:
-    """What is neither a LIF nor a matrix before one, by kind, and how often; with it what every matrix reads."""
+def _host(nodes: list[dict]) -> dict:
+    """The operations that are in no island, by kind."""
+    neurons = [node for node in nodes if node["op"] == "lif"]
+    inside = {weight for node in neurons for _, weight in weights_before(nodes, node)}
+    operations: dict[str, list[str]] = {}
+    for node in nodes:
+        if node["op"] != "lif" and node.get("weight") not in inside:
+            operations.setdefault(node["op"], []).append(node["name"])
     return {
-        "operations": dict(Counter(node["op"] for node in graph.nodes if node["op"] != "lif")),
+        "operations": operations,
         "why": "NIR has no LayerNorm, exponential, division or product of two signals, and simulators no delay; "
         "graph.json has all of it, in order, and interpreter.py runs it",
     }
 
 
-class Reference:
-    """The model in float64 on the sentences: trace, logits `(B, classes)`, ids `(B, T)` left-aligned."""
-
-    def __init__(self, model: nn.Module, batch: Mapping):
-        double = copy.deepcopy(model).double()
-        self.trace, self.logits, self.ids = record_spikes(double, batch), logits_of(double, batch), aligned(batch)
-
-
-def compare_in_float64(reference: Reference, program: Program, text: str, progress) -> dict:
+def compare_in_float64(model: nn.Module, batch: Mapping, program: Program, text: str, progress) -> dict:
     """A program of the interpreter against the model in float64, where both have no rounding to speak of.
 
     Returns:
         sentences, tokens, neuron steps, spikes and predictions that differ, and the largest difference of a logit.
+
+    Raises:
+        ValueError: spikes or logits differ.
     """
-    trace, wrong, apart, answers = reference.trace, 0, 0.0, 0
-    for rows in progress(list(by_length(trace.lengths)), text):
-        T, logits = int(trace.lengths[rows].max()), reference.logits[rows]
-        ours, seen = program.run(reference.ids[rows, :T], trace.lengths[rows], list(trace.spikes))
-        wrong += sum(int((seen[name] != trace.spikes[name][rows, :T]).sum()) for name in trace.spikes)
-        apart = max(apart, float(np.abs(ours - logits).max()))
-        answers += int((ours.argmax(axis=1) != logits.argmax(axis=1)).sum())
-    tokens = int(trace.lengths.sum())
+    double, ids = copy.deepcopy(model).double(), aligned(batch)
+    lengths = batch["attention_mask"].sum(1).cpu().numpy() if "attention_mask" in batch else np.full(*ids.shape)
+    steps, wrong, apart, answers = 0, 0, 0.0, 0
+    for rows in progress(list(by_length(lengths)), text):
+        T = int(lengths[rows].max())
+        part = {"input_ids": torch.from_numpy(ids[rows, :T])}
+        part["attention_mask"] = (torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]).long()
+        trace, theirs = record_spikes(double, part), logits_of(double, part)
+        ours, seen = program.run(ids[rows, :T], lengths[rows], list(trace.spikes))
+        wrong += sum(int((seen[name] != trace.spikes[name]).sum()) for name in trace.spikes)
+        steps += int(lengths[rows].sum()) * sum(spikes.shape[-1] for spikes in trace.spikes.values())
+        apart = max(apart, float(np.abs(ours - theirs).max()))
+        answers += int((ours.argmax(axis=1) != theirs.argmax(axis=1)).sum())
+    if wrong or not apart < 1e-6:
+        raise ValueError(
+            f"the {text} does not compute what the model does: {wrong} of {steps} spikes differ, logits by up to "
+            f"{apart:.1e}. Something in this model is unlike SpikeGPT with plain adapters; please report it"
+        )
     return {
         "dtype": "float64",
-        "sentences": len(trace.lengths),
-        "tokens": tokens,
-        "steps": tokens * sum(spikes.shape[-1] for spikes in trace.spikes.values()),
+        "sentences": len(ids),
+        "tokens": int(lengths.sum()),
+        "steps": steps,
         "different_spikes": wrong,
         "different_predictions": answers,
         "largest_logit_difference": apart,
@@ -271,12 +283,22 @@ def by_length(lengths: np.ndarray, size: int = 32) -> Iterator[np.ndarray]:
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
-def seal(folder: Path, manifest: dict) -> None:
-    """Write the manifest, with the sha256 of every other file, and its own beside it."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("manifest.json"))
-    hashes = {p.relative_to(folder).as_posix(): sha256(p) for p in files}
+def seal(folder: Path, manifest: dict, hashes: dict[str, str]) -> None:
+    """Write the manifest with the other files' hashes, and its own beside it."""
     write_json(folder / "manifest.json", manifest | {"sha256": hashes})
     write_text(folder / "manifest.json.sha256", own_hash(folder))
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """sha256 of every file but the manifest, by its path in the bundle."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in Bundle.MANIFEST)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
+def add_check(bundle: "Bundle", name: str, results: dict) -> None:
+    """Results into the manifest; every other file keeps the hash that it was given when it was written."""
+    bundle.manifest["checks"][name] = results
+    seal(bundle.folder, bundle.manifest, bundle.manifest["sha256"])
 
 
 def own_hash(folder: Path) -> str:
@@ -304,9 +326,16 @@ class Bundle:
         if schema != SCHEMA:
             raise ValueError(f"{folder} is a bundle of schema {schema!r}; this version reads {SCHEMA!r}")
 
+    MANIFEST = ("manifest.json", "manifest.json.sha256")
+
     @cached_property
     def nodes(self) -> list[dict]:
         return json.loads((self.folder / "graph.json").read_text(encoding="utf-8"))["nodes"]
+
+    @cached_property
+    def weights(self) -> dict[str, np.ndarray]:
+        """float32, by name."""
+        return Program(self.folder, np.float32).weights
 
     @cached_property
     def neurons(self) -> list[dict]:
@@ -329,8 +358,21 @@ class Bundle:
         lengths = self.sentences["lengths"]
         return np.arange(self.sentences["ids"].shape[1]) < lengths[:, None]
 
-    def island(self, file: str) -> nir.NIRGraph:
-        return nir.read(self.folder / "islands" / file)
+    @cached_property
+    def trace(self) -> SpikeTrace:
+        """The same as a `SpikeTrace`, populations in the order of events.npz."""
+        with np.load(self.folder / "events.npz") as file:
+            names = file["populations"].tolist()
+        graded = [node["inputs"][0] for node in self.nodes if node["name"] == f"{node['inputs'][0]}.graded"]
+        spikes = {name: self.traces[name]["spikes"].astype(np.int8) for name in names}
+        values = {name: self.traces[name]["current"] * spikes[name] for name in names if name in graded}
+        given = {key: self.sentences[key] for key in ("lengths", "tokens", "words", "labels")}
+        return SpikeTrace(spikes, values, **given)
+
+    @cached_property
+    def islands(self) -> dict[str, nir.NIRGraph]:
+        """By file name."""
+        return {path.name: nir.read(path) for path in sorted((self.folder / "islands").glob("*.nir"))}
 
     def rows(self) -> Iterator[tuple[np.ndarray, int]]:
         """Sentences in groups of like length: row numbers, and the longest one's length."""

@@ -257,11 +257,16 @@ def _left_out(model: nn.Module) -> list[str]:
 def arithmetic_energy(macs: float, acs: float) -> dict[str, float]:
     """Energy in pJ of so many operations (per token, if they are): counts times `ENERGY`, nothing else.
 
-    No memory, no control, no leakage, no chip: on most hardware moving the weights costs more than this. "fp32" is the
-    convention of the literature; "int8" of the dense count, `arithmetic_energy(dense_macs, 0)`, is what spikes have to
-    beat: an ordinary integer accelerator without any sparsity.
+    No memory, no control, no leakage, no chip: on most hardware moving the weights (`memory_energy`) costs more. "fp32"
+    is the convention of the literature; "int8" of the dense count, `arithmetic_energy(dense_macs, 0)`, is what spikes
+    have to beat: an ordinary integer accelerator without any sparsity.
     """
     return {kind: macs * ENERGY[f"{kind}_mac"] + acs * ENERGY[f"{kind}_add"] for kind in ("fp32", "int8")}
+
+
+def memory_energy(reads: float) -> dict[str, float]:
+    """Energy in pJ of reading so many 32-bit values: counts times `ENERGY`, by where the weights lie."""
+    return {place.removeprefix("read_"): reads * ENERGY[place] for place in ENERGY if place.startswith("read_")}
 
 
 def as_json(operations: Operations) -> dict:
@@ -286,6 +291,8 @@ def as_json(operations: Operations) -> dict:
             "dense_fp32": baseline["fp32"],
             "dense_int8": baseline["int8"],
         },
+        "weight_reads": dense,  # with a batch of one, each weight once a token
+        "memory_energy": memory_energy(dense),
         "constants": dict(ENERGY),
     }
 

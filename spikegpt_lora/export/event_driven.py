@@ -4,13 +4,18 @@ This column stands beside the operations as executed and is never added to them.
 
     additions           columns of matrices added where neurons spiked, one for each of their rows
     products            what reads no spikes: att.output, ffn.value (zeros skipped), B of graded gates
-    weight_reads        of 32 bit: every addition and product reads one value of a matrix, while a dense product reads
-                        each weight once a token; with a batch of one, that is the memory traffic of weights
+    rescaling           additions and products, no event decides about them: mean and deviation of the layer norms, now
+                        for every row of the matrices behind them (as executed they are for every channel, and not
+                        counted), and adding up what populations, now and then give
+    weight_reads        of 32 bit: every addition and product reads one value of a matrix or, rescaling, of a vector;
+                        a dense product reads each weight once a token, so with a batch of one this compares
+    arithmetic_energy   pJ: "fp32"; "int8" would be with columns rounded to int8, which are W times the gains of a layer
+                        norm and the shares of the token shift, and were not rounded here. Rescaling is fp32 in both.
 """
 
 import numpy as np
 
-from .cost import ENERGY
+from .cost import ENERGY, memory_energy
 from .interpreter import EventDriven
 
 
@@ -22,15 +27,20 @@ def counts(program: EventDriven, tokens: int) -> dict:
         for name, share in _shares(program, reader):
             layers.setdefault(name, {"additions": 0.0, "products": 0.0})["additions"] += share * made / tokens
     additions, products = (sum(layer[kind] for layer in layers.values()) for kind in ("additions", "products"))
+    rescaling = {kind: made / tokens for kind, made in program.rescaling.items()}
+    rescaled = rescaling["additions"] * ENERGY["fp32_add"] + rescaling["products"] * ENERGY["fp32_multiply"]
+    reads = additions + products + rescaling["products"]
     return {
         "additions": additions,
         "products": products,
+        "rescaling": rescaling,
         "embedding_additions": sum(made for (_, of), made in program.additions.items() if of == embedding) / tokens,
         "layers": layers,
-        "weight_reads": additions + products,
+        "weight_reads": reads,
+        "memory_energy": memory_energy(reads),
         "arithmetic_energy": {
-            "fp32": additions * ENERGY["fp32_add"] + products * ENERGY["fp32_mac"],
-            "int8": additions * ENERGY["int32_add"] + products * ENERGY["int8_mac"],  # sums are wider than a weight
+            "fp32": additions * ENERGY["fp32_add"] + products * ENERGY["fp32_mac"] + rescaled,
+            "int8": additions * ENERGY["int32_add"] + products * ENERGY["int8_mac"] + rescaled,  # sums are wide
         },
     }
 
@@ -64,12 +74,11 @@ def measure(folder, compare) -> dict:
     compared = compare(plain, "event-driven form"), compare(shortest, "event-driven form, shortest")
     tokens = compared[0]["tokens"]
     small = counts(shortest, tokens)
+    del small["layers"]
+    small["kept"] = sum(len(total) for total in shortest.totals.values())  # sums read and written again every token
     return {
         **counts(plain, tokens),
         "compared": compared[0],
-        "shortest": {
-            key: small[key] for key in ("additions", "embedding_additions", "weight_reads", "arithmetic_energy")
-        }
-        | {"compared": compared[1]},
+        "shortest": small | {"compared": compared[1]},
         "table": table(plain),
     }

@@ -30,7 +30,8 @@ def events_of(trace: SpikeTrace) -> np.ndarray:
         events["population"] = number
         events["value"] = trace.values[name][where] if name in trace.values else 1
         found.append(events)
-    return np.sort(np.concatenate(found), order=["sample", "t", "population", "index"])
+    events = np.concatenate(found)
+    return events[np.lexsort([events[key] for key in ("index", "population", "t", "sample")])]
 
 
 def save_events(trace: SpikeTrace, path: Path) -> None:
@@ -76,7 +77,7 @@ class EventDataset(Dataset):
         events, units = self._of(i)
         spikes = torch.zeros(int(self.lengths[i]), self.size)
         spikes[torch.from_numpy(events["t"].astype(np.int64)), torch.from_numpy(units)] = 1
-        return spikes, int(self.labels[i])
+        return spikes, self.labels[i].item()
 
     def _of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= i < len(self):
@@ -89,7 +90,7 @@ def to_tonic(bundle: str | Path, populations: list[str] | None = None) -> list[t
     """Of each sentence (events, label, words), the events as tonic and the Spiking Heidelberg Digits have them.
 
     events: structured array of t (microseconds, 100 a token), x (neuron, as `EventDataset` numbers them), p (1), in the
-    order of t. words: the word of each token, "" for tokens of no word.
+    order of t. words: the word of each token.
     """
     data, out = EventDataset(bundle, populations), []
     for i in range(len(data)):
@@ -97,5 +98,5 @@ def to_tonic(bundle: str | Path, populations: list[str] | None = None) -> list[t
         record = np.zeros(len(events), TONIC)
         record["t"], record["x"], record["p"] = events["t"].astype(np.int64) * MICROSECONDS, units, 1
         record = record[np.lexsort((record["x"], record["t"]))]
-        out.append((record, int(data.labels[i]), data.words[i, : data.lengths[i]].tolist()))
+        out.append((record, data.labels[i].item(), data.words[i, : data.lengths[i]].tolist()))
     return out

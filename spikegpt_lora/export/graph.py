@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from spikingjelly.activation_based.surrogate import ATan
 from torch import nn
 
@@ -81,6 +82,8 @@ def graph_of(model: nn.Module) -> Graph:
         raise ValueError(f"{type(model).__name__} holds no SpikeGPTForSequenceClassification to export")
     _refuse_unknown(classifier)
     base, graph = classifier.spikegpt, Graph(labels=[str(v) for v in classifier.config.id2label.values()])
+    if isinstance(base.emb, LoraLayer):
+        raise ValueError("emb has an adapter, for which the graph has no operation")
     graph.weight("emb", (base.emb.weight >= 0).float())
     x = graph.add("emb", "embed_spike", ["token"], weight="emb")
     for i, block in enumerate(base.blocks):
@@ -102,7 +105,12 @@ def _refuse_unknown(classifier: nn.Module) -> None:
 
 def _score(classifier: SpikeGPTForSequenceClassification) -> torch.Tensor:
     score = classifier.score
-    return (score.modules_to_save[score.active_adapters[0]] if hasattr(score, "modules_to_save") else score).weight
+    if isinstance(score, ModulesToSaveWrapper):
+        off = score.disable_adapters or not score.active_adapters
+        score = score.original_module if off else score.modules_to_save[score.active_adapters[0]]
+    if type(score) is not nn.Linear or score.bias is not None:
+        raise ValueError(f"score must be a torch.nn.Linear without bias or adapter, got {score}")
+    return score.weight
 
 
 def _block(graph: Graph, name: str, block: Block, x: str) -> str:
@@ -159,6 +167,12 @@ def _linear(graph: Graph, name: str, linear: nn.Module, x: str) -> str:
     y = graph.add(name, "linear", [x], weight=graph.weight(name, base.weight))
     if not isinstance(linear, LoraLayer) or linear.disable_adapters:
         return y
+    if linear.merged:
+        raise ValueError(
+            f"{name} has its adapter merged into W0: call unmerge_adapter(), or merge_and_unload() for good"
+        )
+    if not hasattr(linear, "lora_B") or not isinstance(linear.lora_B, nn.ModuleDict):
+        raise ValueError(f"{name}: its adapter is no pair of linear layers (AdaLoRA is not exported)")
     for adapter in (one for one in linear.active_adapters if one in linear.lora_A):
         a, b = linear.lora_A[adapter], linear.lora_B[adapter]
         if not isinstance(a, nn.Linear) or b.bias is not None:
@@ -182,7 +196,8 @@ def _lif(graph: Graph, name: str, lif: LIF, current: str, from_rest: bool = Fals
     tau, threshold = (lif.tau_now(), lif.threshold_now()) if learned else (lif.tau, lif.v_threshold)
     if not lif.decay_input:
         raise ValueError(f"{name} must divide its input by tau (lif_decay_input): the graph's neuron does")
-    settings = {"tau": _number(tau), "v_threshold": _number(threshold), "v_reset": lif.v_reset}
+    reset = 0.0 if from_rest and lif.v_reset is None else lif.v_reset  # from rest, what a reset does is never seen
+    settings = {"tau": _number(tau), "v_threshold": _number(threshold), "v_reset": reset}
     return graph.add(name, "lif", [current], **settings, from_rest=from_rest)
 
 

@@ -163,12 +163,14 @@ class EventDriven(Program):
         shortest: get each population's part of S in the shortest of three ways: add where there are spikes; subtract
             from the sum of all columns where there are none; change the last token's part where spikes changed.
 
-    additions: so far, by (what reads, what spikes), counted where they are made. products: so far, by layer.
+    additions: so far, by (what reads, what spikes), counted where they are made. products: so far, by layer. rescaling:
+    additions and products that turn sums into what layers give, whatever spikes.
     """
 
     def __init__(self, folder, dtype=np.float32, shortest=False):
         super().__init__(folder, dtype)
         self.shortest, self.totals, self.additions, self.products = shortest, {}, {}, {}
+        self.rescaling = {"additions": 0, "products": 0}
         self.by_name = {node["name"]: node for node in self.nodes}
         self.readers = {}  # name of a layer norm -> the linear layers that read mixes of it: layer, share, weight
         for node in self.nodes:
@@ -223,16 +225,23 @@ class EventDriven(Program):
         sums = self._normed(self.by_name["ln0"], sums, form["ln0 constant"], values)
         for population in populations:
             sums = sums + self._sum(name, population, form["columns"], values, before, after)
+            self._rescaled(sums, additions=1)
         now, then = np.split(self._normed(node, sums, form["constant"], values), 2, axis=1)
         after[name] = then
         total = now + before.get(name, 0)
+        self._rescaled(now, additions=1)
         ends = np.cumsum([len(self.weights[weight]) for _, _, weight in self.readers[name]])
         for (layer, _, _), part in zip(self.readers[name], np.split(total, ends[:-1], axis=1)):
             values[layer] = part
 
     def _normed(self, norm, sums, constant, values):
         mu, sigma = self._statistics(norm, values[norm["inputs"][0]])
+        self._rescaled(sums, additions=2, products=2)
         return (sums - mu * constant[0]) / sigma + constant[1]
+
+    def _rescaled(self, sums, **operations):
+        for kind, each in operations.items():
+            self.rescaling[kind] += each * sums.shape[1] * int(np.sum(self.reading))
 
     def _sum(self, norm, population, columns, values, before, after):
         """The sum of the columns `(C, rows)` where the population `(B, C)` spikes, `(B, rows)`."""
@@ -282,8 +291,10 @@ def main():
         f"{np.abs(logits - recorded).max():.2e}"
     )
     if args.event_driven:
-        additions, products = (sum(made.values()) / lengths.sum() for made in (program.additions, program.products))
-        print(f"a token: {additions:,.0f} additions, {products:,.0f} products")
+        made = [sum(one.values()) for one in (program.additions, program.products, program.rescaling)]
+        print(
+            "a token: {:,.0f} additions, {:,.0f} products, {:,.0f} to rescale".format(*(np.array(made) / lengths.sum()))
+        )
     return 0 if agree == len(logits) else 1
 
 

@@ -11,7 +11,6 @@ import io
 import math
 import warnings
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import nir
 import numpy as np
@@ -62,9 +61,34 @@ def island(node: dict, units: int, weight: np.ndarray | None = None, lowered: bo
     return nir.NIRGraph(nodes=nodes, edges=list(zip(names, names[1:])), metadata=metadata)
 
 
-def write(graph: nir.NIRGraph, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    nir.write(str(path), graph)
+def of(node: dict, units: int, parts: list[tuple[str, str]], weights: dict[str, np.ndarray]) -> dict[str, nir.NIRGraph]:
+    """A population's islands by file name: its neurons alone, and with the matrices before them where there are any.
+
+    Args:
+        parts: those matrices, as (what they read, name of the weight); they stand side by side in one Linear.
+    """
+    graphs = {f"{node['name']}.nir": island(node, units)}
+    if parts:
+        weight = np.concatenate([weights[name] for _, name in parts], axis=1)
+        graphs[f"{node['name']}.weights.nir"] = island(node, units, weight)
+    return graphs
+
+
+def same(one: nir.NIRGraph, other: nir.NIRGraph) -> bool:
+    """Whether two islands have the same nodes, edges, values and metadata."""
+    if set(one.edges) != set(other.edges) or one.nodes.keys() != other.nodes.keys():
+        return False
+    pairs = [(one.nodes[name], node) for name, node in other.nodes.items()]
+    return all(type(a) is type(b) and _equal(vars(a), vars(b)) for a, b in pairs) and _equal(
+        one.metadata, other.metadata
+    )
+
+
+def _equal(one, other) -> bool:
+    if isinstance(other, dict):
+        return isinstance(one, dict) and one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in other)
+    one = one.decode() if isinstance(one, bytes) else one
+    return np.array_equal(np.asarray(one), np.asarray(other))
 
 
 def installed() -> dict[str, str]:
