@@ -8,6 +8,7 @@ from .adapters import SpikeLoraConfig, SpikeLoraModel
 from .checkpoint import embedded_checkpoint, load_upstream_checkpoint, save_upstream_checkpoint
 from .config import SpikeGPTConfig
 from .data import load_task
+from .export import export_bundle
 from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTModel, SpikeGPTState
 from .trace import SpikeTrace, record_spikes
 from .wkv import wkv, wkv_reference
@@ -24,6 +25,7 @@ __all__ = [
     "SpikeLoraModel",
     "SpikeTrace",
     "embedded_checkpoint",
+    "export_bundle",
     "load_task",
     "load_upstream_checkpoint",
     "record_spikes",
