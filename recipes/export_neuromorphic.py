@@ -32,6 +32,7 @@ from spikegpt_lora.export.interpreter import Program
 from spikegpt_lora.export.pictures import draw_all
 from spikegpt_lora.files import write_text
 from spikegpt_lora.report import table
+from spikegpt_lora.trace import read as read_batch
 
 
 def main() -> int:
@@ -178,12 +179,12 @@ def micro(energy: float | None) -> str:
 def accuracy(model, bundle: Path, tokenizer, texts: list[str], labels: list[int], max_length: int) -> dict:
     """The whole test split, read by the model as it was and by the interpreter with the bundle's weights."""
     batch, program, right = encode(tokenizer, texts, labels, max_length), Program(bundle, np.float32), [0, 0, 0]
-    ids, lengths, wanted = aligned(batch), batch["attention_mask"].sum(1).numpy(), np.array(labels)
+    (ids, lengths), wanted = aligned(batch), np.array(labels)
     for rows in bar(list(by_length(lengths, 64)), "accuracy"):
         T = int(lengths[rows].max())
-        with torch.no_grad():
-            mask = torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]
-            theirs = model(torch.from_numpy(ids[rows, :T]), mask.long()).logits.numpy().argmax(axis=1)
+        mask = torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]
+        theirs = read_batch(model, {"input_ids": torch.from_numpy(ids[rows, :T]), "attention_mask": mask})
+        theirs = theirs.logits.numpy().argmax(axis=1)
         ours = program.run(ids[rows, :T], lengths[rows])[0].argmax(axis=1)
         for i, correct in enumerate((theirs == wanted[rows], ours == wanted[rows], ours == theirs)):
             right[i] += int(correct.sum())

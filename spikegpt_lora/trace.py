@@ -134,11 +134,9 @@ def record_spikes(
         return hook
 
     with _hooks((module, remember(name, _graded(module))) for name, module in _spiking(base)):
-        _run(model, batch)
+        read(model, batch)
 
-    mask = _mask(batch).cpu()
-    front = mask.logical_not().long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]  # real tokens first
-
+    mask, front = real_first(batch)
     tokens, words = _tokens_and_words(batch, tokenizer, mask, front)
     labels = batch["labels"] if "labels" in batch else torch.full((len(mask),), -1)
     return SpikeTrace(
@@ -177,7 +175,7 @@ def adapter_activity(model: nn.Module, batches: Iterable[Mapping]) -> AdapterAct
         if not observer.adapted:
             return None
         for batch in batches:
-            _run(model, batch)
+            read(model, batch)
     return observer.activity()
 
 
@@ -208,21 +206,22 @@ def _hooks(wanted: Iterable[tuple[nn.Module, Callable]]):
 
 
 @torch.no_grad()
-def _run(model: nn.Module, batch: Mapping):
+def read(model: nn.Module, batch: Mapping):
+    """What `model` gives for `batch`, in evaluation mode; afterwards its mode is what it was."""
     device, training = next(model.parameters()).device, model.training
     inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "inputs_embeds") if key in batch}
     model.eval()
     try:
-        model(**inputs)
+        return model(**inputs)
     finally:
         model.train(training)
 
 
-def _mask(batch: Mapping) -> Tensor:
-    if "attention_mask" in batch:
-        return batch["attention_mask"].bool()
+def real_first(batch: Mapping) -> tuple[Tensor, Tensor]:
+    """Where `batch` has real tokens, bool `(B, T)`, and the places `(B, longest)` that put them first; on the CPU."""
     tensor = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    return torch.ones(tensor.shape[:2], dtype=torch.bool)
+    mask = batch["attention_mask"].bool().cpu() if "attention_mask" in batch else torch.ones(tensor.shape[:2]).bool()
+    return mask, mask.logical_not().long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
 
 
 def _tokens_and_words(batch, tokenizer, mask: Tensor, front: Tensor) -> tuple[np.ndarray, np.ndarray]:

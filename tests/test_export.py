@@ -292,8 +292,7 @@ def test_a_scaling_that_is_no_power_of_two_is_in_the_weight(tmp_path):
     graph = graph_of(prepared(model))
     graph.save(tmp_path)
     batch = batch_of()
-    lengths = batch["attention_mask"].sum(1).numpy()
-    logits, _ = Program(tmp_path, np.float64).run(aligned(batch), lengths)
+    logits, _ = Program(tmp_path, np.float64).run(*aligned(batch))
     wanted = model.double()(batch["input_ids"], batch["attention_mask"]).logits.detach().numpy()
     assert np.abs(logits - wanted).max() < 1e-5
 

@@ -29,7 +29,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..files import whole_file, write_json, write_text
-from ..trace import SpikeTrace, record_spikes
+from ..trace import SpikeTrace, read, real_first, record_spikes
 from . import islands
 from .cost import as_json, count_operations
 from .event_driven import measure
@@ -156,7 +156,7 @@ def prepared(model: nn.Module, weights: str = "float32") -> nn.Module:
 
 
 def _save_sentences(model: nn.Module, batch: Mapping, trace: SpikeTrace, path: Path) -> None:
-    ids, logits = aligned(batch), logits_of(model, batch)
+    (ids, _), logits = aligned(batch), read(model, batch).logits.cpu().numpy()
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file, ids=ids, logits=logits, lengths=trace.lengths, labels=trace.labels, tokens=trace.tokens,
@@ -164,19 +164,10 @@ def _save_sentences(model: nn.Module, batch: Mapping, trace: SpikeTrace, path: P
         )  # fmt: skip
 
 
-def aligned(batch: Mapping) -> np.ndarray:
-    """input_ids `(B, T)` with the real tokens in front and 0 behind."""
-    ids = batch["input_ids"].cpu()
-    mask = batch["attention_mask"].cpu().bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
-    front = mask.logical_not().long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
-    return (ids * mask).gather(1, front).numpy()
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, batch: Mapping) -> np.ndarray:
-    device = next(model.parameters()).device
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
-    return model(**inputs).logits.cpu().numpy()
+def aligned(batch: Mapping) -> tuple[np.ndarray, np.ndarray]:
+    """input_ids `(B, T)` with the real tokens in front and 0 behind, and lengths `(B,)`."""
+    mask, front = real_first(batch)
+    return (batch["input_ids"].cpu() * mask).gather(1, front).numpy(), mask.sum(1).numpy()
 
 
 def _save_traces(trace: SpikeTrace, path: Path) -> None:
@@ -248,14 +239,13 @@ def compare_in_float64(model: nn.Module, batch: Mapping, program: Program, text:
     Raises:
         ValueError: spikes or logits differ.
     """
-    double, ids = copy.deepcopy(model).double(), aligned(batch)
-    lengths = batch["attention_mask"].sum(1).cpu().numpy() if "attention_mask" in batch else np.full(*ids.shape)
+    double, (ids, lengths) = copy.deepcopy(model).double(), aligned(batch)
     steps, wrong, apart, answers = 0, 0, 0.0, 0
     for rows in progress(list(by_length(lengths)), text):
         T = int(lengths[rows].max())
         part = {"input_ids": torch.from_numpy(ids[rows, :T])}
         part["attention_mask"] = (torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]).long()
-        trace, theirs = record_spikes(double, part), logits_of(double, part)
+        trace, theirs = record_spikes(double, part), read(double, part).logits.cpu().numpy()
         ours, seen = program.run(ids[rows, :T], lengths[rows], list(trace.spikes))
         wrong += sum(int((seen[name] != trace.spikes[name]).sum()) for name in trace.spikes)
         steps += int(lengths[rows].sum()) * sum(spikes.shape[-1] for spikes in trace.spikes.values())
