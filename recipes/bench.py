@@ -188,11 +188,19 @@ def step(repeats: int) -> list[dict]:
 
 
 def gates(repeats: int) -> list[dict]:
-    """A training step with each kind of gate, on a SpikeGPT and on an encoder of all-MiniLM-L6-v2's size."""
+    """A training step and an answer with each kind of gate, on a SpikeGPT and an encoder of all-MiniLM-L6-v2's size.
+
+    Only LoRA can be merged into W0, which is what "no inference overhead" means.
+    """
     rows = []
     for name, model, size in (("4 x 256", spikegpt, SMALL), ("MiniLM, 6 x 384", bert, MINILM)):
-        ways = {gate: Training(adapter, model, **size).step for gate, adapter in GATES.items()}
+        trainings = {gate: Training(adapter, model, **size) for gate, adapter in GATES.items()}
+        ways = {gate: training.step for gate, training in trainings.items()}
         rows += compare(f"step by gate, {name}, batch 32 x 40", ways, repeats)
+        merged = Training(LoraConfig, model, **size)
+        merged.model.merge_adapter()
+        answers = {"LoRA, merged": merged.answer} | {gate: training.answer for gate, training in trainings.items()}
+        rows += compare(f"inference by gate, {name}, batch 32 x 40", answers, repeats)
     return rows
 
 
@@ -287,6 +295,13 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def answer(self):
+        """Inference on the same batch."""
+        training = self.model.training
+        with torch.inference_mode():
+            self.model.eval()(**self.inputs)
+        self.model.train(training)
 
     def floor(self, bf16: bool = False) -> Callable:
         with Recorder() as recorder:
@@ -446,7 +461,7 @@ def compare(group: str, ways: dict[str, Callable], repeats: int) -> list[dict]:
             times[name].append(1e3 * (time.perf_counter() - start))
     rows = []
     for name, measured in times.items():
-        quartile1, median, quartile3 = statistics.quantiles(measured, n=4)
+        quartile1, median, quartile3 = statistics.quantiles(measured * 2 if len(measured) == 1 else measured, n=4)
         rows.append(
             {
                 "group": group,
