@@ -8,7 +8,8 @@ results.json, schema "spikegpt_lora/finetune/2":
     runs                            one a (method, seed), as `training.finetune` returns it:
         task, method, seed, settings (`settings.FinetuneOptions`), trainable_parameters, total_parameters, seconds
         (training and validation), best_epoch, validation_accuracy (null where no epoch was picked),
-        validation_by_epoch, test_accuracy, test_correct ("0110...", one a sentence), adapters: null or {sparsity,
+        validation_by_epoch, sparsity_by_epoch (on validation, of gates), sparsity_by_step (of training batches, where a
+        target is held), test_accuracy, test_correct ("0110...", one a sentence), adapters: null or {sparsity,
         dead_ranks, contribution, modules (see `trace.AdapterActivity`), accuracy_without: with adapters turned off}
     summary                         one a method: seeds, mean and spread (sample standard deviation) of what runs hold
     comparisons                     [{a, b, difference, low, high, per_seed, is_noise}]: see `statistics`
