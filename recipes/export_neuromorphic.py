@@ -27,12 +27,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from spikegpt_lora import command_line, load_task
 from spikegpt_lora.export import Bundle, check_bundle, export_bundle
 from spikegpt_lora.export.__main__ import summary as checked_summary
-from spikegpt_lora.export.bundle import add_check, aligned, by_length
+from spikegpt_lora.export.bundle import WEIGHTS, add_check, aligned, batch_of, by_length
 from spikegpt_lora.export.interpreter import Program
 from spikegpt_lora.export.pictures import draw_all
 from spikegpt_lora.files import write_text
 from spikegpt_lora.report import table
-from spikegpt_lora.trace import read as read_batch
+from spikegpt_lora.trace import GATE, read
 
 
 def main() -> int:
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--task", choices=["subj", "subj-mini"], default="subj", help="whose test sentences are read")
     add("--text", type=Path, help="read this file instead, a sentence a line")
     add("--sentences", type=command_line.positive, default=200, help="the first so many")
-    add("--weights", choices=["float32", "int8"], default="float32", help="int8: times powers of two")
+    add("--weights", choices=WEIGHTS, default="float32", help="int8: times powers of two")
     add("--event-driven", action="store_true", help="count the event-driven form too (some 30 ms a token)")
     add("--accuracy", action="store_true", help="let the interpreter read the whole test split with these weights")
     add("--max-length", type=command_line.positive, default=128, help="tokens a sentence")
@@ -72,7 +72,7 @@ def export(args) -> int:
     if (out / "bundle").exists():
         raise ValueError(f"{out / 'bundle'} exists: give another --output-dir, or delete it")
     model, tokenizer = load(args.model)
-    texts, labels = read(args)
+    texts, labels = sentences(args)
     shown = slice(0, args.sentences)
     batch = encode(tokenizer, texts[shown], labels[shown], args.max_length)
     bundle = export_bundle(model, batch, out / "bundle", tokenizer, args.weights, args.event_driven, bar)
@@ -111,7 +111,7 @@ def load(folder: Path):
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def read(args) -> tuple[list[str], list[int]]:
+def sentences(args) -> tuple[list[str], list[int]]:
     if args.text is None:
         test = load_task(args.task, args.data_dir)["test"]
         return list(test["text"]), list(test["label"])
@@ -131,7 +131,7 @@ def spikes(bundle: Bundle) -> str:
     """Spikes a token and a sentence, by kind of population."""
     manifest, rows, kinds = bundle.manifest, [], {}
     for one in manifest["populations"]:
-        kind = "adapter gates" if ".lora_gate." in one["name"] else one["name"].rpartition(".")[2]
+        kind = "adapter gates" if GATE in one["name"] else one["name"].rpartition(".")[2]
         kinds.setdefault(kind, []).append(one)
     length = manifest["tokens"] / manifest["sentences"]
     for kind, ones in kinds.items():
@@ -154,14 +154,8 @@ def costs(bundle: Path) -> str:
     if form := cost.get("event_driven"):
         for name, one in (("event-driven form", form), ("the shortest of three ways", form["shortest"])):
             counts = [one["additions"], one["products"], sum(one["rescaling"].values())]
-            rows.append(
-                [
-                    f"{name}: additions, products, rescaling",
-                    counts,
-                    one["arithmetic_energy"]["fp32"],
-                    one["memory_energy"],
-                ]
-            )
+            what = f"{name}: additions, products, rescaling"
+            rows.append([what, counts, one["arithmetic_energy"]["fp32"], one["memory_energy"]])
         rows.append(["of these additions, the embedding's", [form["shortest"]["embedding_additions"]], None, None])
     cells = []
     for name, counts, arithmetic, memory in rows:
@@ -181,11 +175,9 @@ def accuracy(model, bundle: Path, tokenizer, texts: list[str], labels: list[int]
     batch, program, right = encode(tokenizer, texts, labels, max_length), Program(bundle, np.float32), [0, 0, 0]
     (ids, lengths), wanted = aligned(batch), np.array(labels)
     for rows in bar(list(by_length(lengths, 64)), "accuracy"):
-        T = int(lengths[rows].max())
-        mask = torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]
-        theirs = read_batch(model, {"input_ids": torch.from_numpy(ids[rows, :T]), "attention_mask": mask})
-        theirs = theirs.logits.numpy().argmax(axis=1)
-        ours = program.run(ids[rows, :T], lengths[rows])[0].argmax(axis=1)
+        part = batch_of(ids, lengths, rows)
+        theirs = read(model, part).logits.numpy().argmax(axis=1)
+        ours = program.run(part["input_ids"].numpy(), lengths[rows])[0].argmax(axis=1)
         for i, correct in enumerate((theirs == wanted[rows], ours == wanted[rows], ours == theirs)):
             right[i] += int(correct.sum())
     shares = {name: 100 * n / len(wanted) for name, n in zip(("model", "bundle", "same"), right)}

@@ -24,7 +24,7 @@ import numpy as np
 
 from .files import whole_file
 from .statistics import paired_difference
-from .trace import SpikeTrace
+from .trace import GATE, SpikeTrace
 
 SCHEMA = "spikegpt_lora/finetune/2"
 
@@ -236,8 +236,8 @@ def draw_raster(trace: SpikeTrace, path: Path, sentence: int = 0, title: str = "
     from matplotlib.figure import Figure  # a Figure of its own: no pyplot, no global backend
 
     length = int(trace.lengths[sentence])
-    layers = [name for name in trace.spikes if ".lora_gate." not in name]
-    gates = [name for name in trace.spikes if ".lora_gate." in name]
+    layers = [name for name in trace.spikes if GATE not in name]
+    gates = [name for name in trace.spikes if GATE in name]
     panels = [(name, trace.spikes[name][sentence, :length]) for name in layers]
     if gates:  # one panel for all gates: their units stacked
         panels.append(("adapter gates", np.concatenate([trace.spikes[g][sentence, :length] for g in gates], axis=1)))

@@ -23,6 +23,7 @@ from .model import SpikeGPTModel
 from .spikes import LIF
 
 EMBEDDING = "emb"
+GATE = ".lora_gate."  # in the name of an adapter's population, between its module and its adapter
 
 
 @dataclass

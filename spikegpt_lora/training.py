@@ -30,7 +30,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .adapters import SparsityCallback, SpikeLoraConfig, observe_adapters
+from .adapters import SparsityCallback, SpikeGate, SpikeLoraConfig, observe_adapters
 from .adapters.config import PRESETS
 from .model import SpikeGPTForSequenceClassification
 from .settings import METHODS, FinetuneOptions
@@ -224,11 +224,12 @@ class PairedTrainer(Trainer):
     group_by_length, word_dropout = True, 0.0
 
     def evaluate(self, *args, **kwargs):
-        """As ever; and how silent the gates are on what it reads goes into the log history ("eval_sparsity")."""
+        """As ever; and how silent gates are on what it reads goes into the log history ("eval_sparsity")."""
+        if not any(isinstance(module, SpikeGate) for module in self.model.modules()):
+            return super().evaluate(*args, **kwargs)
         with observe_adapters(self.model) as seen:
             metrics = super().evaluate(*args, **kwargs)
-        if (activity := seen.activity()) is not None and activity.sparsity is not None:
-            self.state.log_history[-1]["eval_sparsity"] = activity.sparsity
+        self.state.log_history[-1]["eval_sparsity"] = seen.activity().sparsity
         return metrics
 
     def training_step(self, model, inputs, *args, **kwargs):

@@ -242,11 +242,9 @@ def compare_in_float64(model: nn.Module, batch: Mapping, program: Program, text:
     double, (ids, lengths) = copy.deepcopy(model).double(), aligned(batch)
     steps, wrong, apart, answers = 0, 0, 0.0, 0
     for rows in progress(list(by_length(lengths)), text):
-        T = int(lengths[rows].max())
-        part = {"input_ids": torch.from_numpy(ids[rows, :T])}
-        part["attention_mask"] = (torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]).long()
+        part = batch_of(ids, lengths, rows)
         trace, theirs = record_spikes(double, part), read(double, part).logits.cpu().numpy()
-        ours, seen = program.run(ids[rows, :T], lengths[rows], list(trace.spikes))
+        ours, seen = program.run(part["input_ids"].numpy(), lengths[rows], list(trace.spikes))
         wrong += sum(int((seen[name] != trace.spikes[name]).sum()) for name in trace.spikes)
         steps += int(lengths[rows].sum()) * sum(spikes.shape[-1] for spikes in trace.spikes.values())
         apart = max(apart, float(np.abs(ours - theirs).max()))
@@ -265,6 +263,13 @@ def compare_in_float64(model: nn.Module, batch: Mapping, program: Program, text:
         "different_predictions": answers,
         "largest_logit_difference": apart,
     }
+
+
+def batch_of(ids: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    """Some of the sentences of `aligned` as a model takes them, cut to the longest of them."""
+    T = int(lengths[rows].max())
+    mask = torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]
+    return {"input_ids": torch.from_numpy(ids[rows, :T]), "attention_mask": mask.long()}
 
 
 def by_length(lengths: np.ndarray, size: int = 32) -> Iterator[np.ndarray]:
@@ -323,9 +328,9 @@ class Bundle:
         return json.loads((self.folder / "graph.json").read_text(encoding="utf-8"))["nodes"]
 
     @cached_property
-    def weights(self) -> dict[str, np.ndarray]:
-        """float32, by name."""
-        return Program(self.folder, np.float32).weights
+    def program(self) -> Program:
+        """The interpreter in float32, with the weights."""
+        return Program(self.folder, np.float32)
 
     @cached_property
     def neurons(self) -> list[dict]:

@@ -24,7 +24,6 @@ from ..trace import EMBEDDING
 from . import islands
 from .bundle import CONVENTIONS, Bundle, add_check, own_hash, population, sha256, weights_before
 from .events import events_of
-from .interpreter import Program
 
 MARGIN = 1e-5  # of a membrane from its threshold
 CLOSE = 1e-4  # of currents and logits in float32 by two ways, in units of their root mean square, 1 at least
@@ -93,7 +92,10 @@ def _statements(bundle: Bundle, problems: list[str], progress) -> None:
     problems += [f"manifest.json: {key} is not what the files say" for key in found if manifest.get(key) != found[key]]
     cost = json.loads((bundle.folder / "cost.json").read_text(encoding="utf-8"))["as_executed"]
     for node in bundle.nodes:
-        if node["op"] == "linear" and cost["layers"][node["name"]]["dense_macs"] != bundle.weights[node["weight"]].size:
+        if (
+            node["op"] == "linear"
+            and cost["layers"][node["name"]]["dense_macs"] != bundle.program.weights[node["weight"]].size
+        ):
             problems.append(f"cost.json: dense MACs of {node['name']} are not its matrix's")
     for node in bundle.neurons:
         silent = int((~bundle.traces[node["name"]]["spikes"] & bundle.real[..., None]).sum())
@@ -140,17 +142,17 @@ def _report(problems: list[str], what: str, name: str, different: np.ndarray, ro
 
 
 def _interpreter(bundle: Bundle, problems: list[str], progress) -> dict:
-    program, sentences = Program(bundle.folder, np.float32), bundle.sentences
+    sentences = bundle.sentences
     counts = {"dtype": "float32", "sentences": len(sentences["ids"]), "sentences_with_a_flip": 0}
     counts |= {"farthest_first_flip": 0.0, "different_predictions": 0}
     for rows, T in progress(list(bundle.rows()), "interpreter"):
         ids, lengths, real = sentences["ids"][rows, :T], sentences["lengths"][rows], bundle.real[rows, :T, None]
-        forced = _forced(bundle, program, rows, T, [node["inputs"][0] for node in bundle.neurons])
+        forced = _forced(bundle, rows, T, [node["inputs"][0] for node in bundle.neurons])
         for node in bundle.neurons:
             recorded = bundle.traces[node["name"]]["current"][rows, :T]
             apart = ~_close(forced[node["inputs"][0]], recorded) & real
             _report(problems, "interpreter: another current than recorded", node["name"], apart, rows)
-        logits, seen = program.run(ids, lengths, list(bundle.trace.spikes))
+        logits, seen = bundle.program.run(ids, lengths, list(bundle.trace.spikes))
         answers = logits.argmax(axis=1) != sentences["logits"][rows].argmax(axis=1)
         counts["different_predictions"] += int(answers.sum())
         for i, row in enumerate(rows.tolist()):
@@ -169,10 +171,11 @@ def _close(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
     return np.abs(ours - recorded) <= CLOSE * max(1.0, float(np.sqrt(np.square(recorded, dtype=np.float64).mean())))
 
 
-def _forced(bundle: Bundle, program: Program, rows: np.ndarray, T: int, names) -> dict[str, np.ndarray]:
+def _forced(bundle: Bundle, rows: np.ndarray, T: int, names) -> dict[str, np.ndarray]:
     """Values of nodes `(b, T, n)` where the recorded spikes stand in for the interpreter's own."""
     recorded = {name: trace["spikes"][rows, :T] for name, trace in bundle.traces.items()}
-    return program.run(bundle.sentences["ids"][rows, :T], bundle.sentences["lengths"][rows], set(names), recorded)[1]
+    ids, lengths = bundle.sentences["ids"][rows, :T], bundle.sentences["lengths"][rows]
+    return bundle.program.run(ids, lengths, set(names), recorded)[1]
 
 
 def _first(bundle: Bundle, different: dict[str, np.ndarray]) -> tuple[str, int, int] | None:
@@ -203,7 +206,7 @@ def _judge(bundle: Bundle, row: int, name: str, step: int, unit: int, counts: di
 def _islands(bundle: Bundle, problems: list[str], progress) -> None:
     for node in bundle.neurons:
         units = bundle.traces[node["name"]]["spikes"].shape[-1]
-        for file, graph in islands.of(node, units, weights_before(bundle.nodes, node), bundle.weights).items():
+        for file, graph in islands.of(node, units, weights_before(bundle.nodes, node), bundle.program.weights).items():
             if file not in bundle.islands:
                 problems.append(f"islands/{file} is missing")
             elif not islands.same(bundle.islands[file], graph):
@@ -211,12 +214,12 @@ def _islands(bundle: Bundle, problems: list[str], progress) -> None:
 
 
 def _simulators(bundle: Bundle, problems: list[str], progress) -> dict:
-    here, program = islands.installed(), Program(bundle.folder, np.float32)
+    here = islands.installed()
     results = {name: "not installed" for name in islands.SIMULATORS}
     results |= {name: _start(name, version, problems) for name, version in here.items()}
     parts = {node["name"]: weights_before(bundle.nodes, node) for node in bundle.neurons}
     for rows, T in progress(list(bundle.rows()), "simulators") if here else []:
-        reads = _forced(bundle, program, rows, T, [name for reads in parts.values() for name, _ in reads])
+        reads = _forced(bundle, rows, T, [name for reads in parts.values() for name, _ in reads])
         for node in bundle.neurons:
             for simulator in here:
                 if reason := _unable(simulator, node):
@@ -249,10 +252,8 @@ def _unable(simulator: str, node: dict) -> str | None:
 def _replay(bundle: Bundle, simulator: str, node: dict, rows, T: int, read, counts: dict, problems: list[str]) -> None:
     """One island on one group of sentences, in one simulator: counts and problems grow."""
     name, trace, real = node["name"], bundle.traces[node["name"]], bundle.real[rows, :T, None]
-    current, graph = (
-        trace["current"][rows, :T],
-        bundle.islands[f"{name}.nir" if read is None else f"{name}.weights.nir"],
-    )
+    current = trace["current"][rows, :T]
+    graph = bundle.islands[f"{name}.nir" if read is None else f"{name}.weights.nir"]
     spikes = islands.replay(simulator, graph, current if read is None else read, node["from_rest"])
     different = (spikes != trace["spikes"][rows, :T]) & real
     if read is not None and different.any():

@@ -12,12 +12,13 @@ from torch.utils.data import Dataset
 
 from ..files import whole_file
 from ..trace import SpikeTrace
+from .islands import DT
 
 EVENT = np.dtype(
     [("sample", np.int32), ("t", np.int32), ("population", np.int16), ("index", np.int32), ("value", np.float32)]
 )
 TONIC = np.dtype([("t", np.int64), ("x", np.int64), ("p", np.int64)])  # tonic's own names and order
-MICROSECONDS = 100  # a token in `to_tonic`: the dt of the .nir files
+MICROSECONDS = round(1e6 * DT)  # a token in `to_tonic`
 
 
 def events_of(trace: SpikeTrace) -> np.ndarray:
@@ -60,7 +61,8 @@ class EventDataset(Dataset):
         wanted = names if populations is None else list(populations)
         if unknown := set(wanted) - set(names):
             raise ValueError(f"no population {sorted(unknown)[0]!r} in {bundle}; there are {', '.join(names)}")
-        size, ends = dict(zip(names, sizes)), np.cumsum([0] + [dict(zip(names, sizes))[name] for name in wanted])
+        size = dict(zip(names, sizes))
+        ends = np.cumsum([0] + [size[name] for name in wanted])
         self.slices = {name: slice(end, end + size[name]) for name, end in zip(wanted, ends.tolist())}
         first = np.full(len(names), -1)
         for name, place in self.slices.items():

@@ -188,9 +188,8 @@ class EventDriven(Program):
         stacked = np.concatenate([w * share for w, share in shares] + [w * (1 - share) for w, share in shares])
         form = {"constant": self._constants(node, stacked.T)}
         form["columns"] = np.ascontiguousarray((stacked * self.weights[node["weight"]]).T)
-        form["ln0 constant"] = self._constants(
-            ln0, form["columns"]
-        )  # ln0 is a layer norm like the others, of emb alone
+        # ln0 is a layer norm like the others, of emb alone.
+        form["ln0 constant"] = self._constants(ln0, form["columns"])
         form["ln0 columns"] = form["columns"] * self.weights[ln0["weight"]][:, None]
         return form
 
