@@ -31,6 +31,7 @@ from transformers.modeling_outputs import ModelOutput
 from .config import SpikeGPTConfig
 from .dropout import Dropout
 from .gates import sigmoid_gate, squared_relu
+from .inputs import CACHES, LOSS, real_tokens, refuse_unknown, require_finite, require_one_text
 from .spikes import LIF
 from .token_shift import token_shift
 from .wkv import wkv
@@ -78,6 +79,11 @@ class SpikeGPTHeadOutput(ModelOutput):
     logits: Tensor | None = None
     state: SpikeGPTState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+
+    def get(self, key, default=None):
+        """As a dict's; under the names that transformers has for caches the state is found too (its classifier-free
+        guidance asks so, and hands it back to `forward` by that name)."""
+        return super().get("state" if key in CACHES else key, default)
 
 
 def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
@@ -268,6 +274,7 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs,
     ) -> SpikeGPTOutput | tuple:
         """Read a stretch of tokens.
 
@@ -277,24 +284,33 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
             state: what was remembered of the tokens before, from an earlier call with `use_cache=True`.
             use_cache: return `.state`. Default: `config.use_cache` when not training.
             output_hidden_states: return x before every block, and after ln_out.
+            kwargs: what stock code passes to every model, as None or where it changes nothing (see `inputs`); a state
+                as `cache` or `past_key_values`, with a mask of the tokens before it too, as caches go.
 
         Raises:
-            ValueError: neither or both inputs, no token at all, or a mask or state of another batch.
+            ValueError: neither or both inputs, no token at all, ids that the vocabulary has not, a mask that is no mask
+                or of another batch, a state of another batch or not finite, several texts in a row.
+            TypeError: an argument that there is not.
         """
+        state, attention_mask = _past(
+            state, attention_mask, kwargs, input_ids if inputs_embeds is None else inputs_embeds
+        )
+        refuse_unknown(type(self).__name__, kwargs, _OWN)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        self._check_tokens(tokens, 2 if inputs_embeds is None else 3)
+        mask = real_tokens(attention_mask, *tokens.shape[:2])
+        require_one_text(kwargs.get("position_ids"), mask)
+        if state is not None:
+            self._check_state(state, tokens.shape[0])
         if input_ids is not None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-            inputs_embeds = self.emb(input_ids)
+            inputs_embeds = self._embed(input_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        mask = _real_tokens(attention_mask, inputs_embeds)
-        if state is not None and state.wkv.shape[:2] != (inputs_embeds.shape[0], self.config.n_layer):
-            held = tuple(state.wkv.shape[:2])
-            expected = (inputs_embeds.shape[0], self.config.n_layer)
-            raise ValueError(f"state must be of (sequences, layers) {expected}, got {held}")
 
         x = self.emb_spike(inputs_embeds)
         if mask is not None:
@@ -314,21 +330,54 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
         )
         return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
 
+    def _check_tokens(self, tokens, dim: int) -> None:
+        name, shape = ("input_ids", "(B, T)") if dim == 2 else ("inputs_embeds", f"(B, T, {self.config.n_embd})")
+        kind = "integer" if dim == 2 else "real"
+        if (
+            not isinstance(tokens, Tensor)
+            or tokens.dim() != dim
+            or (dim == 3 and tokens.shape[-1] != self.config.n_embd)
+            or tokens.is_floating_point() != (dim == 3)
+        ):
+            got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"{name} must be a {kind} tensor {shape}, got {got}")
+
+    def _check_state(self, state, B: int) -> None:
+        if not isinstance(state, SpikeGPTState) or state.wkv is None:
+            raise ValueError(f"state must be a SpikeGPTState from an earlier call, got {type(state).__name__}")
+        held, expected = tuple(state.wkv.shape[:2]), (B, self.config.n_layer)
+        if held != expected:
+            raise ValueError(f"state must be of (sequences, layers) {expected}, got {held}")
+        if state.wkv.shape[-1] != self.config.n_embd:
+            raise ValueError(f"state must be of width {self.config.n_embd}, got {state.wkv.shape[-1]}")
+        require_finite(state, "state")
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return self.emb(input_ids)
+        except IndexError as error:
+            low, high = int(input_ids.min()), int(input_ids.max())
+            raise ValueError(
+                f"input_ids must be in 0 ... {self.config.vocab_size - 1}, got {low} ... {high}: the tokenizer is "
+                "another model's"
+            ) from error
+
 
 def _default(value, default):
     return default if value is None else value
 
 
-def _real_tokens(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The attention mask as bool `(B, T)`, or None; raises when it or x `(B, T, C)` does not fit."""
-    B, T, _ = x.shape
-    if T == 0:
-        raise ValueError(f"SpikeGPT needs at least one token per sequence, got input of shape {(B, T)}")
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != (B, T):
-        raise ValueError(f"attention_mask must be {(B, T)}, got {tuple(attention_mask.shape)}")
-    return attention_mask.bool()
+_OWN = ("input_ids", "attention_mask", "inputs_embeds", "state", "labels", "use_cache", "output_hidden_states")
+
+
+def _past(state, attention_mask, kwargs: dict, tokens):
+    """State and mask of this stretch, also where stock code gives them as those of a cache; taken out of `kwargs`."""
+    for name in CACHES:
+        if isinstance(kwargs.get(name), SpikeGPTState):
+            state = kwargs.pop(name)
+            if attention_mask is not None:
+                attention_mask = attention_mask[:, -tokens.shape[1] :]
+    return state, attention_mask
 
 
 def _predictable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -375,15 +424,30 @@ class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
         labels `(B, T)`: token ids, -100 is ignored; shifted inside, so pass `input_ids` with padding at -100. A token
         that follows a masked step is not predicted: a sentence's loss is the same on whichever side it is padded.
         """
+        of_loss = {name: kwargs.pop(name) for name in LOSS if name in kwargs}
         output = self.spikegpt(
-            input_ids, attention_mask, inputs_embeds, state, use_cache, output_hidden_states, return_dict=True
+            input_ids, attention_mask, inputs_embeds, state, use_cache, output_hidden_states, return_dict=True, **kwargs
         )
         logits = self.head(output.last_hidden_state[:, -logits_to_keep:])  # [:, -0:] is everything
         loss = None
         if labels is not None:
             labels = _predictable(labels, attention_mask)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return _head_output(self, loss, logits, output, return_dict)
+
+    def generate(self, *args, **kwargs):
+        """transformers' `generate`, one token a step. With `return_dict_in_generate=True` the result has `.state`, what
+        was read of each sequence: all of it but its newest token. So `generate(result.sequences[:, -1:],
+        state=result.state)` goes on. After a beam search it is None (the beams' states are not the sequences')."""
+        result = super().generate(*args, **kwargs)
+        if isinstance(result, ModelOutput):
+            result.state = None if "beam_indices" in result else next(filter(None, map(result.get, CACHES)), None)
+        return result
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        """Hands the state to the next step."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        return model_kwargs | {"state": outputs.state} if outputs.state is not None else model_kwargs
 
     def prepare_inputs_for_generation(
         self, input_ids, state=None, attention_mask=None, inputs_embeds=None, is_first_iteration=False, **kwargs
@@ -399,6 +463,7 @@ class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
             "state": state,
             "use_cache": kwargs.get("use_cache"),
             "output_hidden_states": kwargs.get("output_hidden_states"),
+            "output_attentions": kwargs.get("output_attentions"),
             "logits_to_keep": kwargs.get("logits_to_keep", 0),
         }
 
@@ -460,13 +525,14 @@ class SpikeGPTForSequenceClassification(SpikeGPTPreTrainedModel):
         **kwargs,
     ) -> SpikeGPTHeadOutput | tuple:
         """As `SpikeGPTModel.forward`; logits `(B, num_labels)`. labels `(B,)`: class ids, or values for regression."""
+        of_loss = {name: kwargs.pop(name) for name in LOSS if name in kwargs}
         output = self.spikegpt(
-            input_ids, attention_mask, inputs_embeds, state, use_cache, output_hidden_states, return_dict=True
+            input_ids, attention_mask, inputs_embeds, state, use_cache, output_hidden_states, return_dict=True, **kwargs
         )
         logits = self.score(pool(output.last_hidden_state, attention_mask, self.config.pooling))
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **of_loss)
         return _head_output(self, loss, logits, output, return_dict)
 
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeLoraConfig
+from spikegpt_lora.adapters import sequence
 
 TOKEN = {"spikelora_time": "token", "spikelora_v_threshold": 0.2, "r": 4}
 TINY = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -189,14 +190,31 @@ def llama(**config):
 
 def test_cached_generation_of_another_model_is_refused_and_uncached_works(ids):
     model = llama()
-    with pytest.raises(ValueError, match="past_key_values holds tokens whose membranes are not known.*use_cache=False"):
+    with pytest.raises(ValueError, match="holds tokens whose membranes are not known.*use_cache=False"):
         model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
     assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, use_cache=False).shape == (4, 12)
 
 
+class UnknownMemory:
+    """What a later transformers might hand on in a cache's place."""
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("memory", [UnknownMemory(), (torch.zeros(4, 2, 3, 8),)])
+def test_a_memory_that_cannot_be_looked_into_is_refused(ids, name, memory):
+    with pytest.raises(ValueError, match="tokens whose membranes are not known"):
+        llama()(input_ids=ids, **{name: memory})
+
+
+def test_a_forward_without_visible_tokens_is_refused(ids):
+    model = llama()
+    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
+        sequence._mask({"pixel_values": ids}, model)
+
+
 def test_packed_sequences_are_refused(ids):
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    with pytest.raises(ValueError, match="position_ids start again, so rows are packed"):
+    with pytest.raises(ValueError, match="position_ids start again within a row, so several texts are packed"):
         llama()(input_ids=ids[:1], position_ids=positions)
 
 

@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
+from ..inputs import real_tokens, require_one_text
 from ..model import SpikeGPTModel, SpikeGPTState
 
 _current: ContextVar["Sequence | None"] = ContextVar("spikegpt_lora_sequence", default=None)
@@ -123,7 +125,7 @@ def _before(reader: nn.Module, args, kwargs):
     _current.set(sequence)  # first: `_after` takes it away whatever happens
     if sequence.gates:
         given = bound_arguments(reader, args, kwargs)
-        sequence.mask = _mask(given)
+        sequence.mask = _mask(given, reader)
         sequence.before = _membranes(given.get("state"), sequence.gates)
         _checkpoint_with(reader)
 
@@ -146,23 +148,34 @@ def _after(reader: nn.Module, args, output):
     state["adapters"] = torch.cat([sequence.after[gate] for gate in sequence.gates], dim=1)
 
 
-def _mask(given: Mapping) -> Tensor | None:
-    """The mask of a full forward, bool `(B, T)`; raises on one that reads only a part of the sequence, or several."""
-    cache = given.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            "token time is for full-sequence forwards: past_key_values holds tokens whose membranes are not known. "
-            "Generate with use_cache=False"
-        )
-    positions = given.get("position_ids")
-    if positions is not None and bool((positions[..., 1:] < positions[..., :-1]).any()):
-        raise ValueError("token time is for one sequence a row: position_ids start again, so rows are packed")
+def _mask(given: Mapping, reader: nn.Module) -> Tensor | None:
+    """The mask of a full forward, bool `(B, T)`; raises on one that reads only a part of the sequence, or several, and
+    where that cannot be seen."""
+    tokens = next((given[key] for key in ("input_ids", "inputs_embeds") if given.get(key) is not None), None)
+    if tokens is None:
+        raise ValueError("token time needs input_ids or inputs_embeds, to see which tokens there are")
+    for name, value in given.items():
+        if not _holds_no_past(value) and not isinstance(reader, SpikeGPTModel):
+            raise ValueError(
+                f"token time is for full-sequence forwards: {name} holds tokens whose membranes are not known. "
+                "Generate with use_cache=False"
+            )
     mask = given.get("attention_mask")
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError(f"token time needs an attention_mask (B, T), got {getattr(mask, 'shape', type(mask))}")
-    return mask.bool()
+    if not isinstance(reader, SpikeGPTModel):  # which looks for itself
+        mask = real_tokens(mask, *tokens.shape[:2])
+        require_one_text(given.get("position_ids"), mask)
+    return None if mask is None else mask[:, -tokens.shape[1] :].bool()
+
+
+def _holds_no_past(value) -> bool:
+    """Whether an argument of another model's forward remembers no earlier tokens: a number, a tensor, an empty cache."""
+    if value is None or isinstance(value, bool | int | float | str | Tensor):
+        return True
+    if isinstance(value, Mapping):  # what a forward collects as **kwargs
+        return all(map(_holds_no_past, value.values()))
+    return isinstance(value, Cache) and value.get_seq_length() == 0
 
 
 def _membranes(state: SpikeGPTState | None, gates: list[nn.Module]) -> dict[nn.Module, Tensor]:
