@@ -2,9 +2,14 @@
 
 import argparse
 import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
 
 import transformers
 
+from . import errors
 from .memory import keep_freed_memory
 
 
@@ -40,3 +45,32 @@ def set_up() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     keep_freed_memory()
+
+
+def run(main: Callable[[], int], stopped: str = "stopped") -> int:
+    """The exit status of `main()`, whatever happens in it.
+
+    2 with one sentence on stderr for what a user can mend, 1 for a defect of ours (`errors.TRACEBACK` shows its place),
+    130 after Ctrl-C and 143 after SIGTERM.
+
+    Args:
+        stopped: what is said after Ctrl-C and SIGTERM.
+    """
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        return main()
+    except KeyboardInterrupt as stop:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 143 if isinstance(stop, errors.Stopped) else 130
+    except Exception as error:
+        if os.environ.get(errors.TRACEBACK):
+            raise
+        known = errors.sentence(error)
+        print(f"error: {known or errors.unforeseen(error)}", file=sys.stderr)
+        return 2 if known else 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number, frame):
+    raise errors.Stopped

@@ -1,18 +1,24 @@
-"""Writing files so that they appear whole or not at all, whatever interrupts the writer."""
+"""Writing files so that they appear whole or not at all, whatever interrupts the writer; and folders of one writer."""
 
+import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import filelock
+
+UNFINISHED = ".unfinished-"  # how the names of temporary files begin
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; it becomes `path` at the end, or is removed on an exception."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{UNFINISHED}{path.stem}-", suffix=path.suffix)
     os.close(handle)
     try:
         yield Path(temporary)
@@ -32,6 +38,39 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """For the only writer of `folder`, which is made: whoever else asks meanwhile is refused. What killed writers left
+    half-written in it is removed.
+
+    Raises:
+        ValueError: another process works in this folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = filelock.FileLock(folder / ".lock", blocking=False), folder / ".lock-holder"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock)
+        except filelock.Timeout as error:
+            pid = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "unknown"
+            raise ValueError(
+                f"another run (pid {pid}) works in {folder}: wait for it, stop it, or give another --output-dir"
+            ) from error
+        except NotImplementedError:  # a file system without locks
+            pass
+        holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        remove_unfinished(folder)
+        yield
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete the temporary files below `folder` that `whole_file` leaves where its process is killed."""
+    for file in folder.rglob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def _umask() -> int:
