@@ -84,6 +84,15 @@ def require_one_text(position_ids: Tensor | None, mask: Tensor | None) -> None:
         raise ValueError(f"position_ids start again within a row, so several texts are packed in it: {ONE_TEXT_A_ROW}")
 
 
+def require_labels(labels: Tensor) -> None:
+    """Raise where no label counts: the mean over nothing is NaN."""
+    if _readable(labels) and not bool((labels != -100).any()):
+        raise ValueError(
+            "labels must hold at least one token to predict, got only -100: the first token of a row, and one after a "
+            "masked step, are never predicted"
+        )
+
+
 def require_finite(tensors: Mapping[str, Tensor | None], what: str) -> None:
     """Raise where floating `tensors` hold a value that is not finite: spikes hide it, NaN >= 0 is False.
 

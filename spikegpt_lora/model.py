@@ -31,7 +31,7 @@ from transformers.modeling_outputs import ModelOutput
 from .config import SpikeGPTConfig
 from .dropout import Dropout
 from .gates import sigmoid_gate, squared_relu
-from .inputs import CACHES, LOSS, real_tokens, refuse_unknown, require_finite, require_one_text
+from .inputs import CACHES, LOSS, real_tokens, refuse_unknown, require_finite, require_labels, require_one_text
 from .spikes import LIF
 from .token_shift import token_shift
 from .wkv import wkv
@@ -332,7 +332,7 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
 
     def _check_tokens(self, tokens, dim: int) -> None:
         name, shape = ("input_ids", "(B, T)") if dim == 2 else ("inputs_embeds", f"(B, T, {self.config.n_embd})")
-        kind = "integer" if dim == 2 else "real"
+        kind = "integers" if dim == 2 else "real numbers"
         if (
             not isinstance(tokens, Tensor)
             or tokens.dim() != dim
@@ -340,7 +340,7 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
             or tokens.is_floating_point() != (dim == 3)
         ):
             got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"{name} must be a {kind} tensor {shape}, got {got}")
+            raise ValueError(f"{name} must be {kind} of shape {shape}, got {got}")
 
     def _check_state(self, state, B: int) -> None:
         if not isinstance(state, SpikeGPTState) or state.wkv is None:
@@ -432,6 +432,8 @@ class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             labels = _predictable(labels, attention_mask)
+            if not of_loss:  # else the Trainer divides by a count of its own
+                require_labels(labels[:, 1:])
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return _head_output(self, loss, logits, output, return_dict)
 

@@ -19,7 +19,8 @@ WORD = r"\w+(?:['-]\w+)*|[^\w\s]"  # a word with its inner apostrophes and hyphe
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A BPE tokenizer of at most `vocab_size` tokens; lower-cases, drops accents, splits punctuation from words.
 
-    Decoding writes closing punctuation without the space before it; case, accents and odd spacing are lost.
+    Decoding writes a space before each word, the first included, so that decoded text may be appended to a prompt;
+    closing punctuation stands without one. Case, accents and odd spacing are lost.
 
     Raises:
         ValueError: `vocab_size` leaves no room beside the three special tokens.
@@ -35,7 +36,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     # The mark before each word, and no suffix behind it: with a suffix, training breaks ties at random.
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Metaspace(prepend_scheme="always")])
     closing, opening = decoders.Replace(Regex(r" (?=[.,!?;:)\]])"), ""), decoders.Replace(Regex(r"(?<=[(\[]) "), "")
-    bpe.decoder = decoders.Sequence([decoders.Metaspace(), decoders.Fuse(), closing, opening])
+    # The mark of a text's first word becomes a space too: what is decoded may be the rest of a text that was begun.
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), closing, opening])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor, pipeline
 
-from spikegpt_lora import SpikeGPTState
+from spikegpt_lora import SpikeGPTState, embedded_checkpoint
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
@@ -84,3 +84,9 @@ def test_guidance_reads_one_token_a_step_too(lm, ids, read):
 def test_attention_matrices_are_refused_by_name(lm, ids):
     with pytest.raises(ValueError, match="output_attentions must be False: SpikeGPT has no attention"):
         lm.generate(ids, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+
+
+def test_the_pipeline_parts_the_prompt_from_what_it_writes():
+    write = pipeline("text-generation", model=embedded_checkpoint())
+    text = write("this film", do_sample=False, max_new_tokens=5)[0]["generated_text"]
+    assert text.startswith("this film ") and text.split()[2].isalpha()

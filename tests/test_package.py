@@ -13,7 +13,7 @@ PACKAGE = Path(spikegpt_lora.__file__).parent
 
 # Each module may import from the rows above its own, never from its own row or below.
 LAYERS = [
-    {"files", "hub", "statistics", "rules", "tokenizer", "baselines", "memory", "kneser_ney"},
+    {"files", "hub", "statistics", "rules", "errors", "inputs", "tokenizer", "baselines", "memory", "kneser_ney"},
     {"export.interpreter", "export.islands"},
     {"config", "settings", "data", "command_line", "extension.build"},
     {"corpus", "extension"},

@@ -23,9 +23,16 @@ def test_training_gives_the_same_tokenizer_in_every_process(tokenizer):
     assert printed[0].strip() == printed[1].strip() == tokenizer.backend_tokenizer.to_str()
 
 
-def test_decoding_gives_the_text_back(tokenizer):
+def test_decoding_gives_the_text_back_with_the_space_before_its_first_word(tokenizer):
     text = "don't miss it: the well-made dragon, superb, really, is 40 feet long!"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == " " + text
+
+
+@pytest.mark.parametrize("rest", ["is a gem", ", well, a gem", "(a gem)"])
+def test_a_text_decoded_in_two_parts_is_the_whole_one(tokenizer, rest):
+    ids = tokenizer("this dragon")["input_ids"]
+    whole = tokenizer.decode(ids + tokenizer(rest)["input_ids"])
+    assert tokenizer.decode(ids) + tokenizer.decode(tokenizer(rest)["input_ids"]) == whole
 
 
 def test_text_that_was_split_before_gives_the_same_tokens(tokenizer):

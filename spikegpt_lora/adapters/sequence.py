@@ -170,7 +170,7 @@ def _mask(given: Mapping, reader: nn.Module) -> Tensor | None:
 
 
 def _holds_no_past(value) -> bool:
-    """Whether an argument of another model's forward remembers no earlier tokens: a number, a tensor, an empty cache."""
+    """Whether an argument of another model's forward holds no earlier tokens: a number, a tensor, an empty cache."""
     if value is None or isinstance(value, bool | int | float | str | Tensor):
         return True
     if isinstance(value, Mapping):  # what a forward collects as **kwargs
