@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from . import extension
 
-NOTHING_YET = -1e38  # exponent of an empty state: exp(NOTHING_YET - p) is 0 for every p that a real token sets
+# Exponent of an empty state: exp(NOTHING_YET - p) is 0 for every p that a real token sets. This is -1e38 as float32
+# holds it: one number in every dtype and in the kernels.
+NOTHING_YET = -9.999999680285692e37
 
 
 def wkv(
@@ -74,17 +76,17 @@ def wkv_reference(
         state = k.new_tensor([0.0, 0.0, NOTHING_YET])[:, None].repeat(B, 1, C)
     numerator, denominator, p = state.to(dtype).unbind(1)
     real = k.new_ones(B, T, 1, dtype=torch.bool) if mask is None else mask[..., None]
-    k, v = k.where(real, 0), v.where(real, 0)
+    k, v = k.where(real, -torch.inf), v.where(real, 0)  # a masked token weighs exp(-inf) = 0, whatever the exponent
 
     # The exponent first: p[t] = max(p[t-1] + w, k[t]). A masked token neither decays it nor raises it.
     exponents = [p]
-    for decay, k_t in zip(w.expand(B, T, C).where(real, 0).unbind(1), k.where(real, NOTHING_YET).unbind(1)):
+    for decay, k_t in zip(w.expand(B, T, C).where(real, 0).unbind(1), k.unbind(1)):
         exponents.append(torch.maximum(exponents[-1] + decay, k_t))
     before, after = torch.stack(exponents[:-1], 1), torch.stack(exponents[1:], 1)  # (B, T, C)
 
     # Then both sums, a linear recurrence whose coefficients are known for all tokens at once.
     keep = torch.exp(before + w.where(real, 0) - after)
-    add = torch.exp(k - after).where(real, 0)
+    add = torch.exp(k - after)
     sums = [torch.stack([numerator, denominator], 1)]  # (B, 2, C)
     terms = torch.stack([add * v, add], 2)  # (B, T, 2, C)
     for keep_t, term in zip(keep[:, :, None].unbind(1), terms.unbind(1)):
@@ -94,7 +96,7 @@ def wkv_reference(
     numerator, denominator = torch.stack(sums[:-1], 1).unbind(2)
     q = torch.maximum(before, u + k)
     old, new = torch.exp(before - q), torch.exp(u + k - q)
-    y = (old * numerator + new * v) / (old * denominator + new)
+    y = (old * numerator + new * v) / (old * denominator + new).where(real, 1)  # a masked one may be 0 / 0
     return y.where(real, 0).to(v_out), torch.cat([sums[-1], exponents[-1][:, None]], 1)
 
 

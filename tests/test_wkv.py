@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import largest_difference
 
-from spikegpt_lora.wkv import wkv, wkv_reference
+from spikegpt_lora.wkv import NOTHING_YET, wkv, wkv_reference
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -88,6 +88,72 @@ def test_gradcheck_of_every_input_and_output(mask):
     arguments = [x.detach().requires_grad_() for x in (time_decay, time_first, k, v, state)]
     assert torch.autograd.gradcheck(lambda *a: wkv(*a, mask=mask), arguments)
     assert torch.autograd.gradcheck(lambda *a: wkv(*a, mask=mask), arguments[:4])
+
+
+MASKS = {  # of five tokens
+    "whole": None,
+    "holes": torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]]).bool(),
+    "no token": torch.tensor([[1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool(),
+}
+
+
+def offset_inputs(offsets, dtype):
+    """Leaves time_decay, time_first, k, v and a state of three earlier tokens; k is lifted by one offset a token."""
+    time_decay, time_first, k, v = inputs(T=8)
+    k = k + torch.tensor([*offsets, *offsets[:3]], dtype=torch.float64)[:, None]
+    _, state = wkv_reference(time_decay, time_first, k[:, 5:], v[:, 5:])
+    return [x.detach().to(dtype).requires_grad_() for x in (time_decay, time_first, k[:, :5], v[:, :5], state)]
+
+
+EXTREME_OFFSETS = [[90.0] * 5, [-90.0] * 5, [90.0, -90.0] * 2 + [90.0], [-90.0, 90.0] * 2 + [-90.0], [-1000.0] * 5]
+
+
+def results_and_gradients(run, arguments):
+    """y, the state, and the gradient of every argument for one random gradient of both."""
+    outputs = run(*arguments)
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x) for x in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, arguments, weights)]
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("offsets", EXTREME_OFFSETS, ids=str)
+def test_float32_gives_float64s_values_states_and_gradients_where_k_is_extreme(offsets, mask, with_state):
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        arguments = offset_inputs(offsets, dtype)[: 5 if with_state else 4]
+        results.append([x.double() for x in results_and_gradients(lambda *a: wkv(*a, mask=mask), arguments)])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("offsets", [*EXTREME_OFFSETS, [-1000.0, 1000.0] * 2 + [0.0]], ids=str)
+def test_gradcheck_where_k_is_extreme(offsets, mask):
+    arguments = offset_inputs(offsets, torch.float64)
+    assert torch.autograd.gradcheck(lambda *a: wkv(*a, mask=mask), arguments)
+    assert torch.autograd.gradcheck(lambda *a: wkv(*a, mask=mask), arguments[:4])
+
+
+def test_a_masked_token_after_a_very_small_k_leaves_the_gradient_finite():
+    k = torch.tensor([[[-89.0], [0.0]]], requires_grad=True)
+    y, state = wkv(torch.zeros(1), torch.zeros(1), k, torch.ones(1, 2, 1), mask=torch.tensor([[True, False]]))
+    (y.sum() + state[:, :2].sum()).backward()
+    assert torch.equal(k.grad, torch.zeros(1, 2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_exponent_of_an_empty_state_is_one_number_in_every_dtype(dtype):
+    state = wkv(*(x.to(dtype) for x in inputs()), mask=torch.zeros(2, 7).bool())[1]
+    assert torch.equal(state.double(), torch.tensor([0.0, 0.0, NOTHING_YET]).double()[:, None].expand(2, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_empty_state_saved_by_an_earlier_version_means_no_token_yet(dtype):
+    arguments = [x.to(dtype) for x in inputs()]
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 0]]).bool()
+    saved = torch.tensor([0.0, 0.0, -1e38], dtype=dtype)[:, None].repeat(2, 1, 3)
+    assert all(map(torch.equal, wkv(*arguments, saved, mask), wkv(*arguments, None, mask)))
 
 
 @pytest.mark.parametrize("time_decay", [-14.0, 0.0, 3.4])  # w from 1e-6 to 30
