@@ -516,7 +516,7 @@ def eight_exp(k: torch.Tensor, v: torch.Tensor, gy: torch.Tensor) -> Callable:
     """The pass over memory that WKV is measured against, compiled as the kernels are."""
     compiler, flags = build.cpp_compiler()
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, *flags, f"-I{build.sources()}", "-shared", "-x", "c++", "-", "-o", f"{folder}/floor.so"]
+        command = [*compiler, *flags, f"-I{build.sources()}", "-shared", "-x", "c++", "-", "-o", f"{folder}/floor.so"]
         subprocess.run(command, input=EIGHT_EXP, text=True, check=True)
         function = ctypes.CDLL(f"{folder}/floor.so").eight_exp
 
@@ -537,7 +537,8 @@ def eight_exp(k: torch.Tensor, v: torch.Tensor, gy: torch.Tensor) -> Callable:
 
 def conditions() -> str:
     compiler, flags = build.cpp_compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    flags = [*flags, *build.optional_flags(compiler)]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     return (
         f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, transformers {transformers.__version__}; {version} {' '.join(flags)}"

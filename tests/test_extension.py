@@ -5,6 +5,7 @@ Most tests put a script in the compiler's place, so that they take seconds and s
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import need_extension
 
-from spikegpt_lora import extension
+from spikegpt_lora import extension, wkv, wkv_reference
 from spikegpt_lora.extension.build import ExtensionError, build_library
 
 COMPILER = """#!{python}
@@ -63,7 +64,7 @@ def test_a_library_is_built_once_and_then_found(cache, tmp_path, monkeypatch):
     assert library.is_relative_to(cache) and library.read_text().startswith("made by")
     calls = len(log.read_text())
     assert build_library() == library
-    assert len(log.read_text()) == calls + 1  # the probe for OpenMP
+    assert len(log.read_text()) == calls
     assert [file.name for file in library.parent.iterdir() if file.name.startswith("build-")] == []
 
 
@@ -84,6 +85,95 @@ def test_processor_features_compiler_and_sources_have_libraries_of_their_own(cac
     assert len(libraries) == 4
 
 
+def test_a_library_that_is_there_is_found_without_starting_a_process(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(scripted_compiler(tmp_path)))
+    library = build_library()
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail(f"started {args}"))
+    assert build_library() == library
+
+
+def test_a_compiler_that_was_replaced_builds_anew(cache, tmp_path, monkeypatch):
+    compiler = scripted_compiler(tmp_path)
+    monkeypatch.setenv("CXX", str(compiler))
+    before = build_library()
+    os.utime(compiler, ns=(0, 0))
+    assert build_library() != before
+
+
+@pytest.mark.parametrize("command", ["{compiler} -O2 '-DA=b c'", "{wrapper} {compiler}", "  {compiler}  "])
+def test_cxx_is_a_command_as_a_shell_reads_it(cache, tmp_path, monkeypatch, command):
+    compiler, wrapper = scripted_compiler(tmp_path, "assert 'c' not in sys.argv"), tmp_path / "ccache"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", command.format(compiler=compiler, wrapper=wrapper))
+    assert build_library().read_text() == f"made by {compiler}"
+
+
+def no_ninja_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def no_ninja_program(monkeypatch, tmp_path):
+    monkeypatch.setattr("ninja.BIN_DIR", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def no_home(monkeypatch, tmp_path):
+    for name in ("HOME", "TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where the user has no passwd entry
+
+
+def no_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "g++ '-DA")
+
+
+def no_program(monkeypatch, tmp_path):
+    (tmp_path / "cxx").write_bytes(b"\x7fELF, but not quite")
+
+
+def no_text(monkeypatch, tmp_path):
+    scripted_compiler(tmp_path, r"sys.stderr.buffer.write(b'erreur \xe9'), sys.exit(1)")
+
+
+def a_cache_that_is_a_file(monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+
+
+def a_cache_that_nobody_may_write(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/1")  # not even root
+
+
+HOLES = {
+    no_ninja_package: "ninja is missing.*pip install ninja",
+    no_ninja_program: "ninja is missing.*pip install ninja",
+    no_home: "no home directory.*TORCH_EXTENSIONS_DIR",
+    no_command: "CXX must be a command .*got .*: No closing quotation",
+    no_program: "cannot run .*cxx: Exec format error",
+    no_text: "cxx failed on .*ops.cpp(.|\n)*erreur",
+    a_cache_that_is_a_file: "cannot build in .*cache.*TORCH_EXTENSIONS_DIR names another place",
+    a_cache_that_nobody_may_write: "cannot build in /proc/1.*TORCH_EXTENSIONS_DIR names another place",
+}
+
+
+@pytest.mark.skipif(not Path("/proc/1").is_dir(), reason="a system without /proc")
+@pytest.mark.parametrize("hole", HOLES, ids=lambda hole: hole.__name__)
+def test_where_it_cannot_be_built_one_warning_says_why_and_plain_torch_runs(cache, tmp_path, monkeypatch, caplog, hole):
+    monkeypatch.setenv("CXX", str(scripted_compiler(tmp_path)))
+    monkeypatch.setattr(extension, "_loaded", set())
+    monkeypatch.setattr(extension, "_failed", {})
+    hole(monkeypatch, tmp_path)
+    x = torch.randn(2, 5, 3)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(wkv(x[0, 0], x[0, 1], x, x)[0], wkv_reference(x[0, 0], x[0, 1], x, x)[0])
+    (record,) = caplog.records
+    assert re.search(f"plain torch is used instead.*{HOLES[hole]}", record.message)
+    with pytest.raises(ExtensionError, match=HOLES[hole]):
+        wkv(x[0, 0], x[0, 1], x, x, backend="extension")
+
+
 def test_two_processes_that_build_at_once_both_succeed(cache, tmp_path):
     log = tmp_path / "calls"
     action = f"time.sleep(1.0 if '-c' in sys.argv else 0); '-c' in sys.argv and open({str(log)!r}, 'a').write('x')"
@@ -97,17 +187,16 @@ def test_two_processes_that_build_at_once_both_succeed(cache, tmp_path):
 
 def test_a_killed_build_neither_blocks_nor_litters_the_next(cache, tmp_path, monkeypatch):
     started = tmp_path / "started"
-    slow = scripted_compiler(
-        tmp_path, f"'-c' in sys.argv and (pathlib.Path({str(started)!r}).touch(), time.sleep(100))"
-    )
-    process = start(BUILD, CXX=slow)
+    first = f"'-c' in sys.argv and not (started := pathlib.Path({str(started)!r})).exists()"
+    compiler = scripted_compiler(tmp_path, f"{first} and (started.touch(), time.sleep(100))")
+    process = start(BUILD, CXX=compiler)
     while not started.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert list(cache.glob("**/build-*"))
-    monkeypatch.setenv("CXX", str(scripted_compiler(tmp_path)))  # same path and version: same place
+    monkeypatch.setenv("CXX", str(compiler))
     begin = time.monotonic()
     assert build_library().is_file()
     assert time.monotonic() - begin < 20

@@ -1,11 +1,12 @@
 """Builds the kernels of `cuda/` with ninja and keeps them in a cache.
 
-A library is kept under the hash of its sources, torch's version, the instruction set and the compiler, so that a cache
-on a shared home directory serves machines that differ. It appears there whole or not at all, under a lock that the
-operating system takes back when its holder dies: processes may start together, and builds may be killed.
+A library is kept under the hash of its sources, torch's version, the instruction set and the compiler (its command, and
+path, size and date of its programs), so that a cache on a shared home directory serves machines that differ, and that
+what is there is found without running anything. It appears there whole or not at all, under a lock that the operating
+system takes back when its holder dies: processes may start together, and builds may be killed.
 
-Environment: `TORCH_EXTENSIONS_DIR` (the cache, default ~/.cache), `CXX`, `CUDA_HOME`, `TORCH_CUDA_ARCH_LIST` (default:
-the GPUs that are here).
+Environment: `TORCH_EXTENSIONS_DIR` (the cache, default ~/.cache), `CXX` (a command as a shell reads it: "ccache g++"),
+`CUDA_HOME`, `TORCH_CUDA_ARCH_LIST` (default: the GPUs that are here).
 """
 
 import contextlib
@@ -39,7 +40,6 @@ INSTRUCTION_SETS = {  # torch's names of what the processor has
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
-FLAGS_OF_SOME_COMPILERS = ("-fopenmp", "-Wno-pass-failed")
 CUDA_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-Xcompiler", "-fPIC"]
 
 
@@ -56,43 +56,60 @@ def build_library(device: str = "cpu") -> Path:
     if device not in ("cpu", "cuda"):
         raise ExtensionError(f"there are kernels for cpu and cuda, not for {device}")
     compiler, flags = cpp_compiler() if device == "cpu" else _nvcc()
-    name = f"spikegpt_lora_{device}.so"
-    if compiler is None:
-        for library in sorted(_cache(device, flags).glob(f"*/{name}")):  # built where there was one
-            return library
-        raise ExtensionError("no C++ compiler found (looked for $CXX, c++, g++, clang++); install one, e.g. g++")
-    folder = _cache(device, flags) / _hash(compiler, _version(compiler), *flags)
-    library = folder / name
-    if library.is_file():
-        return library
+    cache, name = _cache(device, flags), f"spikegpt_lora_{device}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / "lock"):
-            if not library.is_file():  # while we waited another process may have built it
-                _compile(device, compiler, flags, library)
+        if not compiler:
+            return _built_earlier(cache, name)
+        library = cache / _hash(*map(_identity, compiler)) / name
+        if not library.is_file():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(library.with_name("lock")):
+                if not library.is_file():  # while we waited another process may have built it
+                    _compile(device, compiler, flags, library)
     except OSError as error:
-        raise ExtensionError(f"cannot build in {folder}: {error}; TORCH_EXTENSIONS_DIR names another place") from error
+        raise ExtensionError(f"cannot build in {cache}: {error}; TORCH_EXTENSIONS_DIR names another place") from error
     return library
 
 
-def _compile(device: str, compiler: str, flags: list[str], library: Path):
+def _built_earlier(cache: Path, name: str) -> Path:
+    """A library for a machine without compiler, built where there was one."""
+    for library in sorted(cache.glob(f"*/{name}")):
+        return library
+    looked_for = f"CXX is {os.environ['CXX']!r}" if os.environ.get("CXX") else "looked for c++, g++, clang++"
+    raise ExtensionError(f"no C++ compiler found ({looked_for}): install one, e.g. g++, or let CXX name one")
+
+
+def _compile(device: str, compiler: list[str], flags: list[str], library: Path):
     """Build beside `library` and rename; what killed builds left there goes first (we hold the lock)."""
     for left_over in library.parent.glob("build-*"):
         shutil.rmtree(left_over, ignore_errors=True)
-    logger.info("building the kernels with %s, once (about half a minute): %s", compiler, library)
+    command = shlex.join(compiler)
+    logger.info("building the kernels with %s, once (about half a minute): %s", command, library)
     source = sources() / ("ops.cpp" if device == "cpu" else "ops_cuda.cu")
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent, ignore_cleanup_errors=True) as folder:
+        if device == "cpu":
+            flags = flags + optional_flags(compiler)
+        else:
+            _require_the_release_of_torch(compiler)
         rules = _ninja_rules(device, compiler, flags, source, library.name)
         (Path(folder) / "build.ninja").write_text(rules, encoding="utf-8")
-        done = subprocess.run([_ninja(), "-C", folder], capture_output=True, text=True)
+        done = _run([_ninja(), "-C", folder])
         log = done.stdout + done.stderr
         if done.returncode != 0:
-            raise ExtensionError(f"{compiler} failed on {source}:\n{log[-4000:].strip()}")
+            raise ExtensionError(f"{command} failed on {source}:\n{log[-4000:].strip()}")
         (library.parent / "build.log").write_text(log, encoding="utf-8")
         os.replace(Path(folder) / library.name, library)
 
 
-def _ninja_rules(device: str, compiler: str, flags: list[str], source: Path, name: str) -> str:
+def _run(command: list[str], given: str = "") -> subprocess.CompletedProcess:
+    """Run a program to its end, `given` being its input, and keep what it says."""
+    try:
+        return subprocess.run(command, input=given, capture_output=True, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ExtensionError(f"cannot run {command[0]}: {error.strerror}; install it anew, or name another") from error
+
+
+def _ninja_rules(device: str, compiler: list[str], flags: list[str], source: Path, name: str) -> str:
     torch_folder = Path(torch.__file__).parent
     escaped_source = re.sub("[$: ]", r"$\g<0>", str(source))  # ninja's own way; it quotes $in for the shell
     libraries = [f"-L{_quoted(torch_folder / 'lib')}", "-lc10", "-ltorch", "-ltorch_cpu"]
@@ -100,12 +117,13 @@ def _ninja_rules(device: str, compiler: str, flags: list[str], source: Path, nam
         libraries.append("-lc10_cuda")
     if sys.platform == "darwin":
         libraries.append("-undefined dynamic_lookup")
+    command = " ".join(map(_quoted, compiler))
     return f"""\
 flags = {" ".join(flags)} -I{_quoted(torch_folder / "include")}
 rule compile
-  command = {_quoted(compiler)} $flags -c $in -o $out
+  command = {command} $flags -c $in -o $out
 rule link
-  command = {_quoted(compiler)} $flags -shared $in -o $out {" ".join(libraries)}
+  command = {command} $flags -shared $in -o $out {" ".join(libraries)}
 build ops.o: compile {escaped_source}
 build {name}: link ops.o
 """
@@ -120,40 +138,48 @@ def _lock(file: Path) -> Iterator[None]:
         yield
 
 
-def cpp_compiler() -> tuple[str | None, list[str]]:
+def cpp_compiler() -> tuple[list[str], list[str]]:
+    """The command of the C++ compiler, empty where there is none, and the flags for this processor.
+
+    Raises:
+        ExtensionError: CXX is no command.
+    """
     flags = FLAGS + INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), [])
-    candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
-    compiler = next(filter(None, map(shutil.which, candidates)), None)
-    if compiler is not None and "clang" in _version(compiler):
-        flags = [*flags, "-Wno-pass-failed"]
-    if compiler is not None and _has_openmp(compiler):
-        flags = [*flags, "-fopenmp"]
-    return compiler, flags
+    named = os.environ.get("CXX")
+    try:
+        candidates = [shlex.split(named)] if named else [["c++"], ["g++"], ["clang++"]]
+    except ValueError as error:
+        raise ExtensionError(f"CXX must be a command as a shell reads it, got {named!r}: {error}") from error
+    return next((command for command in candidates if command and shutil.which(command[0])), []), flags
 
 
-def _has_openmp(compiler: str) -> bool:
-    """Whether programs with OpenMP compile and link: without it at::parallel_for uses one thread."""
+def optional_flags(compiler: list[str]) -> list[str]:
+    """What only some compilers take. Without OpenMP at::parallel_for uses one thread."""
+    flags = ["-Wno-pass-failed"] if "clang" in _version(compiler) else []
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, "-x", "c++", "-fopenmp", "-shared", "-fPIC", "-", "-o", f"{folder}/probe.so"]
-        return subprocess.run(command, input="#include <omp.h>\n", capture_output=True, text=True).returncode == 0
+        command = [*compiler, "-x", "c++", "-fopenmp", "-shared", "-fPIC", "-", "-o", f"{folder}/probe.so"]
+        return flags + (["-fopenmp"] if _run(command, "#include <omp.h>\n").returncode == 0 else [])
 
 
-def _nvcc() -> tuple[str, list[str]]:
+def _nvcc() -> tuple[list[str], list[str]]:
     if torch.version.cuda is None:
         raise ExtensionError("this torch is built without CUDA")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
     if nvcc is None:
         raise ExtensionError("nvcc not found: install the CUDA toolkit and set CUDA_HOME, or put nvcc on the PATH")
-    if f"release {torch.version.cuda.split('.')[0]}." not in _version(nvcc):
-        raise ExtensionError(f"torch is built for CUDA {torch.version.cuda}, {nvcc} is: {_version(nvcc)}")
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     here = [".".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())]
     numbers = sorted({name.removesuffix("+PTX").replace(".", "") for name in named or here})
     if not numbers:
         raise ExtensionError("no GPU here and TORCH_CUDA_ARCH_LIST is not set (e.g. TORCH_CUDA_ARCH_LIST='8.0;9.0')")
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
-    return nvcc, [*CUDA_FLAGS, *targets]
+    return [nvcc], [*CUDA_FLAGS, *targets]
+
+
+def _require_the_release_of_torch(nvcc: list[str]):
+    if f"release {torch.version.cuda.split('.')[0]}." not in (version := _version(nvcc)):
+        raise ExtensionError(f"torch is built for CUDA {torch.version.cuda}, {nvcc[0]} is: {version}")
 
 
 def sources() -> Path:
@@ -164,28 +190,47 @@ def sources() -> Path:
 
 
 def _cache(device: str, flags: list[str]) -> Path:
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     texts = [file.read_text(encoding="utf-8") for file in sorted(sources().glob("*.[hc]*"))]
     instructions = torch.backends.cpu.get_cpu_capability() if device == "cpu" else "cuda"
-    flags = [flag for flag in flags if flag not in FLAGS_OF_SOME_COMPILERS]  # one folder, with and without a compiler
     key = _hash(torch.__version__, platform.machine(), sys.platform, *texts, *flags)
-    return Path(root) / "spikegpt_lora" / f"torch{torch.__version__}-{instructions.lower()}-{key}"
+    return _cache_root() / "spikegpt_lora" / f"torch{torch.__version__}-{instructions.lower()}-{key}"
+
+
+def _cache_root() -> Path:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(root) if root else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ExtensionError("no home directory to keep the kernels in: let TORCH_EXTENSIONS_DIR name one") from error
+
+
+def _identity(word: str) -> str:
+    """A word of the compiler's command, with path, size and date of the program that it names, if any."""
+    program = shutil.which(word)
+    if program is None:
+        return word
+    status = os.stat(program)
+    return f"{word} {os.path.realpath(program)} {status.st_size} {status.st_mtime_ns}"
 
 
 def _hash(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
-def _version(compiler: str) -> str:
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
-    return done.stdout.strip()
+def _version(compiler: list[str]) -> str:
+    return _run([*compiler, "--version"]).stdout.strip()
 
 
 def _ninja() -> str:
     """ninja where its wheel keeps it: that it is installed does not mean that it is on the PATH."""
-    import ninja
-
-    return str(Path(ninja.BIN_DIR) / "ninja")
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = ""
+    program = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
+    if program is None:
+        raise ExtensionError("ninja is missing, which builds the kernels: pip install ninja")
+    return program
 
 
 def _quoted(path: Path | str) -> str:
