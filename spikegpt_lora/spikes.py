@@ -18,11 +18,16 @@ from . import extension
 
 
 class LIF(neuron.LIFNode):
-    """spikingjelly's `LIFNode` on `(B, T, C)` input whose membrane never outlives a call.
+    """spikingjelly's `LIFNode` on `(B, T, C)` input whose membrane never outlives a call, unless that is asked for.
 
     `forward` returns the spikes alone, so spikingjelly's monitors and plain forward hooks see what they expect;
-    `step` returns the membrane too. `functional.reset_net` finds nothing to reset. The compiled kernel runs where it
-    can be built; spikingjelly's code runs elsewhere, and for a surrogate function other than ATan.
+    `step` returns the membrane too. The compiled kernel runs where it can be built; spikingjelly's code runs elsewhere,
+    and for a surrogate function other than ATan.
+
+    With `store_v_seq = True` each call leaves `v_seq` `(B, T, C)`, the membrane after each token, and `v` `(B, C)`, the
+    last one, for monitors; detached (`step` returns the one with a gradient), computed a second time in plain torch,
+    and read by no later call. `functional.reset_net` forgets them. Where none is stored, `v` and `v_seq` are an
+    AttributeError that says so.
     """
 
     def __init__(
@@ -67,6 +72,13 @@ class LIF(neuron.LIFNode):
         """Spikes `(B, T, C)` for the current `(B, T, C)`; `carry` is the one-element list in which `step` hands over
         the membrane and takes it back."""
         membrane = carry[0] if carry else None
+        spikes = self._fire(x, carry, mask)
+        if self.store_v_seq:
+            self._store(self._membranes(x, membrane, mask))
+        return spikes
+
+    def _fire(self, x, carry=None, mask=None):
+        membrane = carry[0] if carry else None
         _check_shapes(x, membrane, mask)
         if self._has_kernel() and extension.use_extension("auto", x.device):
             spikes, membrane = self._run_kernel(x, membrane, mask)
@@ -77,6 +89,38 @@ class LIF(neuron.LIFNode):
         if carry is not None:
             carry[0] = membrane
         return spikes.to(x.dtype)
+
+    @property
+    def v_seq(self) -> Tensor:
+        if self._v_seq is None:
+            raise AttributeError  # so that Python asks __getattr__, which says why
+        return self._v_seq
+
+    @v_seq.setter
+    def v_seq(self, membranes: Tensor | None):
+        self._v_seq = membranes
+
+    def __getattr__(self, name: str):
+        if name in ("v", "v_seq") and not isinstance(self._memories.get(name), Tensor):
+            raise AttributeError(
+                f"{type(self).__name__} holds no {name}: set store_v_seq = True on it, and run it, to have its "
+                "membranes stored"
+            )
+        return super().__getattr__(name)
+
+    def detach(self):
+        """Nothing to do: what is stored has no gradient."""
+
+    def _store(self, membranes: Tensor):
+        self.v_seq, self.v = membranes, membranes[..., -1, :]
+
+    @torch.no_grad()
+    def _membranes(self, x, membrane, mask):
+        """The membrane after each token `(B, T, C)`; a masked one leaves it as it was."""
+        real = mask if mask is not None else x.new_ones(x.shape[:2], dtype=torch.bool)
+        order, before = _real_first(real), self._membrane_before(x, membrane)
+        after = torch.cat([before[None], self._run(_take(x, order), before, store_v_seq=True)[2]])  # (T + 1, B, C)
+        return after[real.cumsum(dim=1), torch.arange(len(x), device=x.device)[:, None]]
 
     def _has_kernel(self) -> bool:
         return type(self.surrogate_function) is surrogate.ATan and self.surrogate_function.spiking
@@ -103,8 +147,7 @@ class LIF(neuron.LIFNode):
         return membrane.to(dtype)
 
     def _run_real_steps(self, x, membrane, mask):
-        # The real steps are moved to the front, where the ones behind them cannot disturb them; then moved back.
-        order = mask.logical_not().long().argsort(dim=1, stable=True)  # (B, T)
+        order = _real_first(mask)
         spikes, _, trace = self._run(_take(x, order), membrane, store_v_seq=True)
         count = mask.sum(dim=1)  # (B,)
         rows = torch.arange(len(count), device=x.device)
@@ -124,6 +167,11 @@ class LIF(neuron.LIFNode):
             store_v_seq,
         )
         return spikes.transpose(0, 1), membrane, trace
+
+
+def _real_first(mask: Tensor) -> Tensor:
+    """The order `(B, T)` that moves the real steps to the front, where the ones behind them cannot disturb them."""
+    return mask.logical_not().long().argsort(dim=1, stable=True)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

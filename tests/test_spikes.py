@@ -1,6 +1,8 @@
 """LIF, kernel and spikingjelly's code, against spikingjelly's LIFNode and the equations; the mask's meaning."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -125,8 +127,10 @@ def test_nothing_survives_a_call():
     lif, x = LIF(), current(2, 5, 3)
     first = lif(x)
     assert torch.equal(lif(x), first)
-    assert lif.v == 0.0
+    assert not hasattr(lif, "v") and not hasattr(lif, "v_seq")
+    assert list(lif.memories()) == [0.0]
     functional.reset_net(lif)
+    functional.detach_net(lif)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -141,6 +145,65 @@ def test_spikingjellys_output_monitor_sees_the_spikes():
     with monitor.OutputMonitor(net, neuron.LIFNode) as seen:
         spikes, _ = lif.step(x)
     assert len(seen.records) == 1 and torch.equal(seen.records[0], spikes)
+
+
+@pytest.mark.parametrize("attribute", ["v", "v_seq"])
+def test_a_monitor_of_membranes_that_nobody_stores_is_an_error_that_says_what_to_set(attribute):
+    lif = LIF()
+    net = torch.nn.Sequential(torch.nn.Identity(), lif)
+    with monitor.AttributeMonitor(attribute, False, net, neuron.LIFNode):
+        with pytest.raises(AttributeError, match=f"LIF holds no {attribute}: set store_v_seq = True"):
+            net(current(2, 5, 3))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("settings", NEURONS, ids=str)
+def test_stored_membranes_explain_the_spikes_and_the_membrane_handed_on(settings, masked):
+    lif, x, before = LIF(**settings), current(3, 9, 4, dtype=torch.float32), current(3, 4, dtype=torch.float32)
+    mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.6 if masked else None
+    expected, after = lif.step(x, before, mask)
+    lif.store_v_seq = True
+    spikes, membrane = lif.step(x.requires_grad_(), before, mask)
+    assert torch.equal(spikes, expected) and torch.equal(membrane, after) and membrane.requires_grad
+    assert torch.equal(lif.v, after) and not lif.v_seq.requires_grad
+    rest, earlier = lif.v_reset or 0.0, torch.cat([before[:, None], lif.v_seq[:, :-1]], 1)
+    real = torch.ones(3, 9).bool() if mask is None else mask
+    leak = earlier - rest
+    h = earlier + (x - leak) / lif.tau if lif.decay_input else earlier - leak / lif.tau + x
+    assert torch.equal(spikes, (h >= lif.v_threshold).float() * real[..., None])
+    assert torch.equal(lif.v_seq[~real], earlier[~real])
+
+
+def test_stored_membranes_are_spikingjellys():
+    lif, node, x = LIF(), spikingjelly_node({}), current(3, 9, 4, dtype=torch.float32)
+    records = []
+    for neurons, current_in in ((lif, x), (node, x.transpose(0, 1))):
+        neurons.store_v_seq = True
+        with (
+            monitor.AttributeMonitor("v_seq", False, neurons) as sequence,
+            monitor.AttributeMonitor("v", False, neurons) as last,
+        ):
+            neurons(current_in)
+        records.append((sequence.records[0], last.records[0]))
+    assert torch.equal(records[0][0], records[1][0].transpose(0, 1)) and torch.equal(records[0][1], records[1][1])
+
+
+def test_stored_membranes_are_never_read_and_are_forgotten_on_reset():
+    lif, x = LIF(), current(2, 5, 3)
+    lif.store_v_seq = True
+    assert torch.equal(lif(x), lif(x)) and lif.v.shape == (2, 3)
+    functional.reset_net(lif)
+    assert not hasattr(lif, "v") and not hasattr(lif, "v_seq")
+
+
+def test_a_neuron_that_stores_is_copied_saved_and_compiled():
+    lif, x = LIF(), current(2, 5, 3)
+    lif.store_v_seq = True
+    compiled = torch.compile(lif, backend="aot_eager")(x.requires_grad_())
+    stored = lif.v_seq
+    for other in (copy.deepcopy(lif), pickle.loads(pickle.dumps(lif))):
+        assert torch.equal(other.v_seq, stored) and torch.equal(other(x), compiled)
+    assert lif.state_dict() == {}
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,11 @@ class SpikeGate(LIF):
         Raises:
             ValueError, RuntimeError: token time, and these are no tokens of a sequence (see `sequence`).
         """
+        if self.store_v_seq:
+            self._store(self.membranes(a))
         if self.time == "pointwise":
             # Nothing couples tokens or units, so the kernel may see them as one row.
-            return self._first_step(a) if self.learns else super().forward(a.reshape(1, 1, -1)).view_as(a)
+            return self._first_step(a) if self.learns else self._fire(a.reshape(1, 1, -1)).view_as(a)
         tokens = sequence.current()
         mask, membrane = tokens.of(self, a)
         if self.learns:
@@ -83,7 +85,7 @@ class SpikeGate(LIF):
             membrane = membranes[:, -1]
         else:
             carry = [membrane]
-            spikes, membrane = super().forward(a, carry, mask), carry[0]
+            spikes, membrane = self._fire(a, carry, mask), carry[0]
         tokens.after[self] = membrane
         return spikes
 
