@@ -5,8 +5,6 @@ Populations are named by their module's path inside SpikeGPTModel: "emb" (the em
 "blocks.0.lif2", and for an adapter's gate "blocks.0.att.key.lora_gate.default" (adapter name last).
 """
 
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -18,11 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterActivity, SpikeGate, observe_adapters
+from .errors import DamagedFile
 from .files import whole_file
 from .model import SpikeGPTModel
+from .npz import read_npz
 from .spikes import LIF
 
 EMBEDDING = "emb"
+GROUPS = ("spikes", "values", "currents", "membranes")  # of a trace: arrays (B, T, C) by population
+ALONE = ("lengths", "tokens", "words", "labels", "note")  # the other arrays of its file
+READ = ("input_ids", "attention_mask", "inputs_embeds")  # of a batch
 GATE = ".lora_gate."  # in the name of an adapter's population, between its module and its adapter
 
 
@@ -37,6 +40,7 @@ class SpikeTrace:
     labels: `(B,)` as given, -1 where unknown.
     note: what was recorded, in the words of whoever recorded it.
     currents: where asked for, name -> float32 `(B, T, C)`, what the neurons integrate (not of "emb", which has none).
+    membranes: where asked for, name -> float32 `(B, T, C)`, after each token and its reset (not of "emb").
     """
 
     spikes: dict[str, np.ndarray]
@@ -47,6 +51,7 @@ class SpikeTrace:
     labels: np.ndarray
     note: str = ""
     currents: dict[str, np.ndarray] = field(default_factory=dict)
+    membranes: dict[str, np.ndarray] = field(default_factory=dict)
 
     def firing_rate(self, population: str) -> float:
         """Spikes per neuron and real token."""
@@ -77,34 +82,55 @@ class SpikeTrace:
 
     def save(self, path: str | Path) -> None:
         """Write one .npz file; `numpy.load` reads it without this package (no pickled objects)."""
-        arrays = {f"spikes/{name}": array for name, array in self.spikes.items()}
-        arrays |= {f"values/{name}": array for name, array in self.values.items()}
-        arrays |= {f"currents/{name}": array for name, array in self.currents.items()}
-        arrays |= {name: getattr(self, name) for name in ("lengths", "tokens", "words", "labels", "note")}
+        arrays = {f"{group}/{name}": array for group in GROUPS for name, array in getattr(self, group).items()}
+        arrays |= {name: getattr(self, name) for name in ALONE}
         with whole_file(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
     @classmethod
-    def load(cls, path: str | Path) -> "SpikeTrace":
+    def load(cls, path: str | Path, most: int = 1 << 30) -> "SpikeTrace":
         """Read what `save` wrote.
 
+        Args:
+            most: bytes that it may take up in memory; a larger one is refused unread.
+
         Raises:
-            ValueError: the file is no spike trace.
+            DamagedFile: the file is no spike trace, or larger.
+            OSError: it cannot be opened.
         """
-        groups: dict[str, dict] = {"spikes": {}, "values": {}, "currents": {}, "": {}}
+        groups: dict[str, dict] = {group: {} for group in GROUPS}
         try:
-            with np.load(path, allow_pickle=False) as file:
-                for key in file.files:
-                    group, _, name = key.rpartition("/")
-                    groups[group][name] = file[key]
-            rest = groups[""] | {"note": str(groups[""]["note"])}
-            return cls(groups["spikes"], groups["values"], currents=groups["currents"], **rest)
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path} is no spike trace written by SpikeTrace.save: {error}") from error
+            arrays = read_npz(path, most)
+            if missing := [name for name in ALONE if name not in arrays]:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            alone = {name: arrays.pop(name) for name in ALONE}
+            for key, array in arrays.items():
+                group, _, name = key.partition("/")
+                if group not in groups:
+                    raise ValueError(f"{key} is no array of a trace")
+                groups[group][name] = array
+            trace = cls(**groups, **alone | {"note": str(alone["note"])})
+            trace._require_one_shape()
+            return trace
+        except ValueError as error:
+            raise DamagedFile(f"{path} is no spike trace written by SpikeTrace.save: {error}") from error
+
+    def _require_one_shape(self) -> None:
+        if self.tokens.ndim != 2 or self.lengths.dtype.kind not in "iu":
+            raise ValueError("tokens must be (B, T), lengths integers")
+        B, T = self.tokens.shape
+        if self.words.shape != (B, T) or self.lengths.shape != (B,) or self.labels.shape[:1] != (B,):
+            raise ValueError(f"words, lengths or labels do not fit tokens of shape {(B, T)}")
+        if (self.lengths < 0).any() or (self.lengths > T).any():
+            raise ValueError(f"lengths must be in [0, {T}], got {self.lengths}")
+        for group in GROUPS:
+            for name, x in getattr(self, group).items():
+                if x.ndim != 3 or x.shape[:2] != (B, T):
+                    raise ValueError(f"{group}/{name} of shape {x.shape} does not fit tokens of shape {(B, T)}")
 
 
 def record_spikes(
-    model: nn.Module, batch: Mapping, tokenizer=None, note: str = "", currents: bool = False
+    model: nn.Module, batch: Mapping, tokenizer=None, note: str = "", currents: bool = False, membranes: bool = False
 ) -> SpikeTrace:
     """Run `model` on `batch` in evaluation mode and return the spikes of every population.
 
@@ -115,41 +141,77 @@ def record_spikes(
         tokenizer: turns ids into readable tokens and words; without it they are the ids as text.
         note: kept with the trace.
         currents: record what the neurons integrate too, four bytes a neuron and token.
+        membranes: record the neurons' and gates' membranes after each token too, four bytes a neuron and token.
 
     Raises:
-        ValueError: the model holds no SpikeGPT, or a spike is no integer in [-128, 127].
+        ValueError: the model holds no SpikeGPT, `batch` is none or has no real token, its labels are not one a
+            sentence, or a spike is no integer in [-128, 127].
     """
-    base = _base_model(model)
-    recorded: dict[str, Tensor] = {}
-    values: dict[str, Tensor] = {}
-    integrated: dict[str, Tensor] = {}
-
-    def remember(name, graded):
-        def hook(module, inputs, output):
-            recorded[name] = output
-            if graded:
-                values[name] = output * inputs[0]
-            if currents and isinstance(module, LIF):
-                integrated[name] = inputs[0]
-
-        return hook
-
-    with _hooks((module, remember(name, _graded(module))) for name, module in _spiking(base)):
-        read(model, batch)
+    neurons = _spiking(_base_model(model))
+    _require_batch(batch)
+    recorded: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
+    with _storing([module for _, module in neurons if membranes and isinstance(module, LIF)]):
+        with _hooks((module, _remember(recorded, name, currents, membranes)) for name, module in neurons):
+            read(model, batch)
 
     mask, front = real_first(batch)
     tokens, words = _tokens_and_words(batch, tokenizer, mask, front)
     labels = batch["labels"] if "labels" in batch else torch.full((len(mask),), -1)
-    return SpikeTrace(
-        spikes={name: _as_int8(_left_aligned(x, mask, front)) for name, x in recorded.items()},
-        values={name: _left_aligned(x, mask, front).float().numpy() for name, x in values.items()},
-        currents={name: _left_aligned(x, mask, front).float().numpy() for name, x in integrated.items()},
-        lengths=mask.sum(1).numpy(),
-        tokens=tokens,
-        words=words,
-        note=note,
-        labels=torch.as_tensor(labels).cpu().numpy(),
-    )
+    spikes = {name: _as_int8(_left_aligned(x, mask, front)) for name, x in recorded.pop("spikes").items()}
+    others = {
+        group: {name: _left_aligned(x, mask, front).float().numpy() for name, x in by_name.items()}
+        for group, by_name in recorded.items()
+    }
+    given = {"lengths": mask.sum(1).numpy(), "labels": torch.as_tensor(labels).cpu().numpy(), "note": note}
+    return SpikeTrace(spikes, tokens=tokens, words=words, **others, **given)
+
+
+def _remember(recorded: dict[str, dict[str, Tensor]], name: str, currents: bool, membranes: bool) -> Callable:
+    """A forward hook that notes what population `name` does in `recorded`, by group."""
+
+    def hook(module, inputs, output):
+        recorded["spikes"][name] = output
+        if _graded(module):
+            recorded["values"][name] = output * inputs[0]
+        if currents and isinstance(module, LIF):
+            recorded["currents"][name] = inputs[0]
+        if membranes and isinstance(module, LIF):
+            recorded["membranes"][name] = module.v_seq
+
+    return hook
+
+
+@contextmanager
+def _storing(neurons: list[LIF]):
+    """Within it `neurons` store their membranes; afterwards they hold none."""
+    before = [neuron.store_v_seq for neuron in neurons]
+    try:
+        for neuron in neurons:
+            neuron.store_v_seq = True
+        yield
+    finally:
+        for neuron, stored in zip(neurons, before):
+            neuron.reset()
+            neuron.store_v_seq = stored
+
+
+def _require_batch(batch: Mapping) -> None:
+    """Raise unless `batch` holds tokens, at least one of them real, and no labels or one a sentence."""
+    given = {key: batch[key] for key in READ if key in batch} if isinstance(batch, Mapping) else {}
+    for key, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{key} of a batch to record must be a tensor, got {type(value).__name__}: a tokenizer makes them with "
+                "return_tensors='pt'"
+            )
+    tokens = given.get("input_ids", given.get("inputs_embeds"))
+    if tokens is None:
+        got = ", ".join(map(str, batch)) or "nothing" if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"a batch to record must be a mapping with input_ids or inputs_embeds, got {got}")
+    if tokens.dim() < 2 or 0 in tokens.shape[:2] or not given.get("attention_mask", torch.ones(1)).any():
+        raise ValueError(f"a batch to record must hold at least one real token, got tokens {tuple(tokens.shape)}")
+    if "labels" in batch and len(batch["labels"]) != len(tokens):
+        raise ValueError(f"labels must be one a sentence, got {len(batch['labels'])} for {len(tokens)} sentences")
 
 
 def _left_aligned(x: Tensor, mask: Tensor, front: Tensor) -> Tensor:
@@ -210,7 +272,7 @@ def _hooks(wanted: Iterable[tuple[nn.Module, Callable]]):
 def read(model: nn.Module, batch: Mapping):
     """What `model` gives for `batch`, in evaluation mode; afterwards its mode is what it was."""
     device, training = next(model.parameters()).device, model.training
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "inputs_embeds") if key in batch}
+    inputs = {key: batch[key].to(device) for key in READ if key in batch}
     model.eval()
     try:
         return model(**inputs)

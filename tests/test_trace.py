@@ -1,15 +1,20 @@
 """Recorded spikes and adapter statistics: right names, right shapes, real tokens only, nothing left behind."""
 
+import io
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import largest_difference
 from peft import LoraConfig, get_peft_model
+from spikingjelly.activation_based import functional, monitor
 
 from spikegpt_lora import SpikeLoraConfig, SpikeTrace, record_spikes
+from spikegpt_lora.errors import DamagedFile
+from spikegpt_lora.spikes import LIF
 from spikegpt_lora.tokenizer import train_tokenizer
 from spikegpt_lora.trace import adapter_activity
 
@@ -108,23 +113,97 @@ def test_tokens_and_words_stand_beside_the_spikes(classifier):
 
 def test_hooks_are_gone_and_the_mode_is_restored_also_after_an_exception(classifier, ids):
     classifier.train()
-    with pytest.raises(IndexError):
-        record_spikes(classifier, {"input_ids": ids + 1000})
+    with pytest.raises(ValueError, match="input_ids must be in"):
+        record_spikes(classifier, {"input_ids": ids + 1000}, membranes=True)
     record_spikes(classifier, {"input_ids": ids})
     assert classifier.training
     assert not any(module._forward_hooks for module in classifier.modules())
+    assert not any(getattr(module, "store_v_seq", False) for module in classifier.modules())
 
 
 def test_a_saved_trace_comes_back(classifier, ids, tmp_path):
-    trace = record_spikes(spiking(classifier), batch_of(ids), note="four sentences")
+    trace = record_spikes(spiking(classifier), batch_of(ids), note="four sentences", currents=True, membranes=True)
     trace.save(tmp_path / "trace.npz")
     again = SpikeTrace.load(tmp_path / "trace.npz")
-    for field in ("spikes", "values"):
+    for field in ("spikes", "values", "currents", "membranes"):
         a, b = getattr(trace, field), getattr(again, field)
         assert a.keys() == b.keys() and all((a[k] == b[k]).all() and a[k].dtype == b[k].dtype for k in a)
     for field in ("lengths", "tokens", "words", "labels"):
         assert (getattr(trace, field) == getattr(again, field)).all()
     assert again.note == "four sentences"
+
+
+def token_time(classifier, learn="none"):
+    config = SpikeLoraConfig(task_type="SEQ_CLS", r=4, spikelora_time="token", spikelora_learn=learn)
+    model = get_peft_model(classifier, config).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [spiking, token_time, lambda model: token_time(model, "both")])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_recorded_membranes_explain_the_spikes_of_neurons_and_gates(classifier, ids, backend, wrap, side):
+    model, rows = wrap(classifier), batch_of(ids, side)
+    trace = record_spikes(model, rows, currents=True, membranes=True)
+    plain = record_spikes(model, rows)
+    assert plain.membranes == {} and trace.membranes.keys() == trace.spikes.keys() - {"emb"}
+    base = model.base_model.model.spikegpt
+    for name, membranes in trace.membranes.items():
+        gate = base.get_submodule(name)
+        assert membranes.dtype == np.float32 and (trace.spikes[name] == plain.spikes[name]).all()
+        earlier = np.concatenate([np.zeros_like(membranes[:, :1]), membranes[:, :-1]], axis=1)
+        if getattr(gate, "time", "token") == "pointwise":
+            earlier[:] = 0  # each token a first step from rest
+        h = earlier + (trace.currents[name] - earlier) / 2.0
+        threshold = float(torch.as_tensor(gate.threshold_now()).detach()) if "lora_gate" in name else 1.0
+        real = np.arange(9)[None, :] < trace.lengths[:, None]
+        sure = (np.abs(h - threshold) > 1e-5) & real[..., None]  # recorded in float32, run in float64
+        assert ((h >= threshold) == (trace.spikes[name] != 0))[sure].all() and sure.sum() > 0.9 * real.sum() * 4
+        assert np.allclose(membranes[real], (h * (trace.spikes[name] == 0))[real], atol=1e-5)
+        assert (membranes[~real] == 0).all()
+
+
+def test_recording_membranes_leaves_none_behind(classifier, ids):
+    classifier.spikegpt.blocks[0].lif1.store_v_seq = True
+    record_spikes(classifier, batch_of(ids), membranes=True)
+    stored = [block.lif1.store_v_seq for block in classifier.spikegpt.blocks]
+    assert stored == [True, False, False]
+    assert not any(hasattr(block.lif1, "v") for block in classifier.spikegpt.blocks)
+
+
+@pytest.mark.parametrize("wrap", [spiking, token_time])
+def test_spikingjellys_monitor_sees_the_membranes_of_neurons_and_gates(classifier, ids, wrap):
+    model = wrap(classifier)
+    with (
+        monitor.AttributeMonitor("v", False, model, LIF),
+        pytest.raises(AttributeError, match="set store_v_seq = True"),
+    ):
+        model(ids)
+    for module in model.modules():
+        if isinstance(module, LIF):
+            module.store_v_seq = True
+    with monitor.AttributeMonitor("v_seq", False, model, LIF) as seen:
+        model(ids)
+    assert len(seen.records) == 6 + 18  # two neurons and six gates a block
+    assert all(v.shape in ((4, 9, 12), (4, 9, 4)) and v.abs().max() > 0 for v in seen.records)
+    functional.reset_net(model)
+    assert not any(hasattr(module, "v") for module in model.modules() if isinstance(module, LIF))
+
+
+def test_a_model_that_stores_membranes_trains_with_gradient_checkpointing(classifier, ids):
+    gradients = []
+    for stored in (False, True):
+        for block in classifier.spikegpt.blocks:
+            block.lif1.store_v_seq = block.lif2.store_v_seq = stored
+        classifier.train().gradient_checkpointing_enable()
+        classifier.zero_grad()
+        torch.manual_seed(0)  # of dropout
+        classifier(ids, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in classifier.parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_numpy_alone_reads_the_file(classifier, ids, tmp_path):
@@ -133,6 +212,74 @@ def test_numpy_alone_reads_the_file(classifier, ids, tmp_path):
     code += f"f = numpy.load({str(tmp_path / 'trace.npz')!r}); print(f['spikes/blocks.0.lif1'].shape, f['lengths'])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "(4, 9, 12) [9 5 1 7]"
+
+
+def test_a_trace_saved_before_there_were_membranes_loads(classifier, ids, tmp_path):
+    trace = record_spikes(classifier, batch_of(ids))
+    arrays = {f"spikes/{name}": array for name, array in trace.spikes.items()}
+    arrays |= {name: getattr(trace, name) for name in ("lengths", "tokens", "words", "labels", "note")}
+    np.savez_compressed(tmp_path / "old.npz", **arrays)
+    again = SpikeTrace.load(tmp_path / "old.npz")
+    assert again.membranes == again.currents == {} and again.spikes.keys() == trace.spikes.keys()
+
+
+def saved_with(classifier, ids, file, **arrays):
+    """A trace whose file holds other `arrays` beside or instead of its own; bytes are written as they are."""
+    record_spikes(classifier, {"input_ids": ids}).save(file)
+    with np.load(file) as whole:
+        own = {name: whole[name] for name in whole.files}
+    np.savez_compressed(file, **own | {name: x for name, x in arrays.items() if isinstance(x, np.ndarray)})
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+        for name in arrays.keys() - own.keys():
+            if isinstance(arrays[name], bytes):
+                archive.writestr(f"{name}.npy", arrays[name])
+
+
+def header(shape, descr="|i1"):
+    memory = io.BytesIO()
+    np.lib.format.write_array_header_1_0(memory, {"descr": descr, "fortran_order": False, "shape": shape})
+    return memory.getvalue()
+
+
+FORGED_ARRAYS = {
+    "a header that promises 4 TB": ({"spikes/x": header((1 << 42,))}, "says that it holds 4,398,046,511,104 bytes"),
+    "a huge array of nothing": ({"spikes/x": np.zeros((4, 9, 1 << 14), np.int8)}, "its arrays take up .* most="),
+    "pickled objects": ({"labels": np.array([{}] * 4, dtype=object)}, "labels.npy holds pickled objects"),
+    "a group of no trace": ({"weights/x": np.zeros((4, 9, 1))}, "weights/x is no array of a trace"),
+    "other sentences": ({"spikes/x": np.zeros((3, 9, 2), np.int8)}, r"spikes/x of shape \(3, 9, 2\) does not fit"),
+    "lengths beyond the end": ({"lengths": np.array([9, 9, 9, 10])}, r"lengths must be in \[0, 9\]"),
+    "no array": ({"spikes/x": b"text"}, "no .npz file to be read"),
+    "another version": ({"spikes/x": b"\x93NUMPY\x09\x00" + bytes(20)}, r"version \(9, 0\)"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED_ARRAYS)
+def test_a_forged_trace_is_refused_before_it_is_read(classifier, ids, tmp_path, name):
+    arrays, message = FORGED_ARRAYS[name]
+    saved_with(classifier, ids, tmp_path / "x.npz", **arrays)
+    with pytest.raises(DamagedFile, match=f"x.npz is no spike trace written by SpikeTrace.save.*{message}"):
+        SpikeTrace.load(tmp_path / "x.npz", most=1 << 18)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"labels": torch.ones(3)}, "labels must be one a sentence, got 3 for 4 sentences"),
+        ({"attention_mask": torch.zeros(4, 9)}, "at least one real token"),
+        ({"input_ids": torch.zeros(0, 9).long()}, r"at least one real token, got tokens \(0, 9\)"),
+        ({"input_ids": [[1, 2], [3, 4]]}, "input_ids .* must be a tensor, got list: .*return_tensors='pt'"),
+        ({"input_ids": None}, "input_ids .* must be a tensor, got NoneType"),
+    ],
+)
+def test_a_batch_that_cannot_be_recorded_is_refused_by_name(classifier, ids, change, message):
+    with pytest.raises(ValueError, match=message):
+        record_spikes(classifier, batch_of(ids) | change)
+
+
+@pytest.mark.parametrize("batch, got", [(None, "NoneType"), ({"ids": 1}, "ids"), ({}, "nothing"), ([1], "list")])
+def test_what_is_no_batch_is_refused_by_name(classifier, batch, got):
+    with pytest.raises(ValueError, match=f"mapping with input_ids or inputs_embeds, got {got}"):
+        record_spikes(classifier, batch)
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "flipped", "other arrays"])
