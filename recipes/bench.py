@@ -512,9 +512,15 @@ extern "C" void eight_exp(const float* k, const float* v, const float* g, float*
 """
 
 
+def compiler_and_flags() -> tuple[list[str], list[str]]:
+    """What the kernels are compiled with."""
+    compiler, flags = build.cpp_compiler()
+    return compiler, [*flags, *build.optional_flags(compiler)]
+
+
 def eight_exp(k: torch.Tensor, v: torch.Tensor, gy: torch.Tensor) -> Callable:
     """The pass over memory that WKV is measured against, compiled as the kernels are."""
-    compiler, flags = build.cpp_compiler()
+    compiler, flags = compiler_and_flags()
     with tempfile.TemporaryDirectory() as folder:
         command = [*compiler, *flags, f"-I{build.sources()}", "-shared", "-x", "c++", "-", "-o", f"{folder}/floor.so"]
         subprocess.run(command, input=EIGHT_EXP, text=True, check=True)
@@ -536,8 +542,7 @@ def eight_exp(k: torch.Tensor, v: torch.Tensor, gy: torch.Tensor) -> Callable:
 
 
 def conditions() -> str:
-    compiler, flags = build.cpp_compiler()
-    flags = [*flags, *build.optional_flags(compiler)]
+    compiler, flags = compiler_and_flags()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     return (
         f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "

@@ -156,7 +156,7 @@ def record_spikes(
 
     mask, front = real_first(batch)
     tokens, words = _tokens_and_words(batch, tokenizer, mask, front)
-    labels = batch["labels"] if "labels" in batch else torch.full((len(mask),), -1)
+    labels = torch.full((len(mask),), -1) if batch.get("labels") is None else batch["labels"]
     spikes = {name: _as_int8(_left_aligned(x, mask, front)) for name, x in recorded.pop("spikes").items()}
     others = {
         group: {name: _left_aligned(x, mask, front).float().numpy() for name, x in by_name.items()}
@@ -210,8 +210,9 @@ def _require_batch(batch: Mapping) -> None:
         raise ValueError(f"a batch to record must be a mapping with input_ids or inputs_embeds, got {got}")
     if tokens.dim() < 2 or 0 in tokens.shape[:2] or not given.get("attention_mask", torch.ones(1)).any():
         raise ValueError(f"a batch to record must hold at least one real token, got tokens {tuple(tokens.shape)}")
-    if "labels" in batch and len(batch["labels"]) != len(tokens):
-        raise ValueError(f"labels must be one a sentence, got {len(batch['labels'])} for {len(tokens)} sentences")
+    labels = batch.get("labels")
+    if labels is not None and np.shape(labels)[:1] != (len(tokens),):
+        raise ValueError(f"labels must be one for each of {len(tokens)} sentences, got shape {tuple(np.shape(labels))}")
 
 
 def _left_aligned(x: Tensor, mask: Tensor, front: Tensor) -> Tensor:

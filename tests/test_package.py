@@ -15,7 +15,7 @@ PACKAGE = Path(spikegpt_lora.__file__).parent
 LAYERS = [
     {"files", "hub", "statistics", "rules", "errors", "inputs", "tokenizer", "baselines", "memory", "kneser_ney"},
     {"export.interpreter", "export.islands"},
-    {"config", "settings", "data", "command_line", "extension.build"},
+    {"config", "settings", "data", "command_line", "npz", "extension.build"},
     {"corpus", "extension"},
     {"extension.__main__", "wkv", "spikes", "token_shift", "gates", "dropout"},
     {"model"},

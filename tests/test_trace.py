@@ -264,7 +264,8 @@ def test_a_forged_trace_is_refused_before_it_is_read(classifier, ids, tmp_path, 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"labels": torch.ones(3)}, "labels must be one a sentence, got 3 for 4 sentences"),
+        ({"labels": torch.ones(3)}, r"labels must be one for each of 4 sentences, got shape \(3,\)"),
+        ({"labels": torch.tensor(1)}, r"labels must be one for each of 4 sentences, got shape \(\)"),
         ({"attention_mask": torch.zeros(4, 9)}, "at least one real token"),
         ({"input_ids": torch.zeros(0, 9).long()}, r"at least one real token, got tokens \(0, 9\)"),
         ({"input_ids": [[1, 2], [3, 4]]}, "input_ids .* must be a tensor, got list: .*return_tensors='pt'"),
