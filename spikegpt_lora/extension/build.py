@@ -201,7 +201,9 @@ def _cache_root() -> Path:
     try:
         return Path(root) if root else Path.home() / ".cache"
     except RuntimeError as error:
-        raise ExtensionError("no home directory to keep the kernels in: let TORCH_EXTENSIONS_DIR name one") from error
+        raise ExtensionError(
+            "no home directory to keep the kernels in: let TORCH_EXTENSIONS_DIR name a folder"
+        ) from error
 
 
 def _identity(word: str) -> str:
