@@ -413,7 +413,7 @@ def loops():
     with (
         extension.default_backend("reference"),
         patched(spikegpt_lora.model, "wkv", wkv_loop),
-        patched(LIF, "forward", lif_loop),
+        patched(LIF, "_fire", lif_loop),
     ):
         yield
 

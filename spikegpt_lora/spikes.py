@@ -74,7 +74,7 @@ class LIF(neuron.LIFNode):
         membrane = carry[0] if carry else None
         spikes = self._fire(x, carry, mask)
         if self.store_v_seq:
-            self._store(self._membranes(x, membrane, mask))
+            self.v_seq = self._membranes(x, membrane, mask)
         return spikes
 
     def _fire(self, x, carry=None, mask=None):
@@ -92,27 +92,25 @@ class LIF(neuron.LIFNode):
 
     @property
     def v_seq(self) -> Tensor:
-        if self._v_seq is None:
-            raise AttributeError  # so that Python asks __getattr__, which says why
-        return self._v_seq
+        return self.__getattr__("v_seq")
 
     @v_seq.setter
     def v_seq(self, membranes: Tensor | None):
         self._v_seq = membranes
 
     def __getattr__(self, name: str):
-        if name in ("v", "v_seq") and not isinstance(self._memories.get(name), Tensor):
+        if name not in ("v", "v_seq"):
+            return super().__getattr__(name)
+        stored = self.__dict__.get("_v_seq")
+        if stored is None:
             raise AttributeError(
                 f"{type(self).__name__} holds no {name}: set store_v_seq = True on it, and run it, to have its "
                 "membranes stored"
             )
-        return super().__getattr__(name)
+        return stored if name == "v_seq" else stored[..., -1, :]
 
     def detach(self):
         """Nothing to do: what is stored has no gradient."""
-
-    def _store(self, membranes: Tensor):
-        self.v_seq, self.v = membranes, membranes[..., -1, :]
 
     @torch.no_grad()
     def _membranes(self, x, membrane, mask):

@@ -191,7 +191,6 @@ def _storing(neurons: list[LIF]):
         yield
     finally:
         for neuron, stored in zip(neurons, before):
-            neuron.reset()
             neuron.store_v_seq = stored
 
 

@@ -188,11 +188,12 @@ def test_stored_membranes_are_spikingjellys():
     assert torch.equal(records[0][0], records[1][0].transpose(0, 1)) and torch.equal(records[0][1], records[1][1])
 
 
-def test_stored_membranes_are_never_read_and_are_forgotten_on_reset():
+@pytest.mark.parametrize("forget", [functional.reset_net, lambda lif: setattr(lif, "store_v_seq", False)])
+def test_stored_membranes_are_never_read_and_are_forgotten_on_reset_or_where_no_longer_wanted(forget):
     lif, x = LIF(), current(2, 5, 3)
     lif.store_v_seq = True
     assert torch.equal(lif(x), lif(x)) and lif.v.shape == (2, 3)
-    functional.reset_net(lif)
+    forget(lif)
     assert not hasattr(lif, "v") and not hasattr(lif, "v_seq")
 
 

@@ -74,7 +74,7 @@ class SpikeGate(LIF):
             ValueError, RuntimeError: token time, and these are no tokens of a sequence (see `sequence`).
         """
         if self.store_v_seq:
-            self._store(self.membranes(a))
+            self.v_seq = self.membranes(a)
         if self.time == "pointwise":
             # Nothing couples tokens or units, so the kernel may see them as one row.
             return self._first_step(a) if self.learns else self._fire(a.reshape(1, 1, -1)).view_as(a)
