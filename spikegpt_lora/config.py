@@ -44,6 +44,7 @@ class SpikeGPTConfig(PretrainedConfig):
     model_type = "spikegpt"
     attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "intermediate_size": "n_ffn"}
     keys_to_ignore_at_inference = ["state"]
+    auto_map = {}  # trl reads it of every configuration that it loads from a folder
 
     vocab_size: int = 50277
     n_embd: int = 768

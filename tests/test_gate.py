@@ -122,6 +122,16 @@ def test_the_threshold_is_saved_wherever_a_controller_left_it():
     assert other.v_threshold == 1 / 3
 
 
+@pytest.mark.parametrize("saved", [math.nan, math.inf, -0.1, [0.1, 0.2]])
+def test_a_saved_threshold_that_no_configuration_could_have_is_refused(saved):
+    gate = SpikeGate(3, "mine", v_threshold=0.1)
+    with pytest.raises(ValueError, match="gate of adapter 'mine' must be one finite number >= 0, got"):
+        gate.load_state_dict({"_extra_state": torch.tensor(saved)})
+    with pytest.raises(ValueError, match="got 0.1"):
+        gate.set_extra_state("0.1")
+    assert gate.v_threshold == 0.1
+
+
 def test_a_gate_in_token_time_says_that_it_needs_its_models_forward():
     with pytest.raises(RuntimeError, match="only inside its model's forward"):
         SpikeGate(3, time="token")(torch.zeros(1, 2, 3))

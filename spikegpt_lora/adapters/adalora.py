@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..rules import check
 from .config import SpikeLoraConfig, add_peft_type
 from .layer import SpikingLayer
-from .model import Unmergeable, plain_linear
+from .model import SpikingTuner, plain_linear
 
 SPIKEADALORA = add_peft_type("SPIKEADALORA")
 
@@ -68,7 +68,7 @@ class SpikeSVDLinear(SpikingLayer, SVDLinear):
         return result
 
 
-class SpikeAdaLoraModel(Unmergeable, AdaLoraModel):
+class SpikeAdaLoraModel(SpikingTuner, AdaLoraModel):
     """Injects them; used through `peft.get_peft_model(model, SpikeAdaLoraConfig(...))`."""
 
     @staticmethod

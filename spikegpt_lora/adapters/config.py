@@ -1,12 +1,15 @@
 """SpikeLoraConfig: LoraConfig plus the spiking gate's settings, saved in adapter_config.json."""
 
 import logging
+import math
+import re
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
 from peft.utils import PeftType
 
 from ..rules import check
+from .fingerprint import FORM
 from .gate import SpikeGate
 
 logger = logging.getLogger(__name__)
@@ -17,6 +20,9 @@ PRESETS = {"rkv+srffn": r"(.*\.)?blocks\.\d+\.(att|ffn)\.(receptance|key|value)"
 
 
 LEARN = ("none", "threshold", "tau", "both")
+NUMBERS = ("spikelora_v_threshold", "spikelora_tau", "spikelora_surrogate_alpha", "lora_alpha", "lora_dropout")
+NUMBERS_OR_NONE = ("spikelora_v_reset", "spikelora_target_sparsity")
+SWITCHES = ("use_spikelora", "spikelora_detach_reset", "spikelora_per_rank", "use_rslora", "use_dora")
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -43,7 +49,8 @@ class SpikeLoraConfig(LoraConfig):
     SRWKV and SRFFN on a SpikeGPT ("rkv+srffn"); "all-linear" adds att.output.
 
     Raises:
-        ValueError: a gate setting out of range, or DoRA or initial values that change W0 together with the gate.
+        ValueError: a setting of another type or out of range, DoRA or initial values that change W0 together with the
+            gate, or target_parameters; one message lists every problem.
     """
 
     use_spikelora: bool = field(
@@ -85,37 +92,71 @@ class SpikeLoraConfig(LoraConfig):
         metadata={"help": "Share of silent gate outputs that `SparsityController` holds by moving the thresholds."},
     )
 
+    spikelora_base_fingerprint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the base model, written when the adapter is saved and compared when it is loaded (see "
+            "`fingerprint`); None: not compared."
+        },
+    )
+
     def __post_init__(self):
+        check(self, self._types())
         if isinstance(self.target_modules, str):
             self.target_modules = PRESETS.get(self.target_modules, self.target_modules)
         super().__post_init__()
         self.peft_type = SPIKELORA
+        check(self, self._ranges())
+
+    def _types(self) -> list[tuple[str, str, bool]]:
+        rules = [(name, "a finite number", _finite(getattr(self, name))) for name in NUMBERS]
+        rules += [
+            (name, "a finite number, or None", getattr(self, name) is None or _finite(getattr(self, name)))
+            for name in NUMBERS_OR_NONE
+        ]
+        rules += [(name, "True or False", isinstance(getattr(self, name), bool)) for name in SWITCHES]
+        print_of, parameters = self.spikelora_base_fingerprint, self.target_parameters
+        return rules + [
+            ("r", "a whole number", type(self.r) is int),
+            (
+                "spikelora_base_fingerprint",
+                "what saving writes, or None",
+                print_of is None or (isinstance(print_of, str) and re.fullmatch(FORM, print_of) is not None),
+            ),
+            (
+                "target_parameters",
+                "None (there is no gate for parameters: name layers in target_modules)",
+                not parameters,
+            ),
+        ]
+
+    def _ranges(self) -> list[tuple[str, str, bool]]:
         plain, rest = not self.use_spikelora, self.spikelora_v_reset or 0.0
         learned, target = self.spikelora_learn, self.spikelora_target_sparsity
-        check(
-            self,
-            [
-                ("spikelora_tau", "> 1", self.spikelora_tau > 1),
-                ("spikelora_v_threshold", ">= spikelora_v_reset, at least 0", self.spikelora_v_threshold >= rest),
-                ("spikelora_surrogate_alpha", "> 0", self.spikelora_surrogate_alpha > 0),
-                ("spikelora_time", "'pointwise' or 'token'", self.spikelora_time in ("pointwise", "token")),
-                ("spikelora_gate", "'graded' or 'binary'", self.spikelora_gate in ("graded", "binary")),
-                ("spikelora_learn", f"one of {', '.join(LEARN)}", learned in LEARN),
-                (
-                    "spikelora_v_threshold",
-                    "above spikelora_v_reset to be learned",
-                    learned not in ("threshold", "both") or self.spikelora_v_threshold > rest,
-                ),
-                ("spikelora_target_sparsity", "in (0, 1), or None", target is None or 0 < target < 1),
-                (
-                    "spikelora_target_sparsity",
-                    "None where the threshold is learned",
-                    target is None or learned not in ("threshold", "both"),
-                ),
-                ("use_dora", "False with the gate", plain or not self.use_dora),
-                ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self._leaves_base_alone()),
-            ],
-        )
+        return [
+            ("r", ">= 1", self.r >= 1),
+            ("lora_alpha", "> 0", self.lora_alpha > 0),
+            ("lora_dropout", "in [0, 1)", 0 <= self.lora_dropout < 1),
+            ("spikelora_tau", "> 1", self.spikelora_tau > 1),
+            ("spikelora_v_threshold", ">= spikelora_v_reset, at least 0", self.spikelora_v_threshold >= rest),
+            ("spikelora_surrogate_alpha", "> 0", self.spikelora_surrogate_alpha > 0),
+            ("spikelora_time", "'pointwise' or 'token'", self.spikelora_time in ("pointwise", "token")),
+            ("spikelora_gate", "'graded' or 'binary'", self.spikelora_gate in ("graded", "binary")),
+            ("spikelora_learn", f"one of {', '.join(LEARN)}", learned in LEARN),
+            (
+                "spikelora_v_threshold",
+                "above spikelora_v_reset to be learned",
+                learned not in ("threshold", "both") or self.spikelora_v_threshold > rest,
+            ),
+            ("spikelora_target_sparsity", "in (0, 1), or None", target is None or 0 < target < 1),
+            (
+                "spikelora_target_sparsity",
+                "None where the threshold is learned",
+                target is None or learned not in ("threshold", "both"),
+            ),
+            ("use_dora", "False with the gate", plain or not self.use_dora),
+            ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self.leaves_base_alone()),
+        ]
 
     @classmethod
     def from_peft_type(cls, **kwargs):
@@ -144,6 +185,11 @@ class SpikeLoraConfig(LoraConfig):
             per_rank=self.spikelora_per_rank,
         )
 
-    def _leaves_base_alone(self) -> bool:
+    def leaves_base_alone(self) -> bool:
+        """Whether the initial values leave W0 what it is."""
         # PiSSA, OLoRA and the like take B A out of W0 at the start; through a gate, B A does not put it back.
         return isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
+
+
+def _finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -108,6 +108,15 @@ class SpikeGate(LIF):
         return torch.tensor(self.v_threshold, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor):
+        """Raises:
+        ValueError: no threshold that a configuration could have.
+        """
+        rest, number = self.v_reset or 0.0, isinstance(state, Tensor) and state.numel() == 1
+        if not number or not rest <= float(state) < math.inf:
+            raise ValueError(
+                f"the saved threshold of a gate of adapter {self.adapter!r} must be one finite number >= {rest:g}, got "
+                f"{float(state) if number else state}: the adapter's file is damaged"
+            )
         self.v_threshold = float(state)
 
     def _first_step(self, a: Tensor) -> Tensor:

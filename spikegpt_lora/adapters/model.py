@@ -1,16 +1,19 @@
-"""SpikeLoraModel: peft's LoraModel that puts SpikeLoRA layers in, and refuses to merge them before touching any."""
+"""SpikeLoraModel: peft's LoraModel that puts SpikeLoRA layers in, refuses to merge them before touching any, and loads
+finite weights into the base model that they were trained on, nothing else."""
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..inputs import require_finite
 from . import sequence
+from .fingerprint import fingerprint, require_base
 from .layer import MERGE_REFUSED, SpikeLoraLinear
 from .quantized import spiking_quantized
 
 
-class Unmergeable:
+class SpikingTuner:
     """What the tuner models of spiking adapters have in common."""
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
@@ -43,8 +46,24 @@ class Unmergeable:
     def supports_lora_conversion(self, adapter_name="default"):
         return not self._spikes(adapter_name) and super().supports_lora_conversion(adapter_name)
 
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        """What is saved; `save_pretrained` writes the configuration after it."""
+        config.spikelora_base_fingerprint = fingerprint(model, adapter_name) if config.leaves_base_alone() else None
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
-class SpikeLoraModel(Unmergeable, LoraModel):
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """What is loaded, on every way that peft has."""
+        require_finite(state_dict, f"weights of adapter {adapter_name!r}")
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = model.state_dict()
+        if all(own[name].shape == tensor.shape for name, tensor in state_dict.items() if name in own):
+            require_base(model, config, adapter_name)  # else peft says which sizes differ
+        return state_dict
+
+
+class SpikeLoraModel(SpikingTuner, LoraModel):
     """Injects SpikeLoRA adapters; used through `peft.get_peft_model(model, SpikeLoraConfig(...))`."""
 
     @staticmethod
