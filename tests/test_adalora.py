@@ -60,6 +60,14 @@ def test_saved_adapters_come_back_without_the_pruned_ranks(trained, tmp_path):
     assert largest_difference(loaded(x), model(x)) < 1e-5  # sums of three terms, not of eight with five zeros
 
 
+def test_another_base_is_noticed(trained, tmp_path):
+    trained[0].save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    other = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    with pytest.raises(ValueError, match="'default' belongs to another base model .which has no name.: 32 of 32"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
 def test_merging_is_refused(trained):
     with pytest.raises(RuntimeError, match="'default' cannot be merged"):
         trained[0].merge_and_unload()

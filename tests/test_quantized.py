@@ -52,3 +52,12 @@ def test_saved_adapters_come_back_and_merging_is_refused(net, tmp_path):
     assert loaded.base_model.model[0].lora_gate["default"].v_threshold == 0.3
     with pytest.raises(RuntimeError, match="cannot be merged"):
         model.merge_and_unload()
+
+
+def test_a_quantised_base_is_not_compared_with_the_one_that_the_adapter_was_saved_with(net, tmp_path):
+    plain = nn.Sequential(nn.Linear(64, 64, bias=False))
+    for saved, loaded in ((net, plain), (plain, net), (net, net)):
+        adapted(saved).save_pretrained(tmp_path)
+        fingerprint = SpikeLoraConfig.from_pretrained(tmp_path).spikelora_base_fingerprint
+        assert (fingerprint is None) == (saved is net)
+        PeftModel.from_pretrained(copy.deepcopy(loaded), tmp_path)
