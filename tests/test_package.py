@@ -20,7 +20,7 @@ LAYERS = [
     {"extension.__main__", "wkv", "spikes", "token_shift", "gates", "dropout"},
     {"model"},
     {"adapters.sequence"},
-    {"adapters.gate"},
+    {"adapters.gate", "adapters.fingerprint"},
     {"adapters.config", "adapters.layer", "adapters.observe"},
     {"adapters.quantized", "adapters.control"},
     {"adapters.model"},

@@ -1,14 +1,14 @@
 """SpikeLoraConfig: LoraConfig plus the spiking gate's settings, saved in adapter_config.json."""
 
 import logging
-import math
 import re
 from dataclasses import dataclass, field
+from typing import get_type_hints
 
 from peft import LoraConfig
 from peft.utils import PeftType
 
-from ..rules import check
+from ..rules import check, kinds
 from .fingerprint import FORM
 from .gate import SpikeGate
 
@@ -20,9 +20,14 @@ PRESETS = {"rkv+srffn": r"(.*\.)?blocks\.\d+\.(att|ffn)\.(receptance|key|value)"
 
 
 LEARN = ("none", "threshold", "tau", "both")
-NUMBERS = ("spikelora_v_threshold", "spikelora_tau", "spikelora_surrogate_alpha", "lora_alpha", "lora_dropout")
-NUMBERS_OR_NONE = ("spikelora_v_reset", "spikelora_target_sparsity")
-SWITCHES = ("use_spikelora", "spikelora_detach_reset", "spikelora_per_rank", "use_rslora", "use_dora")
+
+# Where peft takes something else than what it annotates.
+KINDS = {
+    "lora_alpha": float,
+    "rank_pattern": dict,
+    "alpha_pattern": dict[str, float],
+    "init_lora_weights": bool | str,
+}
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -109,24 +114,17 @@ class SpikeLoraConfig(LoraConfig):
         check(self, self._ranges())
 
     def _types(self) -> list[tuple[str, str, bool]]:
-        rules = [(name, "a finite number", _finite(getattr(self, name))) for name in NUMBERS]
-        rules += [
-            (name, "a finite number, or None", getattr(self, name) is None or _finite(getattr(self, name)))
-            for name in NUMBERS_OR_NONE
-        ]
-        rules += [(name, "True or False", isinstance(getattr(self, name), bool)) for name in SWITCHES]
-        print_of, parameters = self.spikelora_base_fingerprint, self.target_parameters
-        return rules + [
-            ("r", "a whole number", type(self.r) is int),
+        saved = self.spikelora_base_fingerprint
+        return kinds(self, get_type_hints(type(self)) | KINDS) + [
             (
                 "spikelora_base_fingerprint",
-                "what saving writes, or None",
-                print_of is None or (isinstance(print_of, str) and re.fullmatch(FORM, print_of) is not None),
+                "as saving writes it",
+                not isinstance(saved, str) or re.fullmatch(FORM, saved),
             ),
             (
                 "target_parameters",
-                "None (there is no gate for parameters: name layers in target_modules)",
-                not parameters,
+                "None (parameters have no gate: name layers in target_modules)",
+                not self.target_parameters,
             ),
         ]
 
@@ -136,6 +134,7 @@ class SpikeLoraConfig(LoraConfig):
         return [
             ("r", ">= 1", self.r >= 1),
             ("lora_alpha", "> 0", self.lora_alpha > 0),
+            ("alpha_pattern", "> 0 everywhere", all(alpha > 0 for alpha in self.alpha_pattern.values())),
             ("lora_dropout", "in [0, 1)", 0 <= self.lora_dropout < 1),
             ("spikelora_tau", "> 1", self.spikelora_tau > 1),
             ("spikelora_v_threshold", ">= spikelora_v_reset, at least 0", self.spikelora_v_threshold >= rest),
@@ -157,6 +156,14 @@ class SpikeLoraConfig(LoraConfig):
             ("use_dora", "False with the gate", plain or not self.use_dora),
             ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self.leaves_base_alone()),
         ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As peft's; what is wrong in a file is said with its folder."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"the adapter in {pretrained_model_name_or_path}: {error}") from error
 
     @classmethod
     def from_peft_type(cls, **kwargs):
@@ -189,7 +196,3 @@ class SpikeLoraConfig(LoraConfig):
         """Whether the initial values leave W0 what it is."""
         # PiSSA, OLoRA and the like take B A out of W0 at the start; through a gate, B A does not put it back.
         return isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
-
-
-def _finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
