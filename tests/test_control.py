@@ -111,3 +111,17 @@ def test_models_without_a_free_threshold_are_refused():
 def test_calibration_says_what_is_wrong(given, sparsity, message):
     with pytest.raises(ValueError, match=message):
         calibrate_thresholds(adapted(), given, sparsity)
+
+
+def test_activations_that_are_not_finite_move_no_threshold():
+    model = adapted().train()
+    model.get_submodule("base_model.model.spikegpt.blocks.1.att.key.lora_A.default").weight.data[0] = float("nan")
+    with SparsityController(model, 0.9) as controller:
+        model(**next(batches()))
+        with pytest.raises(FloatingPointError, match="activations are NaN or infinite: the training has diverged"):
+            controller.step()
+    with pytest.raises(
+        ValueError, match="what calibration reads must be finite, got NaN or infinity in .*blocks.1.att.key"
+    ):
+        calibrate_thresholds(model, batches(1), 0.5)
+    assert all(gate.v_threshold == 0.1 for gate in controllable(model).values())

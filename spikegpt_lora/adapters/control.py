@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import TrainerCallback
 
+from ..inputs import require_finite
 from . import sequence
 from .gate import SpikeGate
 from .observe import Reader, mean
@@ -78,6 +79,9 @@ class SparsityController:
 
         Args:
             progress: share of the training that is done, for a target that is a schedule.
+
+        Raises:
+            FloatingPointError: an activation was NaN or infinite; no threshold is moved by it.
         """
         if not self.seen:
             return
@@ -85,6 +89,8 @@ class SparsityController:
         sums = torch.stack(list(self.seen.values()))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)  # every process moves the same thresholds alike
+        if not bool(sums.isfinite().all()):
+            raise FloatingPointError("a gate's activations are NaN or infinite: the training has diverged")
         self.silent = float(sums[:, 0].sum() / sums[:, 2].sum().clamp(min=1))
         for gate, (silent, size, count) in zip(self.seen, sums.tolist(), strict=True):
             if count:
@@ -130,7 +136,8 @@ def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping], sparsity:
         batches: what the model takes; read once, in evaluation mode.
 
     Raises:
-        ValueError: `sparsity` not in (0, 1), no batch, or a model without a gate whose threshold is free.
+        ValueError: `sparsity` not in (0, 1), no batch, activations that are not finite, or a model without a gate whose
+            threshold is free.
     """
     if not 0 < sparsity < 1:
         raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
@@ -169,6 +176,7 @@ def _record(model: nn.Module, gates: dict[str, SpikeGate], batches: Iterable[Map
 
     def see(name, gate, inputs, output):
         if reader.first(name) and reader.real(output) is not None:
+            require_finite({name: inputs[0]}, "what calibration reads")
             recorded.setdefault(name, (gate, []))[1].append((inputs[0].detach(), reader.mask))
 
     handles = [reader.attach(), *(gate.register_forward_hook(partial(see, name)) for name, gate in gates.items())]
