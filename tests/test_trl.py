@@ -1,12 +1,15 @@
 """trl's trainers on SpikeGPT (skipped where trl is not installed): they train, what they save comes back, and rows of
 several texts are refused."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeLoraConfig
 from spikegpt_lora.tokenizer import train_tokenizer
@@ -86,6 +89,12 @@ def test_the_whole_model_is_trained_given_as_a_model_or_as_its_folder(base, tmp_
         for i, model in enumerate([base, SpikeGPTForCausalLM.from_pretrained(base)])
     ]
     assert losses[0] == losses[1] and math.isfinite(losses[0])
+
+
+def test_what_trl_reads_of_a_configuration_is_not_in_its_file(base):
+    config = AutoConfig.from_pretrained(base)
+    assert config.auto_map == {} and "auto_map" not in json.loads((Path(base) / "config.json").read_text())
+    assert type(AutoModelForCausalLM.from_config(config)) is SpikeGPTForCausalLM
 
 
 @pytest.mark.parametrize("changes", [{"packing": True}, {"padding_free": True, "max_length": None}])

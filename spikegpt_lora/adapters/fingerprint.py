@@ -54,7 +54,7 @@ def require_base(model: nn.Module, config, adapter_name: str) -> None:
 
 
 def _readable(weight) -> bool:
-    real = type(weight) is nn.Parameter and weight.numel() > 0 and not weight.is_meta
+    real = type(weight) is nn.Parameter and weight.dim() > 1 and weight.numel() > 0 and not weight.is_meta
     return real and weight.dtype in PRECISIONS.values()
 
 
