@@ -1,6 +1,6 @@
 """What the values of a configuration must be."""
 
-import math
+import sys
 import types
 from dataclasses import is_dataclass
 from typing import Literal, Union, get_args, get_origin
@@ -39,7 +39,7 @@ def _fits(value, kind) -> bool:
         return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
     if kind in (int, float):
         number = type(value) is int or (kind is float and isinstance(value, float))
-        return number and math.isfinite(value)
+        return number and abs(value) <= sys.float_info.max  # also of whole numbers that are too large for a float
     return isinstance(value, kind) or (is_dataclass(kind) and isinstance(value, dict))
 
 

@@ -232,7 +232,7 @@ NUMBERS = ("spikelora_tau", "spikelora_v_threshold", "spikelora_surrogate_alpha"
 
 @pytest.mark.parametrize(
     "name, value",
-    [(name, value) for name in NUMBERS for value in ("0.1", None, True, math.nan, math.inf)]
+    [(name, value) for name in NUMBERS for value in ("0.1", None, True, math.nan, math.inf, 10**400)]
     + [
         (name, value)
         for name in ("spikelora_v_reset", "spikelora_target_sparsity")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import accelerate
 import peft
@@ -41,8 +42,10 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfA
 from transformers.pytorch_utils import Conv1D
 
 import spikegpt_lora
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTModel
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTModel, SpikeLoraConfig
+from spikegpt_lora.adapters.config import KINDS
 from spikegpt_lora.inputs import CACHES
+from spikegpt_lora.rules import broken, kinds
 
 
 @dataclass
@@ -168,6 +171,9 @@ SEAMS = [
          lambda: has(register_peft_method, "name", "config_cls", "model_cls", "prefix")),
     Seam("peft LoraModel.target_module_mapping", "adapters/__init__.py", "a dict from model types to targets",
          lambda: isinstance(LoraModel.target_module_mapping, dict) and "llama" in LoraModel.target_module_mapping),
+    Seam("peft LoraConfig's annotations", f"{CONFIG}, rules.py", "say a setting's type; KINDS where not",
+         lambda: all(name in get_type_hints(peft.LoraConfig) for name in KINDS)
+         and not broken(SpikeLoraConfig(), kinds(SpikeLoraConfig(), get_type_hints(SpikeLoraConfig) | KINDS))),
     Seam("peft PeftConfig.from_peft_type", CONFIG, "makes a configuration of what a file holds",
          lambda: says(peft.PeftConfig.from_pretrained, "from_json_file", "from_peft_type(**kwargs)")),
     Seam("peft BaseTuner._create_and_replace", MODEL, "(config, adapter_name, target, target_name, parent, ...)",

@@ -109,8 +109,10 @@ class SpikeGate(LIF):
         return torch.tensor(self.v_threshold, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor):
-        """Raises:
-        ValueError: no threshold that a configuration could have.
+        """Take V_theta from a file.
+
+        Raises:
+            ValueError: it is none that a configuration could have.
         """
         rest, number = self.v_reset or 0.0, isinstance(state, Tensor) and state.numel() == 1
         if not number or not rest <= float(state) < math.inf:
