@@ -8,7 +8,13 @@ import warnings
 import pytest
 import torch
 from conftest import SIZES, lively
-from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import (
+    AutoPeftModelForSequenceClassification,
+    KasaConfig,
+    PeftModel,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from test_adapters import adapted, fresh_classifier
 
@@ -131,6 +137,14 @@ def test_a_base_that_cannot_be_seen_has_no_fingerprint(settings, tmp_path):
         next(m for m in model.modules() if isinstance(m, SpikeLoraLinear)).base_layer.to("meta")
     model.save_pretrained(tmp_path / "unseen")
     assert SpikeLoraConfig.from_pretrained(tmp_path / "unseen").spikelora_base_fingerprint is None
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"kasa_config": KasaConfig()}])
+def test_adapters_that_change_their_base_when_put_in_have_no_fingerprint_and_are_loaded(settings, tmp_path):
+    config = SpikeLoraConfig(task_type="SEQ_CLS", r=2, use_spikelora=False, **settings)
+    get_peft_model(fresh_classifier().float(), config).save_pretrained(tmp_path)
+    assert SpikeLoraConfig.from_pretrained(tmp_path).spikelora_base_fingerprint is None
+    PeftModel.from_pretrained(fresh_classifier().float(), tmp_path)
 
 
 def test_one_configuration_serves_for_two_bases(tmp_path):

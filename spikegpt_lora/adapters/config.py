@@ -20,6 +20,11 @@ PRESETS = {"rkv+srffn": r"(.*\.)?blocks\.\d+\.(att|ffn)\.(receptance|key|value)"
 
 
 LEARN = ("none", "threshold", "tau", "both")
+KEEP_BASE = (
+    True,
+    False,
+    "gaussian",
+)  # PiSSA, OLoRA and the like take B A out of W0; through a gate, nothing puts it back
 
 # Where peft takes something else than what it annotates.
 KINDS = {
@@ -154,7 +159,11 @@ class SpikeLoraConfig(LoraConfig):
                 target is None or learned not in ("threshold", "both"),
             ),
             ("use_dora", "False with the gate", plain or not self.use_dora),
-            ("init_lora_weights", "True, False or 'gaussian' with the gate", plain or self.leaves_base_alone()),
+            (
+                "init_lora_weights",
+                "True, False or 'gaussian' with the gate",
+                plain or self.init_lora_weights in KEEP_BASE,
+            ),
         ]
 
     @classmethod
@@ -193,6 +202,5 @@ class SpikeLoraConfig(LoraConfig):
         )
 
     def leaves_base_alone(self) -> bool:
-        """Whether the initial values leave W0 what it is."""
-        # PiSSA, OLoRA and the like take B A out of W0 at the start; through a gate, B A does not put it back.
-        return isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
+        """Whether putting the adapter in leaves W0 what it was."""
+        return self.init_lora_weights in KEEP_BASE and self.kasa_config is None
