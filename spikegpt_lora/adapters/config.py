@@ -101,7 +101,6 @@ class SpikeLoraConfig(LoraConfig):
         default=None,
         metadata={"help": "Share of silent gate outputs that `SparsityController` holds by moving the thresholds."},
     )
-
     spikelora_base_fingerprint: str | None = field(
         default=None,
         metadata={
