@@ -186,6 +186,11 @@ class SpikeGPTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]
     _is_stateful = True  # generation cannot take tokens back
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """What peft asks of every model; transformers' own warns, from 5.24 on, that its name is old."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
     @torch.no_grad()
     def _init_weights(self, module):
         """Initial values of upstream's `RWKV_Init`; h = channel / (C - 1), i = channel / C, l = layer / (L - 1),

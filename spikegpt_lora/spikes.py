@@ -43,7 +43,7 @@ class LIF(neuron.LIFNode):
             tau=float(tau),
             decay_input=decay_input,
             v_threshold=float(v_threshold),
-            v_reset=v_reset,
+            v_reset=None if v_reset is None else float(v_reset),
             surrogate_function=surrogate.ATan(surrogate_alpha),
             detach_reset=detach_reset,
             step_mode="m",

@@ -229,3 +229,8 @@ def test_another_surrogate_function_is_respected():
     (ours,) = torch.autograd.grad(lif(x).sum(), x)
     (theirs,) = torch.autograd.grad(node(x.transpose(0, 1)).sum(), x)
     assert largest_difference(ours, theirs) < 1e-12
+
+
+def test_a_reset_value_may_be_a_whole_number():
+    x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(LIF(v_reset=0)(x), LIF(v_reset=0.0)(x))

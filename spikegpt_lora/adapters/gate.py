@@ -45,7 +45,6 @@ class SpikeGate(LIF):
         learn: str = "none",
         per_rank: bool = False,
     ):
-        v_reset = None if v_reset is None else float(v_reset)  # spikingjelly takes no whole number
         super().__init__(tau, v_threshold, v_reset, True, detach_reset, surrogate_alpha)
         self.units, self.adapter, self.binary, self.time = units, adapter, binary, time
         size = units if per_rank else 1
