@@ -121,12 +121,14 @@ class SpikeTrace:
         B, T = self.tokens.shape
         if self.words.shape != (B, T) or self.lengths.shape != (B,) or self.labels.shape[:1] != (B,):
             raise ValueError(f"words, lengths or labels do not fit tokens of shape {(B, T)}")
-        if (self.lengths < 0).any() or (self.lengths > T).any():
-            raise ValueError(f"lengths must be in [0, {T}], got {self.lengths}")
+        if (self.lengths < 0).any() or (self.lengths > T).any() or not self.lengths.any():
+            raise ValueError(f"lengths must be in [0, {T}] and not all 0, got {self.lengths}")
         for group in GROUPS:
             for name, x in getattr(self, group).items():
-                if x.ndim != 3 or x.shape[:2] != (B, T):
+                if x.ndim != 3 or x.shape[:2] != (B, T) or not x.shape[2]:
                     raise ValueError(f"{group}/{name} of shape {x.shape} does not fit tokens of shape {(B, T)}")
+                if x.dtype != (np.int8 if group == "spikes" else np.float32) or not np.isfinite(x).all():
+                    raise ValueError(f"{group}/{name} must be finite int8 (spikes) or float32, got {x.dtype}")
 
 
 def record_spikes(
