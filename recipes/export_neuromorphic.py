@@ -6,15 +6,16 @@ It takes what recipes/subj_finetune.py left behind (a model's folder, or an adap
 leaves in --output-dir:
 
     bundle/        graph, weights, NIR islands, spikes, events, costs, manifest (spikegpt_lora/export/bundle.py)
+    check.json     what its check found, and check.txt the same in words; with --accuracy, accuracy.json
     pictures/      raster.png firing.png sparsity.png cost.png
     summary.md     what was found: check, spikes, costs, accuracy
 
+Given again after it was stopped, the same command goes on with the bundle that is there.
 `python -m spikegpt_lora.export check BUNDLE` checks a bundle again, anywhere, without the model. Simulators that are
 not installed are not asked: pip install "spikegpt_lora[export]".
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -24,13 +25,13 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from spikegpt_lora import command_line, load_task
+from spikegpt_lora import command_line, errors, files, load_task
 from spikegpt_lora.export import Bundle, check_bundle, export_bundle
 from spikegpt_lora.export.__main__ import summary as checked_summary
-from spikegpt_lora.export.bundle import WEIGHTS, add_check, aligned, batch_of, by_length
-from spikegpt_lora.export.interpreter import Program
+from spikegpt_lora.export.bundle import WEIGHTS, aligned, batch_of, unlike
+from spikegpt_lora.export.check import write_results
 from spikegpt_lora.export.pictures import draw_all
-from spikegpt_lora.files import write_text
+from spikegpt_lora.export.stored import by_length
 from spikegpt_lora.report import table
 from spikegpt_lora.trace import GATE, read
 
@@ -38,14 +39,7 @@ from spikegpt_lora.trace import GATE, read
 def main() -> int:
     args = parse_arguments()
     command_line.set_up()
-    try:
-        return export(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; nothing half-written is left under its final name.")
-        return 130
+    return command_line.run(lambda: export(args), stopped="stopped; the same command goes on from here")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,31 +63,50 @@ def parse_arguments() -> argparse.Namespace:
 
 def export(args) -> int:
     out = args.output_dir or args.model / f"export-{args.weights}"
-    if (out / "bundle").exists():
-        raise ValueError(f"{out / 'bundle'} exists: give another --output-dir, or delete it")
     model, tokenizer = load(args.model)
     texts, labels = sentences(args)
     shown = slice(0, args.sentences)
     batch = encode(tokenizer, texts[shown], labels[shown], args.max_length)
-    bundle = export_bundle(model, batch, out / "bundle", tokenizer, args.weights, args.event_driven, bar)
-    results = check_bundle(bundle, bar)
-    draw_all(Bundle(bundle), out / "pictures")
-    parts = [f"# {args.model}, {args.weights}", checked_summary(results), spikes(Bundle(bundle)), costs(bundle)]
-    if args.accuracy:
-        counted = accuracy(model, bundle, tokenizer, texts, labels, args.max_length)
-        add_check(Bundle(bundle), "accuracy", counted)
-        parts.append(
-            "Accuracy on all {sentences:,} test sentences: the model {model:.2f} %, the interpreter with the bundle's "
-            "weights {bundle:.2f} %; {same:.2f} % of the answers are the same.".format(**counted)
-        )
-    write_text(out / "summary.md", "\n\n".join(parts) + "\n")
+    with files.locked(out):
+        bundle = bundle_of(args, model, batch, tokenizer, out / "bundle")
+        results = check_bundle(bundle.folder, bar)
+        checked = checked_summary(results)
+        write_results(results, checked, out)
+        parts = [f"# {args.model}, {args.weights}", checked]
+        if results["passed"]:
+            draw_all(bundle, out / "pictures")
+            parts += [spikes(bundle), costs(bundle)]
+            if args.accuracy:
+                counted = accuracy(model, bundle, tokenizer, texts, labels, args.max_length)
+                files.write_json(out / "accuracy.json", counted)
+                parts.append(
+                    "Accuracy on all {sentences:,} test sentences: the model {model:.2f} %, the interpreter with the "
+                    "bundle's weights {bundle:.2f} %; {same:.2f} % of the answers are the same.".format(**counted)
+                )
+        files.write_text(out / "summary.md", "\n\n".join(parts) + "\n")
     print("\n" + (out / "summary.md").read_text(encoding="utf-8"))
-    print(f"Written to {out}: bundle/, pictures/, summary.md.")
+    print(f"Written to {out}: bundle/, check.json, check.txt, pictures/, summary.md.")
     return 0 if results["passed"] else 1
 
 
+def bundle_of(args, model, batch, tokenizer, folder: Path) -> Bundle:
+    """The bundle in `folder`, written now, or by an earlier run of the same command that did not get to its end."""
+    if not folder.exists():
+        return Bundle(export_bundle(model, batch, folder, tokenizer, args.weights, args.event_driven, bar))
+    elsewhere = "give another --output-dir, or delete it"
+    try:
+        bundle = Bundle(folder)
+        other = unlike(bundle, model, batch, args.weights, args.event_driven)
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be gone on with ({error}): {elsewhere}") from error
+    if other:
+        raise ValueError(f"{folder} holds other {other} than this command would write: {elsewhere}")
+    print(f"{folder} is there already; going on with its check.")
+    return bundle
+
+
 def bar(rounds: list, text: str):
-    return tqdm(rounds, desc=text, leave=False)
+    return tqdm(rounds, desc=text, leave=False, disable=None)
 
 
 def load(folder: Path):
@@ -101,7 +114,9 @@ def load(folder: Path):
     adapter = folder / "adapter_config.json"
     if not adapter.is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
-    source = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else folder
+    source = errors.read_json(adapter).get("base_model_name_or_path") if adapter.is_file() else folder
+    if source is None:
+        raise ValueError(f"{adapter} must name its base model as base_model_name_or_path: save the adapter again")
     try:
         model = AutoModelForSequenceClassification.from_pretrained(source)
     except OSError as error:
@@ -140,9 +155,9 @@ def spikes(bundle: Bundle) -> str:
     return table(["spikes of", "neurons", "firing %", "a token", "a sentence"], rows)
 
 
-def costs(bundle: Path) -> str:
+def costs(bundle: Bundle) -> str:
     """The two columns, side by side and never added."""
-    cost = json.loads((bundle / "cost.json").read_text(encoding="utf-8"))
+    cost = bundle.cost
     done = cost["as_executed"]
     energy = done["arithmetic_energy"]
     rows = [
@@ -170,14 +185,14 @@ def micro(energy: float | None) -> str:
     return "" if energy is None else f"{energy / 1e6:,.2f}"
 
 
-def accuracy(model, bundle: Path, tokenizer, texts: list[str], labels: list[int], max_length: int) -> dict:
+def accuracy(model, bundle: Bundle, tokenizer, texts: list[str], labels: list[int], max_length: int) -> dict:
     """The whole test split, read by the model as it was and by the interpreter with the bundle's weights."""
-    batch, program, right = encode(tokenizer, texts, labels, max_length), Program(bundle, np.float32), [0, 0, 0]
+    batch, right = encode(tokenizer, texts, labels, max_length), [0, 0, 0]
     (ids, lengths), wanted = aligned(batch), np.array(labels)
     for rows in bar(list(by_length(lengths, 64)), "accuracy"):
         part = batch_of(ids, lengths, rows)
         theirs = read(model, part).logits.numpy().argmax(axis=1)
-        ours = program.run(part["input_ids"].numpy(), lengths[rows])[0].argmax(axis=1)
+        ours = bundle.program.run(part["input_ids"].numpy(), lengths[rows])[0].argmax(axis=1)
         for i, correct in enumerate((theirs == wanted[rows], ours == wanted[rows], ours == theirs)):
             right[i] += int(correct.sum())
     shares = {name: 100 * n / len(wanted) for name, n in zip(("model", "bundle", "same"), right)}

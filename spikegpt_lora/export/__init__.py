@@ -1,7 +1,8 @@
 """Neuromorphic export: a classifier as a bundle of files (`bundle.py`), and proof that they are right (`check.py`)."""
 
-from .bundle import Bundle, export_bundle
+from .bundle import export_bundle
 from .check import check_bundle
-from .events import EventDataset, to_tonic
+from .events import AddressEventDataset, EventDataset, to_tonic
+from .stored import Bundle
 
-__all__ = ["Bundle", "EventDataset", "check_bundle", "export_bundle", "to_tonic"]
+__all__ = ["AddressEventDataset", "Bundle", "EventDataset", "check_bundle", "export_bundle", "to_tonic"]

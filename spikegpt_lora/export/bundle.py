@@ -1,6 +1,6 @@
 """The neuromorphic bundle: a classifier, its spikes on some sentences, and what proves that both belong together.
 
-    manifest.json               versions, sha256 of every file, conventions, populations, what stays on the host, checks
+    manifest.json               versions, sha256 of every file, conventions, populations, what stays on the host
     manifest.json.sha256        of the manifest itself (`sha256sum -c` reads it)
     graph.json  weights.npz     every operation (graph.py), for interpreter.py
     sentences.npz               ids `(B, T)`, lengths, labels, tokens, words, and the model's logits
@@ -10,15 +10,13 @@
     events.npz                  the spikes as address events (events.py)
     cost.json                   counted operations, and energy as counts times constants (cost.py)
 
-`check.py` needs nothing of the model to find out whether a bundle is what it says.
+`stored.py` reads it. `check.py` needs nothing of the model to find out whether a bundle is what it says.
 """
 
 import copy
-import hashlib
-import json
 import shutil
-from collections.abc import Iterator, Mapping
-from functools import cached_property, partial
+from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,28 +26,18 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..files import whole_file, write_json, write_text
+from ..files import UNFINISHED, whole_file, write_json, write_text
 from ..trace import SpikeTrace, read, real_first, record_spikes
 from . import islands
 from .cost import as_json, count_operations
 from .event_driven import measure
 from .events import save_events
-from .graph import graph_of, quantize
+from .graph import Graph, graph_of, quantize, weights_before
 from .interpreter import Program
+from .stored import CONVENTIONS, MANIFEST, SCHEMA, Bundle, by_length, own_hash, sha256
 
-SCHEMA = "spikegpt_lora/bundle/1"
 PACKAGES = ("spikegpt_lora", "torch", "spikingjelly", "nir", "numpy")
 WEIGHTS = ("float32", "int8")
-CONVENTIONS = {
-    "time step": "one token: dt = 1e-4 s in .nir files, 1 in traces.h5",
-    "tau": "in tokens; in .nir files times 1e-4 s",
-    "order": "charge, fire, reset",
-    "charge": "h = v + (x - (v - v_reset)) / tau",
-    "fire": "h >= v_threshold; in .nir files h > the float32 below it",
-    "reset": "v = v_reset where it fired, else h",
-    "start": "v = v_reset before a sentence's first token; populations with from_rest: before every token",
-    "arrays": "sentences left-aligned, zeros behind their ends",
-}
 
 
 def export_bundle(
@@ -91,41 +79,88 @@ def export_bundle(
     if reasons := [reason for node in neurons for reason in islands.refusals(node)]:
         raise ValueError("simulators would not run this model's neurons exactly:\n" + "\n".join(reasons))
     trace = record_spikes(model, batch, tokenizer, currents=True)
+    _require_sentences(trace, len(graph.labels))
+    unfinished = directory.with_name(f"{UNFINISHED}{directory.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        _write(unfinished, model, graph, batch, trace, weights, event_driven, progress)
+        unfinished.rename(directory)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+    return directory
+
+
+def _require_sentences(trace: SpikeTrace, classes: int) -> None:
     if not trace.lengths.all():
         raise ValueError(f"sentence {int(np.argmin(trace.lengths))} has no token: leave it out of the batch")
-    unfinished = directory.with_name(f"{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    graph.save(unfinished, int8=weights == "int8")
-    _save_sentences(model, batch, trace, unfinished / "sentences.npz")
-    _save_traces(trace, unfinished / "traces.h5")
-    save_events(trace, unfinished / "events.npz")
-    (unfinished / "islands").mkdir()
-    for node in neurons:
-        units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
-        for file, island in islands.of(node, units, parts, graph.weights).items():
-            nir.write(str(unfinished / "islands" / file), island)
+    if not np.issubdtype(trace.labels.dtype, np.integer) or trace.labels.max() >= classes:
+        raise ValueError(f"labels must be whole numbers below {classes}, the classes, got {trace.labels.max()}")
 
+
+def _write(folder: Path, model, graph: Graph, batch, trace: SpikeTrace, weights, event_driven, progress) -> None:
+    """Every file of a bundle into `folder`, the manifest last."""
+    graph.save(folder, int8=weights == "int8")
+    (ids, lengths), logits = aligned(batch), read(model, batch).logits.cpu().numpy()
+    texts = {"labels": trace.labels, "tokens": trace.tokens, "words": trace.words}
+    with whole_file(folder / "sentences.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, ids=ids, logits=logits, lengths=lengths, **texts)
+    _save_traces(trace, folder / "traces.h5")
+    save_events(trace, folder / "events.npz")
+    (folder / "islands").mkdir()
+    for node in graph.nodes:
+        if node["op"] == "lif":
+            units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
+            for file, island in islands.of(node, units, parts, graph.weights).items():
+                nir.write(str(folder / "islands" / file), island)
     compare = partial(compare_in_float64, model, batch, progress=progress)
-    compared, cost = compare(Program(unfinished, np.float64), "interpreter"), {}
+    compared, cost = compare(Program(folder, np.float64), "interpreter"), {}
     cost["as_executed"] = as_json(count_operations(model, [batch]))
     if event_driven:
-        cost["event_driven"] = measure(unfinished, compare)
-    write_json(unfinished / "cost.json", cost)
+        cost["event_driven"] = measure(folder, compare)
+    write_json(folder / "cost.json", cost)
     manifest = {
         "schema": SCHEMA,
         "versions": {name: version(name) for name in PACKAGES},
         "weights": weights,
-        "sentences": len(trace.lengths),
-        "tokens": int(trace.lengths.sum()),
-        "conventions": CONVENTIONS,
-        "populations": [population(trace, name, graph.nodes) for name in trace.spikes],
-        "host": _host(graph.nodes),
+        **statements(trace, graph.nodes, graph.labels, logits),
         "checks": {"exported": compared},
     }
-    seal(unfinished, manifest, hashes_of(unfinished))
-    unfinished.rename(directory)
-    return directory
+    seal(folder, manifest, hashes_of(folder))
+
+
+def statements(trace: SpikeTrace, nodes: list[dict], classes: list[str], logits: np.ndarray) -> dict:
+    """What the manifest says that graph and traces say too."""
+    return {
+        "sentences": len(trace.lengths),
+        "tokens": int(trace.lengths.sum()),
+        "classes": classes,
+        "labelled": int((trace.labels >= 0).sum()),
+        "right": int((trace.labels == logits.argmax(axis=1)).sum()),
+        "conventions": CONVENTIONS,
+        "populations": [population(trace, name, nodes) for name in trace.spikes],
+        "host": _host(nodes),
+    }
+
+
+def unlike(bundle: Bundle, model: nn.Module, batch: Mapping, weights: str, event_driven: bool) -> str | None:
+    """What a bundle has that `export_bundle` with these arguments would write otherwise; None if nothing."""
+    graph, (ids, lengths) = graph_of(prepared(model, weights)), aligned(batch)
+    given = batch["labels"].cpu().numpy() if "labels" in batch else np.full(len(ids), -1)
+    same_weights = graph.weights.keys() == bundle.weights.keys() and all(
+        np.array_equal(bundle.weights[name], weight) for name, weight in graph.weights.items()
+    )
+    differ = {
+        "weights": bundle.manifest.get("weights") != weights or not same_weights,
+        "neurons or class names": (bundle.nodes, bundle.classes) != (graph.nodes, graph.labels),
+        "sentences": any(
+            not np.array_equal(bundle.sentences[key], value)
+            for key, value in (("ids", ids), ("lengths", lengths), ("labels", given))
+        ),
+        "event-driven form": ("event_driven" in bundle.cost) != event_driven,
+    }
+    return next((name for name, different in differ.items() if different), None)
 
 
 def prepared(model: nn.Module, weights: str = "float32") -> nn.Module:
@@ -155,15 +190,6 @@ def prepared(model: nn.Module, weights: str = "float32") -> nn.Module:
     return model
 
 
-def _save_sentences(model: nn.Module, batch: Mapping, trace: SpikeTrace, path: Path) -> None:
-    (ids, _), logits = aligned(batch), read(model, batch).logits.cpu().numpy()
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file, ids=ids, logits=logits, lengths=trace.lengths, labels=trace.labels, tokens=trace.tokens,
-            words=trace.words,
-        )  # fmt: skip
-
-
 def aligned(batch: Mapping) -> tuple[np.ndarray, np.ndarray]:
     """input_ids `(B, T)` with the real tokens in front and 0 behind, and lengths `(B,)`."""
     mask, front = real_first(batch)
@@ -179,22 +205,6 @@ def _save_traces(trace: SpikeTrace, path: Path) -> None:
         nodes[name] = nir.NIRNodeData(seen)
     with whole_file(path) as temporary:
         nir.write_data(temporary, nir.NIRGraphData(nodes))
-
-
-def weights_before(nodes: list[dict], node: dict) -> list[tuple[str, str]]:
-    """The linear layers whose sum is this node's input, as (what they read, weight); empty if something else is."""
-    by_name = {other["name"]: other for other in nodes}
-
-    def parts(name: str) -> list | None:
-        source = by_name.get(name)
-        if source is not None and source["op"] == "linear":
-            return [(source["inputs"][0], source["weight"])]
-        if source is None or source["op"] != "add":
-            return None
-        both = [parts(one) for one in source["inputs"]]
-        return None if None in both else both[0] + both[1]
-
-    return parts(node["inputs"][0]) or []
 
 
 def population(trace: SpikeTrace, name: str, nodes: list[dict]) -> dict:
@@ -272,12 +282,6 @@ def batch_of(ids: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> dict[str
     return {"input_ids": torch.from_numpy(ids[rows, :T]), "attention_mask": mask.long()}
 
 
-def by_length(lengths: np.ndarray, size: int = 32) -> Iterator[np.ndarray]:
-    """Sentences in groups of `size` and of like length, as row numbers."""
-    order = np.argsort(lengths, kind="stable")
-    yield from (order[start : start + size] for start in range(0, len(order), size))
-
-
 def seal(folder: Path, manifest: dict, hashes: dict[str, str]) -> None:
     """Write the manifest with the other files' hashes, and its own beside it."""
     write_json(folder / "manifest.json", manifest | {"sha256": hashes})
@@ -286,90 +290,5 @@ def seal(folder: Path, manifest: dict, hashes: dict[str, str]) -> None:
 
 def hashes_of(folder: Path) -> dict[str, str]:
     """sha256 of every file but the manifest, by its path in the bundle."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in Bundle.MANIFEST)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in MANIFEST)
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-
-
-def add_check(bundle: "Bundle", name: str, results: dict) -> None:
-    """Results into the manifest; every other file keeps the hash that it was given when it was written."""
-    bundle.manifest["checks"][name] = results
-    seal(bundle.folder, bundle.manifest, bundle.manifest["sha256"])
-
-
-def own_hash(folder: Path) -> str:
-    return f"{sha256(folder / 'manifest.json')}  manifest.json\n"
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class Bundle:
-    """A bundle as it lies in a folder, read when asked for.
-
-    Raises:
-        ValueError: no readable manifest.json of this schema there.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        try:
-            self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-            schema = self.manifest["schema"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} is no bundle: its manifest.json cannot be read ({error})") from error
-        if schema != SCHEMA:
-            raise ValueError(f"{folder} is a bundle of schema {schema!r}; this version reads {SCHEMA!r}")
-
-    MANIFEST = ("manifest.json", "manifest.json.sha256")
-
-    @cached_property
-    def nodes(self) -> list[dict]:
-        return json.loads((self.folder / "graph.json").read_text(encoding="utf-8"))["nodes"]
-
-    @cached_property
-    def program(self) -> Program:
-        """The interpreter in float32, with the weights."""
-        return Program(self.folder, np.float32)
-
-    @cached_property
-    def neurons(self) -> list[dict]:
-        return [node for node in self.nodes if node["op"] == "lif"]
-
-    @cached_property
-    def sentences(self) -> dict[str, np.ndarray]:
-        with np.load(self.folder / "sentences.npz") as file:
-            return dict(file)
-
-    @cached_property
-    def traces(self) -> dict[str, dict[str, np.ndarray]]:
-        """Of each population `spikes` bool and `current` float32, both `(B, T, n)`."""
-        data = nir.read_data(str(self.folder / "traces.h5"))
-        return {name: {k: grid.data for k, grid in node.observables.items()} for name, node in data.nodes.items()}
-
-    @cached_property
-    def real(self) -> np.ndarray:
-        """bool `(B, T)`: where there is a token."""
-        lengths = self.sentences["lengths"]
-        return np.arange(self.sentences["ids"].shape[1]) < lengths[:, None]
-
-    @cached_property
-    def trace(self) -> SpikeTrace:
-        """The same as a `SpikeTrace`, populations in the order of events.npz."""
-        with np.load(self.folder / "events.npz") as file:
-            names = file["populations"].tolist()
-        graded = [node["inputs"][0] for node in self.nodes if node["name"] == f"{node['inputs'][0]}.graded"]
-        spikes = {name: self.traces[name]["spikes"].astype(np.int8) for name in names}
-        values = {name: self.traces[name]["current"] * spikes[name] for name in names if name in graded}
-        given = {key: self.sentences[key] for key in ("lengths", "tokens", "words", "labels")}
-        return SpikeTrace(spikes, values, **given)
-
-    @cached_property
-    def islands(self) -> dict[str, nir.NIRGraph]:
-        """By file name."""
-        return {path.name: nir.read(path) for path in sorted((self.folder / "islands").glob("*.nir"))}
-
-    def rows(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Sentences in groups of like length: row numbers, and the longest one's length."""
-        for rows in by_length(self.sentences["lengths"]):
-            yield rows, int(self.sentences["lengths"][rows].max())

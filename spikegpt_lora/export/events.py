@@ -57,7 +57,7 @@ class EventDataset(Dataset):
         with np.load(Path(bundle) / "events.npz") as file:
             self.events, names, sizes = file["events"], file["populations"].tolist(), file["sizes"].tolist()
         with np.load(Path(bundle) / "sentences.npz") as file:
-            self.lengths, self.labels, self.words = file["lengths"], file["labels"], file["words"]
+            self.lengths, self.labels, self._words = file["lengths"], file["labels"], file["words"]
         wanted = names if populations is None else list(populations)
         if unknown := set(wanted) - set(names):
             raise ValueError(f"no population {sorted(unknown)[0]!r} in {bundle}; there are {', '.join(names)}")
@@ -81,6 +81,10 @@ class EventDataset(Dataset):
         spikes[torch.from_numpy(events["t"].astype(np.int64)), torch.from_numpy(units)] = 1
         return spikes, self.labels[i].item()
 
+    def words(self, i: int) -> list[str]:
+        """The word of each token of sentence i."""
+        return self._words[i, : self.lengths[i]].tolist()
+
     def _of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= i < len(self):
             raise IndexError(i)  # what ends a for loop over a data set
@@ -88,17 +92,22 @@ class EventDataset(Dataset):
         return self.events[part], self.units[part]
 
 
-def to_tonic(bundle: str | Path, populations: list[str] | None = None) -> list[tuple[np.ndarray, int, list[str]]]:
-    """Of each sentence (events, label, words), the events as tonic and the Spiking Heidelberg Digits have them.
+class AddressEventDataset(EventDataset):
+    """The same sentences as (events, label), the events as tonic and the Spiking Heidelberg Digits have them: what
+    tonic's transforms, `DiskCachedDataset` and `MemoryCachedDataset` take. The words are those of `words(i)`.
 
     events: structured array of t (microseconds, 100 a token), x (neuron, as `EventDataset` numbers them), p (1), in the
-    order of t. words: the word of each token.
+    order of t.
     """
-    data, out = EventDataset(bundle, populations), []
-    for i in range(len(data)):
-        events, units = data._of(i)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        events, units = self._of(i)
         record = np.zeros(len(events), TONIC)
         record["t"], record["x"], record["p"] = events["t"].astype(np.int64) * MICROSECONDS, units, 1
-        record = record[np.lexsort((record["x"], record["t"]))]
-        out.append((record, data.labels[i].item(), data.words[i, : data.lengths[i]].tolist()))
-    return out
+        return record[np.lexsort((record["x"], record["t"]))], self.labels[i].item()
+
+
+def to_tonic(bundle: str | Path, populations: list[str] | None = None) -> list[tuple[np.ndarray, int, list[str]]]:
+    """Of each sentence (events, label, words) at once: the items of `AddressEventDataset`, and its words."""
+    data = AddressEventDataset(bundle, populations)
+    return [(*data[i], data.words(i)) for i in range(len(data))]

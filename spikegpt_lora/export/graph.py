@@ -94,6 +94,25 @@ def graph_of(model: nn.Module) -> Graph:
     return graph
 
 
+def weights_before(nodes: list[dict], node: dict, most: int = 64) -> list[tuple[str, str]]:
+    """The linear layers whose sum is this node's input, as (what they read, weight); empty if something else is.
+
+    Args:
+        most: layers; of more, or of sums of sums of the same layer, nothing is returned.
+    """
+    by_name = {other["name"]: other for other in nodes}
+    found, names = [], [node["inputs"][0]]
+    while names:
+        source = by_name.get(names.pop(0))
+        if source is None or source["op"] not in ("linear", "add") or len(found) + len(names) >= most:
+            return []
+        if source["op"] == "linear":
+            found.append((source["inputs"][0], source["weight"]))
+        else:
+            names = source["inputs"] + names
+    return found
+
+
 def _refuse_unknown(classifier: nn.Module) -> None:
     for name, module in classifier.named_modules():
         if not any(True for _ in module.children()) and not isinstance(module, KNOWN):

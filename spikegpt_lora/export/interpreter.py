@@ -17,6 +17,10 @@ from pathlib import Path
 import numpy as np
 
 NOTHING_YET = -1e38  # WKV's exponent before the first token
+OPERATIONS = (
+    "embed_spike", "layernorm", "delay", "mix", "linear", "wkv", "sigmoid", "squared_relu", "multiply", "add", "lif",
+    "pool",
+)  # fmt: skip
 
 
 class Program:
@@ -24,6 +28,9 @@ class Program:
 
     Args:
         folder: of the bundle. dtype: of every real number in it; float64 has no rounding to speak of.
+
+    Raises:
+        ValueError: an operation that is none of `OPERATIONS`, or weights that are not finite, which spikes would hide.
     """
 
     def __init__(self, folder, dtype=np.float32):
@@ -32,6 +39,12 @@ class Program:
         self.nodes, self.labels = graph["nodes"], graph["labels"]
         with np.load(Path(folder) / "weights.npz") as stored:
             self.weights = {name: self._real(stored, name) for name in stored.files if not name.endswith("/scale")}
+        for node in self.nodes:
+            if node["op"] not in OPERATIONS:
+                raise ValueError(f"graph.json has an unknown operation, {node['op']!r} of {node['name']}")
+        for name, weight in self.weights.items():
+            if not np.isfinite(weight).all():
+                raise ValueError(f"weights.npz holds values that are not finite in {name}: export the model again")
 
     def _real(self, stored, name):
         """A weight as real numbers; int8 ones come with a scale, a power of two."""
@@ -280,11 +293,15 @@ def main():
     parser.add_argument("--event-driven", action="store_true")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
     args = parser.parse_args()
-    program = (EventDriven if args.event_driven else Program)(args.bundle, args.dtype)
-    with np.load(args.bundle / "sentences.npz") as given:
-        ids, lengths, recorded = (given[name] for name in ("ids", "lengths", "logits"))
+    try:
+        program = (EventDriven if args.event_driven else Program)(args.bundle, args.dtype)
+        with np.load(args.bundle / "sentences.npz") as given:
+            ids, lengths, recorded = (given[name] for name in ("ids", "lengths", "logits"))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {args.bundle} cannot be run: {error}", file=sys.stderr)
+        return 2
     logits, _ = program.run(ids, lengths)
-    agree = int((logits.argmax(axis=1) == recorded.argmax(axis=1)).sum())
+    agree = int(((logits.argmax(axis=1) == recorded.argmax(axis=1)) & np.isfinite(recorded).all(axis=1)).sum())
     print(
         f"{agree} of {len(logits)} predictions as recorded; largest difference of a logit "
         f"{np.abs(logits - recorded).max():.2e}"

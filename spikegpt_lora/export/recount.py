@@ -1,0 +1,144 @@
+"""The counts of cost.json once more, from graph, weights and recorded spikes, by other ways than export's.
+
+Operations as executed are counted from what the interpreter gives with the recorded spikes; a squared relu that is 0
+for one and not for the other is allowed for. Event-driven additions follow from the spikes alone, with no interpreter:
+export counted them in float64, where a spike can lie elsewhere, so they are compared more loosely. Not counted again:
+memory of the model's own parameters (footprint), zeros among all of its matrices, and how model and graph compared.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+
+from . import event_driven
+from .cost import LayerCount, Operations, PopulationCount, as_json
+from .findings import Findings
+from .interpreter import EventDriven
+from .stored import Bundle
+
+NEAR, LOOSE = 1e-3, 1e-2  # largest relative difference of a count: as executed, event-driven
+OWN = ("footprint", "connection_sparsity")  # of the model, not of the graph
+
+
+def check_costs(bundle: Bundle, found: Findings) -> None:
+    executed, forms = bundle.cost.get("as_executed"), bundle.cost.get("event_driven")
+    counts = _count(bundle)
+    _compare(found, "as_executed", executed, as_json(_operations(bundle, counts)) | _of(executed, *OWN), NEAR)
+    if forms is not None:
+        _compare(found, "event_driven", forms, _event_driven(bundle, counts, forms), LOOSE)
+    if unknown := bundle.cost.keys() - {"as_executed", "event_driven"}:
+        found.add(f"cost.json: {', '.join(sorted(unknown))} is unknown")
+
+
+def _of(stored, *names: str) -> dict:
+    """Some values of a stored object, as they are."""
+    return {name: stored.get(name) for name in names} if isinstance(stored, Mapping) else {}
+
+
+def _compare(found: Findings, place: str, stored, counted, near: float) -> None:
+    """Add a problem for each value of cost.json that is not the one counted here."""
+    if isinstance(counted, Mapping):
+        if not isinstance(stored, Mapping) or stored.keys() != counted.keys():
+            found.add(f"cost.json: {place} must hold {', '.join(counted)}")
+            return
+        for name, value in counted.items():
+            _compare(found, f"{place}.{name}", stored[name], value, near)
+        return
+    number = isinstance(stored, int | float) and isinstance(counted, int | float)
+    if not (math.isclose(stored, counted, rel_tol=near, abs_tol=1e-9) if number else stored == counted):
+        found.add(f"cost.json: {place} is {stored!r}, counted from weights and spikes it is {counted!r}")
+
+
+def _count(bundle: Bundle) -> dict[str, Counter]:
+    """Of each matrix, what it reads with the recorded spikes in place of the interpreter's: rows, values that are not 0
+    ("active"), pairs of such a value and a weight that is not 0, and values that are none of -1, 0 and 1 ("real")."""
+    pool, counts = bundle.nodes[-1], defaultdict(Counter)
+    linears = {node["name"]: node for node in bundle.nodes if node["op"] == "linear"}
+    watch = {node["inputs"][0] for node in (*linears.values(), pool)}
+    nonzero = {node["weight"]: (bundle.weights[node["weight"]] != 0).sum(axis=0) for node in (*linears.values(), pool)}
+    for rows, T in bundle.rows():
+        forced = {name: trace["spikes"][rows, :T] for name, trace in bundle.traces.items()}
+        ids, lengths = bundle.sentences["ids"][rows, :T], bundle.sentences["lengths"][rows]
+        _, seen = bundle.program.run(ids, lengths, watch, forced)
+        read = {name: (seen[node["inputs"][0]][bundle.real[rows, :T]], node) for name, node in linears.items()}
+        read["score"] = _pooled(seen[pool["inputs"][0]], lengths, pool["kind"]), pool
+        for name, (x, node) in read.items():
+            active = (x != 0).sum(axis=0)
+            counts[name].update(rows=len(x), active=int(active.sum()), pairs=int(active @ nonzero[node["weight"]]))
+            counts[name]["real"] += int(((x != 0) & (np.abs(x) != 1)).sum())
+    return counts
+
+
+def _pooled(hidden: np.ndarray, lengths: np.ndarray, kind: str) -> np.ndarray:
+    """What the classifier reads of hidden states `(B, T, n)`, zeros behind the ends."""
+    last, mean = hidden[np.arange(len(hidden)), lengths - 1], hidden.sum(axis=1) / lengths[:, None]
+    return {"last": last, "mean": mean, "last_mean": np.concatenate([last, mean], axis=1)}[kind]
+
+
+def _operations(bundle: Bundle, counts: dict[str, Counter]) -> Operations:
+    """What `cost.count_operations` gives, but for what is the model's own."""
+    tokens, weights = int(bundle.real.sum()), {n["name"]: n["weight"] for n in bundle.nodes if n["op"] == "linear"}
+    layers, populations = {}, {}
+    for name, count in counts.items():
+        outputs, inputs = bundle.weights[weights.get(name, bundle.nodes[-1]["weight"])].shape
+        pairs, binary = count["pairs"] / tokens, not count["real"]
+        dense, density = count["rows"] * inputs * outputs / tokens, count["active"] / (count["rows"] * inputs)
+        macs, acs = (0.0, pairs) if binary else (pairs, 0.0)
+        layers[name] = LayerCount(inputs, outputs, dense, macs, acs, density, binary)
+    for node in bundle.neurons:
+        spikes = bundle.traces[node["name"]]["spikes"]
+        outputs = tokens * spikes.shape[-1]
+        populations[node["name"]] = PopulationCount(outputs, outputs - int(spikes.sum()))
+    return Operations(tokens, len(bundle.real), layers, populations, None, 0)
+
+
+def _event_driven(bundle: Bundle, counts: dict[str, Counter], stored) -> dict:
+    """What `event_driven.measure` gives, but for how both forms compared with the model."""
+    tokens = int(bundle.real.sum())
+    plain, shortest = (_counted(bundle, counts, short) for short in (False, True))
+    small = event_driven.counts(shortest, tokens)
+    del small["layers"]
+    small["kept"] = sum(form["columns"].shape[1] * len(form["populations"]) for form in shortest.forms.values())
+    small |= _of(stored.get("shortest") if isinstance(stored, Mapping) else None, "compared")
+    whole = event_driven.counts(plain, tokens)
+    return {**whole, **_of(stored, "compared"), "shortest": small, "table": event_driven.table(plain)}
+
+
+def _counted(bundle: Bundle, counts: dict[str, Counter], shortest: bool) -> EventDriven:
+    """The event-driven form with all that it would have counted."""
+    program, tokens, events = EventDriven(bundle.folder, np.float32, shortest), int(bundle.real.sum()), {}
+    embedding = program.by_name["ln0"]["inputs"][0]
+    spent = {name: _columns(bundle, name, shortest) for name in bundle.traces}
+    for node in bundle.nodes:
+        name, source = node["name"], node["inputs"][0]
+        if name in program.forms:
+            form = program.forms[name]
+            form["populations"] = [embedding, *events[source]]
+            rows = form["columns"].shape[1]
+            program.additions |= {(name, one): spent[one] * rows for one in form["populations"]}
+            program.rescaling["additions"] += tokens * (4 * rows + rows // 2 + len(events[source]) * rows)
+            program.rescaling["products"] += tokens * 4 * rows
+        elif node["op"] == "linear" and program.by_name[source]["op"] != "mix":
+            made = counts[name]["active"] * len(bundle.weights[node["weight"]])
+            if program.by_name[source]["op"] == "lif":
+                program.additions[name, source] = made
+            else:
+                program.products[name] = made
+        elif name == "ln0":
+            events[name] = []
+        elif node["op"] == "add" and source in events:
+            events[name] = [*events[source], node["inputs"][1]]
+    return program
+
+
+def _columns(bundle: Bundle, name: str, shortest: bool) -> int:
+    """Columns added for a population's spikes: one a spike, or the fewest of spikes, silences and changes."""
+    spikes, real = bundle.traces[name]["spikes"], bundle.real
+    ways = spikes.sum(axis=-1)
+    if shortest:
+        changes = np.full_like(ways, spikes.shape[-1])
+        changes[:, 1:] = (spikes[:, 1:] != spikes[:, :-1]).sum(axis=-1)
+        ways = np.minimum(np.minimum(ways, spikes.shape[-1] - ways), changes)
+    return int(ways[real].sum())

@@ -1,0 +1,134 @@
+"""Whether a graph can be run: every operation is known, has what it needs, and fits what it reads."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DamagedFile
+from ..trace import EMBEDDING
+from . import islands
+
+MOST = 20_000  # operations
+EQUAL = ("mix", "wkv", "multiply", "add")  # operations of two inputs of one size
+SAME = ("layernorm", "delay", "sigmoid", "squared_relu", "lif", "pool")  # of one input; their output is as large
+VECTORS = {"layernorm": ("weight", "bias"), "mix": ("weight",), "wkv": ("decay", "first")}  # weights of that size
+POOLING = {"last": 1, "mean": 1, "last_mean": 2}  # vectors that the classifier reads
+
+
+def sizes_of(graph: Mapping, weights: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """How many values each node of a graph.json gives for a token, by name.
+
+    Raises:
+        DamagedFile: for the first node that could not be run, with its name and the reason.
+    """
+    nodes, labels = graph.get("nodes"), graph.get("labels")
+    _require(isinstance(nodes, list) and 0 < len(nodes) <= MOST, f"nodes must be a list of 1 to {MOST:,} operations")
+    _require(_texts(labels) and labels, "labels must be a list of class names")
+    sizes: dict[str, int] = {}
+    used: set[str] = set()
+    for place, node in enumerate(nodes):
+        _require(isinstance(node, dict), f"node {place} must be an object")
+        name = node.get("name")
+        _require(isinstance(name, str) and name not in {*sizes, "token"}, f"node {place} must have a name of its own")
+        try:
+            sizes[name] = _Node(node, sizes, weights, used).size(len(labels))
+        except DamagedFile as error:
+            raise DamagedFile(f"{error} in node {name}") from error
+    _require([n["name"] for n in nodes if n["op"] == "embed_spike"] == [EMBEDDING], f"one {EMBEDDING} must embed")
+    _require([n["op"] for n in nodes].index("pool") == len(nodes) - 1, "one pool must be the last node")
+    _require(used == set(weights), f"no node reads {', '.join(sorted(set(weights) - used)[:3])} of weights.npz")
+    return sizes
+
+
+class _Node:
+    """One node beside what was found of those before it: `used` grows by the weights that it reads."""
+
+    def __init__(self, node: dict, sizes: dict[str, int], weights: Mapping[str, np.ndarray], used: set[str]):
+        self.node, self.sizes, self.weights, self.used = node, sizes, weights, used
+        self.op, self.inputs = node.get("op"), node.get("inputs")
+
+    def size(self, labels: int) -> int:
+        known = (*EQUAL, *SAME, "embed_spike", "linear")
+        _require(isinstance(self.op, str) and self.op in known, f"unknown operation {self.op!r}")
+        count = 2 if self.op in EQUAL else 1
+        _require(_texts(self.inputs) and len(self.inputs) == count, f"{self.op} must have {count} inputs")
+        if self.op == "embed_spike":
+            _require(self.inputs == ["token"], "embed_spike must read token")
+            return self.shape("weight", 2)[1]
+        for name in self.inputs:
+            _require(name in self.sizes, f"{name} must stand before what reads it")
+        sizes = [self.sizes[name] for name in self.inputs]
+        _require(len(set(sizes)) == 1, f"inputs must be of one size, got {sizes}")
+        for key in VECTORS.get(self.op, ()):
+            _require(self.shape(key, 1) == (sizes[0],), f"{key} must be {(sizes[0],)}, got {self.shape(key, 1)}")
+        if self.op == "linear":
+            shape = self.shape("weight", 2)
+            _require(shape[1] == sizes[0], f"weight must be (n, {sizes[0]}), got {shape}")
+            return shape[0]
+        self.settings(sizes[0], labels)
+        return sizes[0]
+
+    def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
+        name = self.node.get(key)
+        _require(isinstance(name, str) and name in self.weights, f"{key} must be in weights.npz, got {name!r}")
+        self.used.add(name)
+        shape = self.weights[name].shape
+        _require(len(shape) == dimensions and 0 not in shape, f"{key} must have {dimensions} dimensions, got {shape}")
+        return shape
+
+    def settings(self, size: int, labels: int) -> None:
+        node = self.node
+        if self.op == "layernorm":
+            _require(_number(node.get("eps")) and node["eps"] >= 0, f"eps must be >= 0, got {node.get('eps')!r}")
+        elif self.op == "pool":
+            _require(node.get("kind") in list(POOLING), f"kind must be one of {', '.join(POOLING)}")
+            shape, wanted = self.shape("weight", 2), (labels, size * POOLING[node["kind"]])
+            _require(shape == wanted, f"weight must be {wanted}, got {shape}")
+        elif self.op == "lif":
+            for key in ("tau", "v_threshold"):
+                values = node.get(key)
+                right = (
+                    _number(values) or isinstance(values, list) and len(values) == size and all(map(_number, values))
+                )
+                _require(right, f"{key} must be a number, or {size} of them")
+            _require(isinstance(node.get("from_rest"), bool), "from_rest must be true or false")
+            _require(node.get("v_reset") is None or _number(node["v_reset"]), "v_reset must be a number")
+            for reason in islands.refusals(node):
+                raise DamagedFile(reason)
+
+
+def read_weights(path: Path, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a weights.npz as the interpreter takes them, float32; int8 ones times their power of two.
+
+    Raises:
+        DamagedFile: another type, a scale that is no power of two, or values that are not finite.
+    """
+    weights = {}
+    for name, array in stored.items():
+        if name.endswith("/scale"):
+            _require(name.removesuffix("/scale") in stored, f"{path.name}: {name} is the scale of nothing")
+            continue
+        scale = stored.get(f"{name}/scale")
+        if scale is not None:
+            fits = scale.dtype == np.float32 and scale.shape == () and math.frexp(float(scale))[0] == 0.5
+            _require(fits and array.dtype == np.int8, f"{path.name}: {name} must be int8 times a float32 power of two")
+            array = array.astype(np.float32) * scale
+        _require(array.dtype == np.float32, f"{path.name}: {name} must be float32, got {array.dtype}")
+        _require(np.isfinite(array).all(), f"{path.name}: {name} holds values that are not finite")
+        weights[name] = array
+    return weights
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _require(holds: bool, reason: str) -> None:
+    if not holds:
+        raise DamagedFile(reason)
