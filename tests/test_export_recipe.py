@@ -32,21 +32,23 @@ def run(tmp_path_factory):
 def test_one_command_leaves_a_right_bundle_pictures_and_a_summary(run, tmp_path):
     arguments = [*SUBJ_MINI, "--weights", "int8", "--event-driven", "--accuracy", "--output-dir", tmp_path]
     done = running.here(NAME, run / "spikelora", *arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr + done.stdout
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert text in done.stdout and "the bundle is right" in text and "event-driven form" in text
     assert "Accuracy on all" in text
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
     bundle = Bundle(tmp_path / "bundle")
     assert bundle.manifest["sentences"] == 6 and bundle.manifest["weights"] == "int8"
-    assert bundle.manifest["checks"]["checked"]["passed"] and bundle.manifest["checks"]["accuracy"]["same"] > 90
-    assert check_bundle(tmp_path / "bundle")["passed"]
+    assert bundle.manifest["checks"].keys() == {"exported"}  # what the check and the accuracy gave lies beside it
+    assert json.loads((tmp_path / "check.json").read_text()) == check_bundle(tmp_path / "bundle")
+    assert (tmp_path / "check.txt").read_text(encoding="utf-8").strip() in text
+    assert json.loads((tmp_path / "accuracy.json").read_text())["same"] > 90
 
 
 def test_a_whole_model_and_a_text_file_are_read_too(run, tmp_path):
     (tmp_path / "lines.txt").write_text("a small gem .\n\nthe plot is about a dog .\n", encoding="utf-8")
     done = running.here(NAME, run / "base", "--text", tmp_path / "lines.txt", "--output-dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr + done.stdout
     bundle = Bundle(tmp_path / "out" / "bundle")
     assert bundle.sentences["labels"].tolist() == [-1, -1] and "gem" in bundle.sentences["words"][0]
 
