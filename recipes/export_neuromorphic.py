@@ -130,7 +130,10 @@ def sentences(args) -> tuple[list[str], list[int]]:
     if args.text is None:
         test = load_task(args.task, args.data_dir)["test"]
         return list(test["text"]), list(test["label"])
-    texts = [line for line in args.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        texts = [line for line in args.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeError as error:
+        raise ValueError(f"{args.text} must be UTF-8 text ({error}): save it as that") from error
     if not texts:
         raise ValueError(f"{args.text} holds no sentence")
     return texts, [-1] * len(texts)

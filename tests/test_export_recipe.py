@@ -8,6 +8,7 @@ from peft import get_peft_model
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig, load_task
 from spikegpt_lora.export import Bundle, check_bundle
+from spikegpt_lora.files import locked
 from spikegpt_lora.tokenizer import train_tokenizer
 
 NAME = "export_neuromorphic.py"
@@ -66,5 +67,35 @@ def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path):
     (tmp_path / "bundle").mkdir()
     done = running.here(NAME, run / "base", *SUBJ_MINI, "--output-dir", tmp_path)
     assert done.returncode == 2 and "give another --output-dir" in done.stderr
+    (tmp_path / "lines.txt").write_bytes(b"a caf\xe9 .\n")
+    done = running.here(NAME, run / "base", "--text", tmp_path / "lines.txt", "--output-dir", tmp_path / "new")
+    assert done.returncode == 2 and "lines.txt must be UTF-8 text" in done.stderr
     done = running.here(NAME, run / "base", "--text", tmp_path / "none.txt", "--accuracy")
     assert done.returncode == 2 and "--accuracy needs labels" in done.stderr
+
+
+def test_a_stopped_export_goes_on_and_another_one_is_refused(run, tmp_path):
+    arguments = [run / "spikelora", *SUBJ_MINI, "--output-dir", tmp_path]
+    assert running.here(NAME, *arguments).returncode == 0
+    wanted, manifest = (tmp_path / "summary.md").read_bytes(), tmp_path / "bundle" / "manifest.json"
+    written = manifest.stat().st_mtime_ns
+    for name in ("summary.md", "check.json"):
+        (tmp_path / name).unlink()
+    done = running.here(NAME, *arguments)
+    assert done.returncode == 0 and "is there already; going on with its check" in done.stdout
+    assert (tmp_path / "summary.md").read_bytes() == wanted and manifest.stat().st_mtime_ns == written
+    for other, words in [
+        (["--weights", "int8"], "other weights"),
+        (["--sentences", "5"], "other sentences"),
+        (["--event-driven"], "other event-driven form"),
+    ]:
+        done = running.here(NAME, *arguments, *other)
+        assert done.returncode == 2 and words in done.stderr and "give another --output-dir" in done.stderr, words
+    done = running.here(NAME, run / "base", *SUBJ_MINI, "--output-dir", tmp_path)
+    assert done.returncode == 2 and "holds other weights" in done.stderr
+
+
+def test_two_exports_into_one_folder_are_refused(run, tmp_path):
+    with locked(tmp_path):
+        done = running.in_a_process(NAME, run / "base", *SUBJ_MINI, "--output-dir", tmp_path)
+    assert done.returncode == 2 and "another run (pid" in done.stderr and not (tmp_path / "bundle").exists()

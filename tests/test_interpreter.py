@@ -124,6 +124,25 @@ def test_it_runs_as_a_single_file_with_numpy_alone(tmp_path):
     assert np.abs(np.array(json.loads(done.stdout)) - model(**batch).logits.detach().numpy()).max() < 1e-9
 
 
+@pytest.mark.parametrize("kind", ["weights", "operation"])
+def test_the_interpreter_refuses_by_name_what_it_cannot_run(kind, tmp_path, monkeypatch, capsys):
+    graph = graph_of(model_with("none"))
+    if kind == "weights":  # which spikes would hide: NaN >= threshold is False
+        graph.weights["blocks.1.att.key"][0, 0] = np.nan
+    else:
+        graph.nodes[3]["op"] = "__class__"
+    graph.save(tmp_path)
+    words = {
+        "weights": "weights.npz holds values that are not finite in blocks.1.att.key",
+        "operation": "graph.json has an unknown operation, '__class__' of ",
+    }
+    with pytest.raises(ValueError, match=words[kind]):
+        Program(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["interpreter.py", str(tmp_path)])
+    assert spikegpt_lora.export.interpreter.main() == 2
+    assert words[kind] in capsys.readouterr().err
+
+
 def test_models_and_values_that_cannot_be_exported_are_refused_by_name():
     with pytest.raises(ValueError, match="Linear holds no SpikeGPTForSequenceClassification to export"):
         graph_of(nn.Linear(2, 2))

@@ -89,7 +89,7 @@ def check_simulators(bundle: Bundle, found: Findings) -> dict:
         _, reads = _forced(bundle, rows, T, [name for reads in parts.values() for name, _ in reads])
         for node in bundle.neurons:
             for simulator in here:
-                if reason := _unable(simulator, node):
+                if reason := unable(simulator, node):
                     results[simulator]["left_out"][node["name"]] = reason
                     continue
                 _replay(bundle, simulator, node, rows, T, None, results[simulator]["neurons"], found)
@@ -111,7 +111,7 @@ def _start(simulator: str, version: str, found: Findings) -> dict:
     }
 
 
-def _unable(simulator: str, node: dict) -> str | None:
+def unable(simulator: str, node: dict) -> str | None:
     """Why a simulator cannot run these neurons, if it cannot."""
     several = [key for key in ("tau", "v_threshold") if np.unique(node[key]).size > 1]
     if simulator == "snnTorch" and "v_threshold" in several or simulator == "spikingjelly" and several:
