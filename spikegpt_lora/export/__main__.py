@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..command_line import run
+from ..files import locked
 from .check import NOT_PROVEN, check_bundle, require_outside, write_results
 
 
@@ -36,7 +37,8 @@ def check(args: argparse.Namespace) -> int:
     text = summary(results)
     print(text)
     if args.write:
-        write_results(results, text, args.write)
+        with locked(args.write):
+            write_results(results, text, args.write)
     return 0 if results["passed"] else 1
 
 

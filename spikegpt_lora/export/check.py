@@ -70,11 +70,9 @@ def require_outside(folder: str | Path, bundle: str | Path) -> None:
 
 
 def write_results(results: dict, text: str, folder: str | Path) -> None:
-    """check.json and, as a user reads them, check.txt into `folder`, which is made."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "check.json", results)
-    write_text(folder / "check.txt", text + "\n")
+    """check.json and, as a user reads them, check.txt into `folder`."""
+    write_json(Path(folder) / "check.json", results)
+    write_text(Path(folder) / "check.txt", text + "\n")
 
 
 def _check_files(bundle: Bundle, found: Findings) -> None:
