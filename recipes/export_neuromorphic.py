@@ -17,15 +17,17 @@ not installed are not asked: pip install "spikegpt_lora[export]".
 
 import argparse
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
-from spikegpt_lora import command_line, errors, files, load_task
+from spikegpt_lora import SpikeGPTForSequenceClassification, command_line, errors, files, load_task
 from spikegpt_lora.export import Bundle, check_bundle, export_bundle
 from spikegpt_lora.export.__main__ import summary as checked_summary
 from spikegpt_lora.export.bundle import WEIGHTS, aligned, batch_of, unlike
@@ -114,16 +116,37 @@ def load(folder: Path):
     adapter = folder / "adapter_config.json"
     if not adapter.is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
-    source = errors.read_json(adapter).get("base_model_name_or_path") if adapter.is_file() else folder
-    if source is None:
-        raise ValueError(f"{adapter} must name its base model as base_model_name_or_path: save the adapter again")
+    if not adapter.is_file():
+        model = classifier(folder)
+    else:
+        source = errors.read_json(adapter).get("base_model_name_or_path")
+        if not isinstance(source, str):
+            raise ValueError(f"{adapter} must name its base model as base_model_name_or_path, got {source!r}")
+        model = classifier(source, new_head=True, what=f"the base model that {adapter} names")
+        with readable(f"{folder} holds no adapter for {source}"):
+            model = PeftModel.from_pretrained(model, str(folder))
+    with readable(f"{folder} holds no tokenizer"):
+        return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def classifier(source, new_head: bool = False, what: str = "a classifier"):
+    """A model whose weights all come from its files, but for a new head."""
+    with readable(f"{source} is not {what}"):
+        model, info = SpikeGPTForSequenceClassification.from_pretrained(str(source), output_loading_info=True)
+    missing = set(info["missing_keys"]) - ({"score.weight"} if new_head else set())
+    if missing:
+        raise ValueError(f"{source} is not {what}: it has no {', '.join(sorted(missing)[:3])}")
+    return model
+
+
+@contextmanager
+def readable(otherwise: str):
+    """Whatever transformers and peft raise of a damaged folder, as one sentence that begins with `otherwise`."""
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(f"no model at {source}, the base model that {folder} names: {error}") from error
-    if adapter.is_file():
-        model = PeftModel.from_pretrained(model, folder)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"{otherwise}: {' '.join(lines[:2]) or type(error).__name__}") from error
 
 
 def sentences(args) -> tuple[list[str], list[int]]:

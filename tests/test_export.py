@@ -140,6 +140,19 @@ def test_the_control_island_fails_only_with_a_threshold_that_is_wrong_on_purpose
     assert control["ties"] > 10 and control["wrong"] == 0 and control["wrong_on_purpose"] > 10
 
 
+def test_spikingjelly_fires_at_the_files_threshold_and_the_others_above_it():
+    for package in islands.SIMULATORS.values():
+        pytest.importorskip(package)
+    node = {"name": "one", "tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "from_rest": False}
+    below = np.nextafter(np.float32(1), np.float32(0))  # where a file's threshold lies: the model does not fire there
+    current = np.full((1, 1, 1), 2 * below)
+    fired = {simulator: islands.replay(simulator, islands.island(node, 1), current) for simulator in islands.SIMULATORS}
+    assert {simulator: bool(spikes.all()) for simulator, spikes in fired.items()} == {
+        simulator: simulator in islands.FIRE_AT for simulator in islands.SIMULATORS
+    }
+    assert islands.blind("spikingjelly", node) == 1 - below and islands.blind("Norse", node) is None
+
+
 def test_one_byte_anywhere_is_found(copy):
     files = sorted(path for path in copy.rglob("*") if path.is_file())
     assert len(files) > 20
@@ -395,7 +408,7 @@ def test_tonics_caches_take_the_pairs_of_events_and_label(graded, tmp_path):
             file.create_dataset("target/0", data=label)
         with h5py.File(tmp_path / f"{i}_0.hdf5") as file:
             assert np.array_equal(file["data/0"][()], events) and file["target/0"][()] == label
-        assert data.words(i) == to_tonic(graded)[i][2] and len(data.words(i)) == data.lengths[i]
+        assert data.words_of(i) == to_tonic(graded)[i][2] and len(data.words_of(i)) == data.lengths[i]
     assert len(AddressEventDataset(graded, names)[0][0]) == EventDataset(graded, names)[0][0].sum()
 
 

@@ -7,8 +7,8 @@ import subprocess
 import h5py
 import pytest
 import running
-from test_export import export_bundle, small
 from test_export import batch_of as four_sentences
+from test_export import export_bundle, small
 
 LAVA = "SPIKEGPT_LORA_LAVA"
 pytestmark = pytest.mark.skipif(LAVA not in os.environ, reason=f"{LAVA} names no Python that has Lava")

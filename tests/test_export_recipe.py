@@ -1,10 +1,12 @@
 """recipes/export_neuromorphic.py as a user runs it, on a tiny adapter."""
 
 import json
+import shutil
 
 import pytest
 import running
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig, load_task
 from spikegpt_lora.export import Bundle, check_bundle
@@ -72,6 +74,53 @@ def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path):
     assert done.returncode == 2 and "lines.txt must be UTF-8 text" in done.stderr
     done = running.here(NAME, run / "base", "--text", tmp_path / "none.txt", "--accuracy")
     assert done.returncode == 2 and "--accuracy needs labels" in done.stderr
+
+
+def cut(folder, name):
+    (folder / name).write_bytes((folder / name).read_bytes()[:100])
+
+
+def rename_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"foo.{name}": one for name, one in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit(folder, name, **changes):
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+
+
+DAMAGED = {
+    "weights cut": ("base", lambda f: cut(f, "model.safetensors"), "is not a classifier"),
+    "weights of another model": ("base", rename_weights, "is not a classifier: it has no score.weight"),
+    "a block more than there are weights of": (
+        "base",
+        lambda f: edit(f, "config.json", n_layer=3),
+        "it has no spikegpt.bl",
+    ),
+    "other sizes": ("base", lambda f: edit(f, "config.json", n_embd=8), "is not a classifier"),
+    "config.json cut": ("base", lambda f: cut(f, "config.json"), "is not a classifier"),
+    "no tokenizer": ("base", lambda f: (f / "tokenizer.json").write_text("{}"), "holds no tokenizer"),
+    "an adapter of another rank": ("spikelora", lambda f: edit(f, "adapter_config.json", r=2), "holds no adapter for"),
+    "an adapter of another kind": (
+        "spikelora",
+        lambda f: edit(f, "adapter_config.json", peft_type="FOO"),
+        "holds no ad",
+    ),
+    "no adapter weights": ("spikelora", lambda f: (f / "adapter_model.safetensors").unlink(), "holds no adapter for"),
+    "adapter_config.json cut": ("spikelora", lambda f: cut(f, "adapter_config.json"), "is no whole JSON file"),
+    "no base": ("spikelora", lambda f: edit(f, "adapter_config.json", base_model_name_or_path=7), "must name its base"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_model_is_refused_in_one_line(kind, run, tmp_path):
+    source, damage, words = DAMAGED[kind]
+    folder = shutil.copytree(run / source, tmp_path / "model")
+    damage(folder)
+    done = running.here(NAME, folder, *SUBJ_MINI)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and words in last, done.stderr
+    assert not (folder / "export-float32").exists()
 
 
 def test_a_stopped_export_goes_on_and_another_one_is_refused(run, tmp_path):

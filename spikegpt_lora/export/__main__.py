@@ -70,7 +70,7 @@ def _simulator(name: str, result: dict | str) -> str:
         if result["left_out"]
         else ""
     )
-    rounded = f" ({neurons['rounding']} at a threshold of the file)" if neurons["rounding"] else ""
+    rounded = f" ({neurons['rounding']} rounded: it fires at the file's threshold)" if neurons["rounding"] else ""
     return (
         f"{name} {result['version']}: {neurons['wrong']} wrong{rounded} of {neurons['steps']:,} neuron steps in "
         f"{neurons['islands']} islands\n"

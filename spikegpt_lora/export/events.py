@@ -57,7 +57,7 @@ class EventDataset(Dataset):
         with np.load(Path(bundle) / "events.npz") as file:
             self.events, names, sizes = file["events"], file["populations"].tolist(), file["sizes"].tolist()
         with np.load(Path(bundle) / "sentences.npz") as file:
-            self.lengths, self.labels, self._words = file["lengths"], file["labels"], file["words"]
+            self.lengths, self.labels, self.words = file["lengths"], file["labels"], file["words"]
         wanted = names if populations is None else list(populations)
         if unknown := set(wanted) - set(names):
             raise ValueError(f"no population {sorted(unknown)[0]!r} in {bundle}; there are {', '.join(names)}")
@@ -81,9 +81,9 @@ class EventDataset(Dataset):
         spikes[torch.from_numpy(events["t"].astype(np.int64)), torch.from_numpy(units)] = 1
         return spikes, self.labels[i].item()
 
-    def words(self, i: int) -> list[str]:
+    def words_of(self, i: int) -> list[str]:
         """The word of each token of sentence i."""
-        return self._words[i, : self.lengths[i]].tolist()
+        return self.words[i, : self.lengths[i]].tolist()
 
     def _of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= i < len(self):
@@ -94,7 +94,7 @@ class EventDataset(Dataset):
 
 class AddressEventDataset(EventDataset):
     """The same sentences as (events, label), the events as tonic and the Spiking Heidelberg Digits have them: what
-    tonic's transforms, `DiskCachedDataset` and `MemoryCachedDataset` take. The words are those of `words(i)`.
+    tonic's transforms, `DiskCachedDataset` and `MemoryCachedDataset` take. The words are those of `words_of(i)`.
 
     events: structured array of t (microseconds, 100 a token), x (neuron, as `EventDataset` numbers them), p (1), in the
     order of t.
@@ -110,4 +110,4 @@ class AddressEventDataset(EventDataset):
 def to_tonic(bundle: str | Path, populations: list[str] | None = None) -> list[tuple[np.ndarray, int, list[str]]]:
     """Of each sentence (events, label, words) at once: the items of `AddressEventDataset`, and its words."""
     data = AddressEventDataset(bundle, populations)
-    return [(*data[i], data.words(i)) for i in range(len(data))]
+    return [(*data[i], data.words_of(i)) for i in range(len(data))]

@@ -110,6 +110,8 @@ class Bundle:
         require_plain_hdf5(path)
         with reading(path):
             data = nir.read_data(str(path))
+            dts = {grid.dt for node in data.nodes.values() for grid in node.observables.values()}
+            require(path, dts == {1.0}, "must have a step of 1, a token, in all of its observables")
             found = {name: {k: grid.data for k, grid in node.observables.items()} for name, node in data.nodes.items()}
             wanted = {node["name"]: ("spikes", "current") for node in self.neurons} | {EMBEDDING: ("spikes",)}
             require(path, found.keys() == wanted.keys(), "has other populations than the graph has neurons")
