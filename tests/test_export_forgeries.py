@@ -15,6 +15,7 @@ from test_export import batch_of, edit, export_bundle, put, reseal, rewrite, sma
 from spikegpt_lora.export import islands
 from spikegpt_lora.export.__main__ import main
 from spikegpt_lora.export.check import NOT_PROVEN
+from spikegpt_lora.export.stored import own_hash
 
 LIF = "/nodes/blocks.0.lif1/observables"
 NESTED = "[" * 100_000 + "]" * 100_000
@@ -351,6 +352,7 @@ WRONG = {
     ),
     "costs of text": (cost("as_executed", "tokens", value="many"), "cost.json: as_executed.tokens is 'many'"),
     "costs that do not exist": (cost("more", value=1), "cost.json: more is unknown"),
+    "a file of 16 TiB": (lambda f: os.truncate(f / "cost.json", (1 << 44) - 4096), "bytes, at most", False),
     "B58 a program": (extra("evil.py"), "evil.py is no file of a bundle"),
     "a program among the islands": (extra("islands/evil.py"), "islands/evil.py is no file of a bundle"),
     "a folder": (extra("more/graph.json"), "more is no file: a bundle holds files alone"),
@@ -380,8 +382,6 @@ def test_what_is_wrong_is_named_and_the_exit_status_is_1(kind, copy, monkeypatch
     if not hashes_remade:
         reseal(copy)
     elif kind != "B10 no hash of the manifest":
-        from spikegpt_lora.export.stored import own_hash
-
         (copy / "manifest.json.sha256").write_text(own_hash(copy))
     status, said = checked(copy, monkeypatch, capsys)
     lines = [line for line in said.splitlines() if line.startswith("WRONG")]

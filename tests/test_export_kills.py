@@ -1,8 +1,9 @@
-"""Export and check, killed at moments that are the same each time: the same command then ends with the same files."""
+"""Export and check, killed and stopped at the same moments each time: given again, they end with the same files."""
 
 import hashlib
 import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -12,10 +13,11 @@ from test_export import everything
 from test_export_recipe import NAME, SUBJ_MINI, run  # noqa: F401 - a fixture
 
 from spikegpt_lora.export.__main__ import main
+from spikegpt_lora.files import UNFINISHED
 
 MOMENTS = 12
 EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "shutil.rmtree"}
-KILLED = 99
+STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}  # of a process that got one
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +29,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def forked(call, folder, moment=0):
-    """`call()` in a process that dies right before its file event number `moment` below `folder`; 0 is never.
+def forked(call, folder, moment=0, by=signal.SIGKILL):
+    """`call()` in a process that gets a signal right before its file event number `moment` below `folder`; 0 is never.
 
     Returns:
         its exit status and the number of such events.
@@ -42,7 +44,7 @@ def forked(call, folder, moment=0):
             if event in EVENTS and any(str(folder) in str(one) for one in given[:2]):
                 count += 1
                 if count == moment:
-                    os._exit(KILLED)
+                    os.kill(os.getpid(), by)
 
         try:
             sys.addaudithook(watch)
@@ -63,7 +65,8 @@ def hashes(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_export_goes_on_to_the_same_files(run, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("by", STATUS)
+def test_a_stopped_export_goes_on_to_the_same_files(by, run, tmp_path):  # noqa: F811
     def export(folder):
         options = ["--sentences", "6", "--event-driven", "--accuracy", "--output-dir", folder]
         return running.here(NAME, run / "spikelora", *SUBJ_MINI, *options).returncode
@@ -74,14 +77,16 @@ def test_a_killed_export_goes_on_to_the_same_files(run, tmp_path):  # noqa: F811
     assert status == 0 and events > 5 * MOMENTS and len(wanted) > 30
     for number in range(1, MOMENTS + 1):
         moment = number * events // MOMENTS
-        assert forked(lambda: export(out), out, moment)[0] == KILLED
+        assert forked(lambda: export(out), out, moment, by)[0] == STATUS[by], moment
+        assert by is signal.SIGKILL or not list(out.rglob(f"{UNFINISHED}*")), moment
         assert forked(lambda: export(out), out)[0] == 0, moment
         assert hashes(out) == wanted, moment
         shutil.rmtree(out)
 
 
 @pytest.mark.slow
-def test_a_killed_check_leaves_a_right_bundle_right(run, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("by", STATUS)
+def test_a_stopped_check_leaves_a_right_bundle_right(by, run, tmp_path, monkeypatch):  # noqa: F811
     bundle, results = tmp_path / "out" / "bundle", tmp_path / "results"
     assert running.here(NAME, run / "base", *SUBJ_MINI, "--output-dir", tmp_path / "out").returncode == 0
     monkeypatch.setattr(sys, "argv", ["export", "check", str(bundle), "--write", str(results)])
@@ -91,7 +96,7 @@ def test_a_killed_check_leaves_a_right_bundle_right(run, tmp_path, monkeypatch):
     assert status == 0 and events > 2 * MOMENTS
     for number in range(1, MOMENTS + 1):
         shutil.rmtree(results)
-        assert forked(main, tmp_path, number * events // MOMENTS)[0] == KILLED
+        assert forked(main, tmp_path, number * events // MOMENTS, by)[0] == STATUS[by]
         assert everything(bundle) == before
         assert forked(main, tmp_path)[0] == 0
         assert everything(bundle) == before and hashes(results) == wanted

@@ -30,6 +30,7 @@ NOT_PROVEN = (
     "That means: its files are whole and agree with one another. It says nothing about which model they are of, nor "
     "about labels, texts and class names as such: for those compare manifest.json.sha256 with the author's."
 )
+LARGEST = 1 << 34  # bytes of a file: a sparse one is read for hours
 SINCE = ("classes", "labelled", "right")  # statements that manifests of the first version do not make
 
 
@@ -92,6 +93,8 @@ def _check_files(bundle: Bundle, found: Findings) -> None:
             found.add(f"{name} is not in the manifest")
         elif name not in there:
             found.add(f"{name} is missing")
+        elif (size := (folder / name).stat().st_size) > LARGEST:
+            found.add(f"{name} has {size:,} bytes, at most {LARGEST:,} are read")
         elif sha256(folder / name) != hashes[name]:
             found.add(f"{name} was altered: its sha256 is not the manifest's")
     for name in set(PARTS) - hashes.keys() - there:
