@@ -208,7 +208,7 @@ WRONG = {
     "events empty": (cut("events.npz", 0), "events.npz cannot be read"),
     "B14 NaN weights": (
         npz("weights.npz", **{"blocks.0.att.key": lambda x: put(x, (0, 0), np.nan)}),
-        "weights.npz: blocks.0.att.key holds values that are not finite",
+        "weights.npz holds values that are not finite in blocks.0.att.key",
     ),
     "B15 a bomb": (bomb, "weights.npz would take up 314,572,928 bytes in memory"),
     "B15 a shape of 40 GB": (member("more", np.zeros(3), header=(10**10,)), "says that more has 40,000,000,000 bytes"),
@@ -217,9 +217,12 @@ WRONG = {
     "an array twice": (member("score", np.zeros(3)), "weights.npz holds score twice"),
     "another compression": (member("more", np.zeros(3), compression=zipfile.ZIP_LZMA), "compression that numpy does"),
     "a weight that nothing reads": (member("more", np.zeros(3, "f4")), "no node reads more"),
-    "a scale of nothing": (member("more/scale", np.float32(1)), "more/scale is the scale of nothing"),
-    "a scale of 3": (member("score/scale", np.float32(3)), "score must be int8 times a float32 power of two"),
-    "weights of float64": (npz("weights.npz", score=np.float64), "score must be float32, got float64"),
+    "a scale of nothing": (member("more/scale", np.float32(1)), "weights.npz holds more/scale, the scale of nothing"),
+    "a scale of 3": (
+        member("score/scale", np.float32(3)),
+        "weights.npz must hold score as int8 times a float32 power of two",
+    ),
+    "weights of float64": (npz("weights.npz", score=np.float64), "weights.npz must hold score as float32, got float64"),
     "B17 ids beyond the vocabulary": (
         npz("sentences.npz", ids=lambda x: put(x, (0, 0), 1 << 40)),
         "sentences.npz must have ids of 0 to 36",
@@ -238,7 +241,10 @@ WRONG = {
     "B23 an island cut": (cut("islands/blocks.0.lif1.nir"), "blocks.0.lif1.nir cannot be read"),
     "B25 a graph 100,000 deep": (text("graph.json", NESTED), "graph.json is no whole JSON file (nested too deeply)"),
     "a graph that is none": (text("graph.json", "{}"), "graph.json must be 'spikegpt_lora/graph/1'"),
-    "B26 an unknown operation": (node("sigmoid", op="relu"), "unknown operation 'relu' in node blocks.0.att.sigmoid"),
+    "B26 an unknown operation": (
+        node("sigmoid", op="relu"),
+        "graph.json: unknown operation 'relu', in node blocks.0.att.sigmoid",
+    ),
     **{
         f"B27-33 operation {op!r}": (node("sigmoid", op=op), f"unknown operation {op!r}")
         for op in ("run", "step", "__init__", "__class__", "__setattr__", "classify", ["lif"])
@@ -252,7 +258,7 @@ WRONG = {
     "B37 a weight of another shape": (npz("weights.npz", score=lambda x: x[:, :-1]), "weight must be (2, 12)"),
     "B38 class names swapped": (swapped, "manifest.json: classes is not what the files say"),
     "B39 no nodes": (graph(lambda nodes: nodes.clear()), "nodes must be a list"),
-    "no pool": (graph(lambda nodes: nodes.pop()), "graph.json cannot be read"),
+    "no pool": (graph(lambda nodes: nodes.pop()), "graph.json: the last node alone must be a pool"),
     "B41 a node twice": (graph(lambda nodes: nodes.append(nodes[5])), "must have a name of its own"),
     "a node that is a list": (graph(lambda nodes: nodes.append([])), "must be an object"),
     "sums of sums": (graph(twice_as_many_sums), "interpreter: another current than recorded: population blocks.0.lif1"),

@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import DamagedFile
 from ..trace import EMBEDDING
 from . import islands
+from .untrusted import require
 
 MOST = 20_000  # operations
 EQUAL = ("mix", "wkv", "multiply", "add")  # operations of two inputs of one size
@@ -35,9 +36,10 @@ def sizes_of(graph: Mapping, weights: Mapping[str, np.ndarray]) -> dict[str, int
         try:
             sizes[name] = _Node(node, sizes, weights, used).size(len(labels))
         except DamagedFile as error:
-            raise DamagedFile(f"{error} in node {name}") from error
-    _require([n["name"] for n in nodes if n["op"] == "embed_spike"] == [EMBEDDING], f"one {EMBEDDING} must embed")
-    _require([n["op"] for n in nodes].index("pool") == len(nodes) - 1, "one pool must be the last node")
+            raise DamagedFile(f"{error}, in node {name}") from error
+    embed, pool = ([n["name"] for n in nodes if n["op"] == op] for op in ("embed_spike", "pool"))
+    _require(embed == [EMBEDDING], f"{EMBEDDING} alone must be an embed_spike, got {embed}")
+    _require(pool == [nodes[-1]["name"]], f"the last node alone must be a pool, got {pool}")
     _require(used == set(weights), f"no node reads {', '.join(sorted(set(weights) - used)[:3])} of weights.npz")
     return sizes
 
@@ -96,7 +98,7 @@ class _Node:
             _require(isinstance(node.get("from_rest"), bool), "from_rest must be true or false")
             _require(node.get("v_reset") is None or _number(node["v_reset"]), "v_reset must be a number")
             for reason in islands.refusals(node):
-                raise DamagedFile(reason)
+                raise DamagedFile(f"graph.json: {reason}")
 
 
 def read_weights(path: Path, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -108,15 +110,15 @@ def read_weights(path: Path, stored: Mapping[str, np.ndarray]) -> dict[str, np.n
     weights = {}
     for name, array in stored.items():
         if name.endswith("/scale"):
-            _require(name.removesuffix("/scale") in stored, f"{path.name}: {name} is the scale of nothing")
+            require(path, name.removesuffix("/scale") in stored, f"holds {name}, the scale of nothing")
             continue
         scale = stored.get(f"{name}/scale")
         if scale is not None:
             fits = scale.dtype == np.float32 and scale.shape == () and math.frexp(float(scale))[0] == 0.5
-            _require(fits and array.dtype == np.int8, f"{path.name}: {name} must be int8 times a float32 power of two")
+            require(path, fits and array.dtype == np.int8, f"must hold {name} as int8 times a float32 power of two")
             array = array.astype(np.float32) * scale
-        _require(array.dtype == np.float32, f"{path.name}: {name} must be float32, got {array.dtype}")
-        _require(np.isfinite(array).all(), f"{path.name}: {name} holds values that are not finite")
+        require(path, array.dtype == np.float32, f"must hold {name} as float32, got {array.dtype}")
+        require(path, np.isfinite(array).all(), f"holds values that are not finite in {name}")
         weights[name] = array
     return weights
 
@@ -131,4 +133,4 @@ def _texts(value) -> bool:
 
 def _require(holds: bool, reason: str) -> None:
     if not holds:
-        raise DamagedFile(reason)
+        raise DamagedFile(f"graph.json: {reason}")

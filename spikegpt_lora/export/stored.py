@@ -61,9 +61,9 @@ class Bundle:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """How many values each node of the graph gives for a token; it is known to fit the weights."""
-        path = self.folder / "graph.json"
+        stored, weights, path = self.stored_graph, self.weights, self.folder / "graph.json"
         with reading(path):
-            return sizes_of(self.stored_graph, self.weights)
+            return sizes_of(stored, weights)
 
     @property
     def nodes(self) -> list[dict]:
