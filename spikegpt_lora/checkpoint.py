@@ -6,7 +6,6 @@ classifier = SpikeGPTForSequenceClassification.from_language_model(lm, num_label
 """
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +13,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants, list_repo_files
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .config import SpikeGPTConfig
 from .files import whole_file
 from .hub import fetch, require_reachable
 from .model import SpikeGPTForCausalLM
+from .saved import load_model, load_tokenizer, read_torch_file, require_same_tokens
 
 EMBEDDED = Path(__file__).parent / "assets" / "spikegpt-reviews"
 
@@ -54,13 +54,8 @@ def load_language_model(source: str) -> tuple[SpikeGPTForCausalLM, PreTrainedTok
         ValueError: nothing to be read there, or another kind of model.
     """
     source = str(EMBEDDED) if source == "embedded" else source
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = SpikeGPTForCausalLM.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no language model at {source!r}: {error}") from error
-    if info["missing_keys"]:
-        raise ValueError(f"{source} is no language model: it has no {', '.join(sorted(info['missing_keys']))}")
+    model, tokenizer = load_model(SpikeGPTForCausalLM, source), load_tokenizer(source)
+    require_same_tokens(tokenizer, model.config, source)
     return model.eval(), tokenizer
 
 
@@ -75,7 +70,7 @@ def load_upstream_checkpoint(source: str | os.PathLike | Mapping[str, Tensor]) -
         ValueError: not a readable checkpoint, or not SpikeGPT's tensors; every missing, unexpected, misshapen or
             non-finite one is named. Nothing in the file is ever executed (`torch.load(weights_only=True)`).
     """
-    tensors = source if isinstance(source, Mapping) else _read(_find(source))
+    tensors = source if isinstance(source, Mapping) else read_torch_file(_find(source))
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     tensors = _flat_tensors(tensors, name)
     config = _config_from_sizes(tensors, name)
@@ -141,25 +136,6 @@ def _from_hub(repo_id: str) -> Path:
             raise ValueError(f"{repo_id} holds {len(found)} .pth files {found}; download one and pass its path")
         filename = found[0]
     return fetch([filename], repo_id)[0]
-
-
-def _read(path: Path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} was refused: it holds something else than tensors, or is damaged, and nothing in it was executed. "
-            f"A SpikeGPT checkpoint is torch.save(model.state_dict(), ...). Reader's words: {_first_line(error)}"
-        ) from error
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole PyTorch file, perhaps a broken download: fetch it "
-            f"again. Reader's words: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _flat_tensors(tensors, name: str) -> dict[str, Tensor]:

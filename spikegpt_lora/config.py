@@ -1,10 +1,13 @@
 """SpikeGPTConfig: the sizes and the neuron of a SpikeGPT. Defaults are the published 216M model's."""
 
+import math
+
 from transformers import GenerationConfig, PretrainedConfig
 
 from .rules import broken
 
 POOLINGS = ("last", "mean", "last_mean")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What transformers itself passes to a config beside its fields (saved by older versions, or set by `from_pretrained`).
 _KNOWN_TO_TRANSFORMERS = {
@@ -38,7 +41,7 @@ class SpikeGPTConfig(PretrainedConfig):
         use_cache: return the state by default when not training (language model only).
 
     Raises:
-        ValueError: an unknown key or a value out of range; one message lists every problem.
+        ValueError: an unknown key, a value of another type or out of range; one message lists every problem.
     """
 
     model_type = "spikegpt"
@@ -86,11 +89,15 @@ class SpikeGPTConfig(PretrainedConfig):
     def _bad_values(self) -> list[str]:
         sizes = ("vocab_size", "n_embd", "n_layer", "n_ffn", "context_length")
         numbers = ("dropout", "layer_norm_eps", "lif_tau", "lif_v_threshold", "lif_surrogate_alpha")
+        switches = ("lif_decay_input", "lif_detach_reset", "use_cache", "tie_word_embeddings")
         rules = [(key, "an integer", type(getattr(self, key)) is int) for key in sizes]
-        rules += [(key, "a number", isinstance(getattr(self, key), (int, float))) for key in numbers]
+        rules += [(key, "a finite number", _is_finite(getattr(self, key))) for key in numbers]
+        rules += [(key, "True or False", type(getattr(self, key)) is bool) for key in switches]
+        rules += [("lif_v_reset", "a finite number or None", self.lif_v_reset is None or _is_finite(self.lif_v_reset))]
         if wrong := broken(self, rules):
             return wrong
         rules = [(key, ">= 1", getattr(self, key) >= 1) for key in sizes]
+        rules += [(key, f"a token's id below {self.vocab_size}", self._is_token(key)) for key in TOKENS]
         rules += [
             ("dropout", "in [0, 1)", 0 <= self.dropout < 1),
             ("layer_norm_eps", "> 0", self.layer_norm_eps > 0),
@@ -100,3 +107,12 @@ class SpikeGPTConfig(PretrainedConfig):
             ("pooling", f"one of {', '.join(POOLINGS)}", self.pooling in POOLINGS),
         ]
         return broken(self, rules)
+
+    def _is_token(self, key: str) -> bool:
+        ids = getattr(self, key)
+        ids = ids if isinstance(ids, list) and key == "eos_token_id" else [ids]
+        return all(i is None or type(i) is int and 0 <= i < self.vocab_size for i in ids)
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)

@@ -186,6 +186,19 @@ class SpikeGPTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]
     _is_stateful = True  # generation cannot take tokens back
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: a parameter is not finite (spikes would hide it); those of quantised matrices are not looked at.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        wide = {name: p for name, p in model.named_parameters() if p.dtype.itemsize > 1}
+        require_finite(wide, f"the weights of {model.config.name_or_path or cls.__name__}")
+        return loaded
+
     @property
     def is_gradient_checkpointing(self) -> bool:
         """What peft asks of every model; transformers' own warns, from 5.24 on, that its name is old."""

@@ -17,7 +17,7 @@ def test_values_out_of_range_are_named_in_one_message():
 
 
 def test_values_of_another_type_are_named():
-    with pytest.raises(ValueError, match="n_embd must be an integer, got 8.0.*dropout must be a number, got '0.1'"):
+    with pytest.raises(ValueError, match="n_embd must be an integer, got 8.0.*dropout must be a finite num.*got '0.1'"):
         SpikeGPTConfig(n_embd=8.0, dropout="0.1")
 
 
