@@ -63,11 +63,18 @@ def test_the_printed_table_is_the_file_and_has_every_row(finished):
     assert "seeds 0, 1" in table and "paired difference" in table
 
 
-def test_progress_is_one_bar_a_run_with_the_remaining_time(finished):
-    _, done = finished
-    assert "1/8 full seed 0" in done.stderr and "8/8 head seed 1" in done.stderr
-    assert "<00:0" in done.stderr  # tqdm's [elapsed<remaining]
-    assert "Warning" not in done.stderr and "{'" not in done.stdout + done.stderr
+def test_progress_is_one_bar_a_run_with_the_remaining_time(tmp_path):
+    arguments = ["--task", "subj-mini", "--methods", "head", "full", "--max-train-samples", "32"]
+    done = running.in_a_terminal(NAME, *options(tmp_path, *arguments))
+    assert done.returncode == 0 and "1/2 head seed 0" in done.stdout and "2/2 full seed 0" in done.stdout
+    assert "<00:0" in done.stdout  # tqdm's [elapsed<remaining]
+    assert "Warning" not in done.stdout and "{'" not in done.stdout
+
+
+def test_a_file_gets_a_line_when_a_run_begins_and_one_when_it_ends(finished):
+    lines = finished[1].stderr.splitlines()
+    assert len(lines) == 16 and lines[0] == "1/8 full seed 0: begins at step 0 of 8"
+    assert lines[15].startswith("8/8 head seed 1: 8 steps, val. accuracy 0.")
 
 
 def test_results_follow_the_documented_schema(finished):
@@ -234,7 +241,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in printed and "Traceback" not in errors
+    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
     assert [run["method"] for run in results_in(stopped)["runs"]] == ["head"]
     assert "(incomplete" in (stopped / "results.md").read_text(encoding="utf-8")
     assert recipe(stopped, *arguments).returncode == recipe(whole, *arguments).returncode == 0

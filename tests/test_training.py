@@ -10,15 +10,8 @@ from datasets import Dataset, DatasetDict
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, load_task
 from spikegpt_lora.settings import METHODS, FinetuneOptions
 from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.training import (
-    PaddingAsText,
-    SeededLengthSampler,
-    SeededSampler,
-    adapt,
-    adapters_off,
-    finetune,
-    tokenize,
-)
+from spikegpt_lora.trainer import PaddingAsText, SeededLengthSampler, SeededSampler
+from spikegpt_lora.training import adapt, adapters_off, finetune, tokenize
 
 OPTIONS = FinetuneOptions(learning_rate=1e-2, epochs=3, batch_size=16, rank=4)
 
