@@ -1,11 +1,14 @@
 """Recipes as a user runs them: in a process of their own, or, which takes far less time, in this one."""
 
 import contextlib
+import fcntl
 import importlib.util
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from io import StringIO
@@ -31,6 +34,7 @@ def in_a_process(name, *arguments):
 def in_a_terminal(name, *arguments):
     """What a process prints to the terminal that it is started from."""
     terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     command = [sys.executable, str(RECIPES / name), *map(str, arguments)]
     process = subprocess.Popen(command, stdout=end, stderr=end, env=environment())
     os.close(end)
