@@ -42,7 +42,7 @@ class DamagedFile(ValueError):
 def sentence(error: BaseException) -> str | None:
     """What a user should read of `error`; None for one that nobody foresaw."""
     text = str(error).strip()
-    if isinstance(error, SafetensorError | RuntimeError) and _NO_ROOM.search(text):
+    if (isinstance(error, SafetensorError | RuntimeError) or type(error) is Exception) and _NO_ROOM.search(text):
         return f"a file could not be written ({_first_line(text)}): {_OF_SYSTEM[errno.ENOSPC]}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(text):
         return f"the memory does not suffice ({_first_line(text) or 'MemoryError'}): take smaller sizes or batches"
@@ -68,7 +68,7 @@ def writing(path: str | Path) -> Iterator[None]:
     """Within it, what says in its writer's own words that there is no room becomes an OSError that names `path`."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # tokenizers has no kind of its own
         number = error.errno if isinstance(error, OSError) else _NO_ROOM.search(str(error)) and errno.ENOSPC
         if number not in (errno.ENOSPC, errno.EDQUOT) or getattr(error, "filename", None):
             raise

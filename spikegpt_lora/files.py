@@ -27,7 +27,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             yield Path(temporary)
         _move(Path(temporary), path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # a signal may come when it is moved already
+            os.unlink(temporary)
         raise
 
 
