@@ -38,6 +38,7 @@ class Child:
 
     def __init__(self, out, at=None, what=None):
         self.out, self.log, self.at, self.what, self.events = str(out), out.with_suffix(".log"), at, what, 0
+        self.log.unlink(missing_ok=True)
         self.pid = os.fork()
         if not self.pid:
             self._run()
@@ -49,7 +50,7 @@ class Child:
         sys.argv = ["subj_finetune.py", *COMMAND, "--output-dir", self.out]
         sys.addaudithook(self._look)
         recipe = running.module("subj_finetune.py")
-        code = command_line.run(recipe.main, recipe.STOPPED)
+        code = command_line.run(lambda: print("begun", flush=True) or recipe.main(), recipe.STOPPED)
         sys.stdout.flush(), sys.stderr.flush()
         os.write(1, f"{self.events} events\n".encode())
         os._exit(code)
@@ -69,6 +70,10 @@ class Child:
     def status(self):
         """Its exit status, or minus the signal that ended it."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def wait_until_begun(self):
+        while not self.log.is_file() or "begun" not in self.said():
+            time.sleep(0.01)
 
     def said(self):
         return self.log.read_text(errors="replace")
@@ -142,7 +147,8 @@ def test_stopped_at_any_moment_it_says_so_and_ends_with_the_same_figures(unbroke
     draw, ended, waited = random.Random(chain), [], []
     for _ in range(5):
         child = Child(tmp_path / "out")
-        time.sleep(draw.uniform(0.3, max(0.6, unbroken[2] / 2)))
+        child.wait_until_begun()
+        time.sleep(draw.uniform(0, unbroken[2] / 2))
         began = time.perf_counter()
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, sent)
