@@ -144,11 +144,11 @@ def test_killed_at_a_file_event_inside_a_save_or_at_any_time_it_ends_with_the_sa
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 @pytest.mark.parametrize("chain", range(3))
 def test_stopped_at_any_moment_it_says_so_and_ends_with_the_same_figures(unbroken, tmp_path, chain, sent):
-    draw, ended, waited = random.Random(chain), [], []
-    for _ in range(5):
-        child = Child(tmp_path / "out")
+    draw, out, ended, waited = random.Random(chain), tmp_path / "0", [], []
+    while len(ended) - ended.count(0) < 5:
+        child = Child(out)
         child.wait_until_begun()
-        time.sleep(draw.uniform(0, unbroken[2] / 2))
+        time.sleep(draw.uniform(0, unbroken[2] / 4))
         began = time.perf_counter()
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, sent)
@@ -157,9 +157,11 @@ def test_stopped_at_any_moment_it_says_so_and_ends_with_the_same_figures(unbroke
         assert ended[-1] in (0, 130 if sent == signal.SIGINT else 143), child.said()
         assert "Traceback" not in child.said()
         assert ended[-1] == 0 or "the same command goes on from here" in child.said()
+        if ended[-1] == 0:  # it was done before; the rest of the stops are another run's
+            finish(out, unbroken)
+            out = tmp_path / str(len(ended))
     print(f"chain {chain}, {sent.name}: ended with {ended} after {max(waited):.1f} s at most")
-    assert sum(status != 0 for status in ended) >= 4
-    finish(tmp_path / "out", unbroken)
+    finish(out, unbroken)
 
 
 def test_a_second_signal_stops_at_once_and_the_run_goes_on(unbroken, tmp_path):
