@@ -35,7 +35,7 @@ from spikegpt_lora.adapters import SparsityCallback, observe_adapters
 from spikegpt_lora.errors import read_json
 from spikegpt_lora.files import locked, write_json, write_text
 from spikegpt_lora.report import table
-from spikegpt_lora.saved import load_tokenizer
+from spikegpt_lora.tokenizer import load_tokenizer
 from spikegpt_lora.training import require_trained
 
 GATES = {

@@ -19,7 +19,8 @@ from .config import SpikeGPTConfig
 from .files import whole_file
 from .hub import fetch, require_reachable
 from .model import SpikeGPTForCausalLM
-from .saved import load_model, load_tokenizer, read_torch_file, require_same_tokens
+from .saved import load_model, read_torch_file, require_same_tokens
+from .tokenizer import load_tokenizer
 
 EMBEDDED = Path(__file__).parent / "assets" / "spikegpt-reviews"
 

@@ -1,10 +1,10 @@
 """SpikeGPTConfig: the sizes and the neuron of a SpikeGPT. Defaults are the published 216M model's."""
 
-import math
+import inspect
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from .rules import broken
+from .rules import broken, kinds
 
 POOLINGS = ("last", "mean", "last_mean")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -88,13 +88,7 @@ class SpikeGPTConfig(PretrainedConfig):
 
     def _bad_values(self) -> list[str]:
         sizes = ("vocab_size", "n_embd", "n_layer", "n_ffn", "context_length")
-        numbers = ("dropout", "layer_norm_eps", "lif_tau", "lif_v_threshold", "lif_surrogate_alpha")
-        switches = ("lif_decay_input", "lif_detach_reset", "use_cache", "tie_word_embeddings")
-        rules = [(key, "an integer", type(getattr(self, key)) is int) for key in sizes]
-        rules += [(key, "a finite number", _is_finite(getattr(self, key))) for key in numbers]
-        rules += [(key, "True or False", type(getattr(self, key)) is bool) for key in switches]
-        rules += [("lif_v_reset", "a finite number or None", self.lif_v_reset is None or _is_finite(self.lif_v_reset))]
-        if wrong := broken(self, rules):
+        if wrong := broken(self, kinds(self, inspect.get_annotations(SpikeGPTConfig))):
             return wrong
         rules = [(key, ">= 1", getattr(self, key) >= 1) for key in sizes]
         rules += [(key, f"a token's id below {self.vocab_size}", self._is_token(key)) for key in TOKENS]
@@ -110,9 +104,4 @@ class SpikeGPTConfig(PretrainedConfig):
 
     def _is_token(self, key: str) -> bool:
         ids = getattr(self, key)
-        ids = ids if isinstance(ids, list) and key == "eos_token_id" else [ids]
-        return all(i is None or type(i) is int and 0 <= i < self.vocab_size for i in ids)
-
-
-def _is_finite(value) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+        return all(i is None or 0 <= i < self.vocab_size for i in (ids if isinstance(ids, list) else [ids]))

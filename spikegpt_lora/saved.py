@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .config import SpikeGPTConfig
 from .errors import DamagedFile, read_json
 from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTPreTrainedModel
+from .tokenizer import load_tokenizer
 
 HEADS = {"head.weight", "score.weight"}  # of a language model, of a classifier
 KINDS = {SpikeGPTForCausalLM: "language model", SpikeGPTForSequenceClassification: "SpikeGPT classifier"}
@@ -71,19 +72,6 @@ def read_config(folder: str | os.PathLike) -> SpikeGPTConfig:
         return SpikeGPTConfig.from_dict(content)
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise DamagedFile(f"{file}: {_first_line(error)}") from error
-
-
-def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a hub id.
-
-    Raises:
-        ValueError: there is none, or a damaged one.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        found = _first_line(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"no tokenizer at {str(source)!r}, or a damaged one ({found})") from error
 
 
 def require_same_tokens(tokenizer: PreTrainedTokenizerBase, config: SpikeGPTConfig, source: str | os.PathLike) -> None:

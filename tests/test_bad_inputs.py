@@ -144,10 +144,10 @@ def test_a_folder_in_which_another_run_works_is_named(saved, tmp_path, name):
 MODELS = [
     ("M01", cut("config.json", 40), "model/config.json is no whole JSON file"),
     ("M02", content("config.json", "[]"), "model/config.json must hold a JSON object, got a list"),
-    ("M03", said(n_embd="8"), "model/config.json: .*n_embd must be an integer, got '8'"),
-    ("M04", said(n_layer=2.0), "n_layer must be an integer, got 2.0"),
+    ("M03", said(n_embd="8"), "model/config.json: .*n_embd must be a whole number, got '8'"),
+    ("M04", said(n_layer=2.0), "n_layer must be a whole number, got 2.0"),
     ("M05", said(n_heads=2), "unknown key 'n_heads'"),
-    ("M06", said(lif_v_reset="abc"), "lif_v_reset must be a finite number or None, got 'abc'"),
+    ("M06", said(lif_v_reset="abc"), "lif_v_reset must be a finite number, or None, got 'abc'"),
     ("M07", said(lif_decay_input="no"), "lif_decay_input must be True or False, got 'no'"),
     ("M08", said(pad_token_id=-5), "pad_token_id must be a token's id below 300, got -5"),
     ("M09", said(model_type="gpt2"), "config.json must say model_type 'spikegpt', says 'gpt2'"),
