@@ -157,7 +157,7 @@ MODELS = [
     ("M13", said(vocab_size=10**12), "config.json says vocab_size 1000000000000 for 300 of the weights"),
     ("M14", said(n_layer=10**7), "config.json says n_layer 10000000 for 2 of the weights"),
     ("M15", said(vocab_size=100), "config.json says vocab_size 100 for 300 of the weights"),
-    ("M18", gone("model.safetensors"), "model holds no model.safetensors"),
+    ("M18", gone("model.safetensors"), "at '.*model'.* no file named model.safetensors"),
     ("M19", cut("model.safetensors", 9000), "model/model.safetensors is damaged or cut short"),
     ("M20", content("model.safetensors", ""), "model/model.safetensors is damaged or cut short"),
     ("M21", header(b"{}", 2**63), "model/model.safetensors is damaged or cut short"),
@@ -221,7 +221,12 @@ FOLDERS = [
     ("S71c", gone("options.json"), ["--max-length", "64"], "max_length was 128, is 64"),
     ("S72", cut("head/seed0/run.json", 17), [], "head/seed0/run.json is no whole JSON file"),
     ("S73", content("head/seed0/run.json", "{}"), [], "head/seed0/run.json must hold method, .* has no method, seed"),
-    ("S75", gone("base/seed0/model.safetensors"), ["--methods", "full"], "base/seed0 holds no model.safetensors"),
+    (
+        "S75",
+        gone("base/seed0/model.safetensors"),
+        ["--methods", "full"],
+        "base/seed0'.* no file named model.safetensors",
+    ),
     (
         "S76",
         cut("base/seed0/model.safetensors", 3000),

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from spikegpt_lora import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTModel
-from spikegpt_lora.saved import load_model, read_config
+from spikegpt_lora.checkpoint import load_model
+from spikegpt_lora.saved import read_config
 
 
 @pytest.fixture
