@@ -45,9 +45,12 @@ def read_config(folder: str | os.PathLike) -> SpikeGPTConfig:
     if (kind := content.get("model_type")) != SpikeGPTConfig.model_type:
         raise DamagedFile(f"{file} must say model_type {SpikeGPTConfig.model_type!r}, says {kind!r}: give a SpikeGPT")
     try:
-        return SpikeGPTConfig.from_dict(content)
+        config = SpikeGPTConfig.from_dict(content)
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise DamagedFile(f"{file}: {first_line(error)}") from error
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise DamagedFile(f"{file}: dtype must be the name of one, got {config.dtype!r}")
+    return config
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -83,13 +86,14 @@ def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 def _require_sizes(config: SpikeGPTConfig, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
     """Raise where config.json speaks of another model than the weights: nothing of its sizes is built then."""
-    embedding, key = shapes.get("emb.weight", ()), shapes.get("blocks.0.ffn.key.weight", ())
-    if len(embedding) != 2 or len(key) != 2:
-        raise ValueError(
-            f"{folder} is no SpikeGPT: it has no emb.weight and blocks.0.ffn.key.weight, but {some(shapes)}"
-        )
     layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
-    found = {"vocab_size": embedding[0], "n_embd": embedding[1], "n_ffn": key[0], "n_layer": max(layers) + 1}
+    if not layers:
+        raise ValueError(f"{folder} is no SpikeGPT: it has no emb.weight and no blocks, but {some(shapes)}")
+    found = {"n_layer": max(layers) + 1}
+    if len(embedding := shapes.get("emb.weight", ())) == 2:
+        found |= {"vocab_size": embedding[0], "n_embd": embedding[1]}
+    if len(key := shapes.get("blocks.0.ffn.key.weight", ())) == 2:
+        found |= {"n_ffn": key[0]}
     given = {name: getattr(config, name) for name in found}
     if wrong := [f"{name} {given[name]} for {size}" for name, size in found.items() if given[name] != size]:
         raise ValueError(f"{folder}/config.json says {', '.join(wrong)} of the weights: they do not belong together")
