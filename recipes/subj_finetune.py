@@ -278,8 +278,9 @@ def refuse_other_settings(out: Path, options: dict, begun: set[str]) -> None:
         return
     else:
         raise ValueError(f"{out} holds results, but no options.json says of which settings: give another --output-dir")
-    for run in report.read_runs(out):
-        before.setdefault("settings", {})[run["method"]] = run["settings"]
+    settings = before.get("settings")
+    finished = {run["method"]: run["settings"] for run in report.read_runs(out)}
+    before["settings"] = (settings if isinstance(settings, dict) else {}) | finished
     old, new = flat(before), flat(options)
     others = tuple(f"settings.{method}." for method in set(METHODS) - begun)
     if differing := [key for key in new if old.get(key) != new[key] and not key.startswith(others)]:
