@@ -26,12 +26,22 @@ def main() -> int:
     ids = model.generate(
         **prompt,
         max_new_tokens=args.max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=FromTheStart(tokenizer, skip_special_tokens=True),
         **sampling if args.temperature else {"do_sample": False},
     )
     made = ids.shape[1] - prompt["input_ids"].shape[1]
     print(f"[{made} tokens, {made / (time.perf_counter() - started):.0f} a second]", file=sys.stderr)
     return 0
+
+
+class FromTheStart(TextStreamer):
+    """Writes text as it comes, without the space that decoding puts before its first word."""
+
+    begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        super().on_finalized_text(text if self.begun else text.lstrip(" "), stream_end)
+        self.begun = self.begun or bool(text.strip())
 
 
 def parse_arguments() -> argparse.Namespace:
