@@ -2,8 +2,9 @@
 
 Trains a BPE tokenizer, leaves out the documents that quote the evaluation tasks, trains with a warm-up/stable/decay
 schedule, and leaves a folder that from_pretrained, generate.py and subj_finetune.py --model take. Stop it whenever you
-like, with Ctrl-C or SIGTERM: it saves, and the same command goes on where it was. A finished run is made longer with a larger --steps. --model trains a model
-that exists further, on any text; --pairs adds a second task, which of many sentences comes next.
+like, with Ctrl-C or SIGTERM: it saves, and the same command goes on where it was. A finished run is made longer with a
+larger --steps. --model trains a model that exists further, on any text; --pairs adds a second task, which of many
+sentences comes next.
 
 The card of the embedded model has the command that made it.
 """

@@ -11,11 +11,11 @@ All methods start from the SpikeGPT that comes with the package, or from --model
     traces/spikelora-seed0.npz, .png           spikes of the first test sentences (spikegpt_lora/trace.py)
 
 Ctrl-C and SIGTERM save the step that is being trained (a second one stops at once) and leave what is finished
-readable; the same command goes on from there, to the same numbers. One run works in a folder at a time. Adding methods or seeds to a finished
-comparison runs only what is new. --tune N runs N trials a method instead, on the first seed and judged on the
-validation split, and leaves trials.md. --parity gives adapters the SpikeLoRA authors' settings: "library", as in their
-code (20 epochs, padding read as text, another 90/10 split for each seed, the last epoch tested), or "paper", as far as
-it says.
+readable; the same command goes on from there, to the same numbers. One run works in a folder at a time. Adding methods
+or seeds to a finished comparison runs only what is new. --tune N runs N trials a method instead, on the first seed and
+judged on the validation split, and leaves trials.md. --parity gives adapters the SpikeLoRA authors' settings:
+"library", as in their code (20 epochs, padding read as text, another 90/10 split for each seed, the last epoch tested),
+or "paper", as far as it says.
 """
 
 import argparse
