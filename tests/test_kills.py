@@ -1,6 +1,6 @@
 """recipes/subj_finetune.py killed and stopped at random moments: what goes on from there ends with the same figures.
 
-KILLED_MODEL=embedded in the environment takes the package's model instead of a tiny random one; that takes an hour.
+KILLED_MODEL=embedded in the environment takes the package's model instead of a tiny random one: far longer.
 """
 
 import contextlib
