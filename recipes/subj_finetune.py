@@ -10,28 +10,28 @@ All methods start from the SpikeGPT that comes with the package, or from --model
     lora/seed0/  spikelora/seed0/              adapters in peft's format
     traces/spikelora-seed0.npz, .png           spikes of the first test sentences (spikegpt_lora/trace.py)
 
-Ctrl-C leaves what is finished readable; the same command goes on from there. Adding methods or seeds to a finished
-comparison runs only what is new. --tune N runs N trials a method instead, on the first seed and judged on the
-validation split, and leaves trials.md. --parity gives adapters the SpikeLoRA authors' settings: "library", as in their
-code (20 epochs, padding read as text, another 90/10 split for each seed, the last epoch tested), or "paper", as far as
-it says.
+Ctrl-C and SIGTERM save the step that is being trained (a second one stops at once) and leave what is finished
+readable; the same command goes on from there, to the same numbers. One run works in a folder at a time. Adding methods
+or seeds to a finished comparison runs only what is new. --tune N runs N trials a method instead, on the first seed and
+judged on the validation split, and leaves trials.md. --parity gives adapters the SpikeLoRA authors' settings:
+"library", as in their code (20 epochs, padding read as text, another 90/10 split for each seed, the last epoch tested),
+or "paper", as far as it says.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
-import json
 import shutil
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from spikegpt_lora import (
     SpikeGPTConfig,
@@ -45,12 +45,15 @@ from spikegpt_lora import (
     report,
 )
 from spikegpt_lora.baselines import bag_of_words_baselines
+from spikegpt_lora.checkpoint import load_model, require_same_tokens
 from spikegpt_lora.config import POOLINGS
 from spikegpt_lora.data import LABELS, resplit
-from spikegpt_lora.files import write_json, write_text
+from spikegpt_lora.errors import read_json
+from spikegpt_lora.files import locked, whole_files, write_json, write_text
+from spikegpt_lora.saved import read_config
 from spikegpt_lora.settings import METHODS, PARITY, SETTINGS, choose, drawn
-from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.training import adapt, adapter_config, finetune, tokenize
+from spikegpt_lora.tokenizer import load_tokenizer, train_tokenizer
+from spikegpt_lora.training import adapt, adapter_config, finetune, require_rank, tokenize
 
 # What the command line may change, for all methods or for one.
 ADJUSTABLE = {
@@ -70,23 +73,19 @@ ADJUSTABLE = {
 RANDOM_SIZES = {"n_layer": 2, "n_embd": 128, "vocab_size": 4096}
 UPSTREAM_TOKENIZERS = {"ridger/SpikeGPT-OpenWebText-216M": "EleutherAI/gpt-neox-20b"}
 PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
+STOPPED = "stopped. What is finished stands in results.md; the same command goes on from here."
 
 
 def main() -> int:
     args = parse_arguments()
     command_line.set_up()
     PartialState(cpu=not torch.cuda.is_available())  # one process, or what torchrun started
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft's
-    try:
-        comparison = prepare(args)
+    task, data = load_data(args)
+    args.output_dir = (args.output_dir or Path("runs") / task).resolve()  # adapters keep the path to their base model
+    with locked(args.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
+        comparison = prepare(args, task, data)
         extension.use_extension("auto", PartialState().device)  # what it has to say, it says before any progress bar
         return tune(comparison) if args.tune else run_all(comparison)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here.")
-        return 130
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -100,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub")
     add("--output-dir", type=Path, help="results go here (default: runs/ and the task's name)")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS[:4]), help="which to compare")
-    add("--seeds", nargs="+", type=int, metavar="SEED", default=[0], help="one run a method and seed")
+    add("--seeds", nargs="+", type=command_line.seed, metavar="SEED", default=[0], help="one run a method and seed")
     add("--trace-sentences", type=positive, default=32, help="test sentences whose spikes are recorded")
     add("--tune", type=positive, metavar="N", help="N trials a method instead, on the validation split")
     add = parser.add_argument_group("model").add_argument
@@ -157,8 +156,7 @@ def resolve(args) -> None:
 
 def is_small(model: str) -> bool:
     """Whether `model` is a folder with a model of the embedded one's kind of size."""
-    file = Path(model) / "config.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("n_embd", 0) <= 512
+    return (Path(model) / "config.json").is_file() and read_config(model).n_embd <= 512
 
 
 def say(text: str) -> None:
@@ -195,11 +193,7 @@ class Comparison:
         return data, tokenize(data, self.tokenizer, self.args.max_length)[0]
 
 
-def prepare(args: argparse.Namespace) -> Comparison:
-    task, data = load_data(args)
-    if args.max_train_samples:
-        data["train"] = data["train"].select(range(min(args.max_train_samples, len(data["train"]))))
-    args.output_dir = (args.output_dir or Path("runs") / task).resolve()  # adapters keep the path to their base model
+def prepare(args: argparse.Namespace, task: str, data: DatasetDict) -> Comparison:
     with PartialState().main_process_first():  # on several devices: one writes, then all read
         options = check_options(args, task, data)
         tokenizer = get_tokenizer(args, data)
@@ -225,19 +219,28 @@ def prepare(args: argparse.Namespace) -> Comparison:
 
 
 def load_data(args) -> tuple[str, DatasetDict]:
-    if args.task is not None or args.data_dir is not None:
-        task = args.task or "subj"
-        return task, load_task(task, args.data_dir)
-    try:
-        return "subj", load_task("subj")
-    except FileNotFoundError as error:
-        rule = "!" * 100
-        say(f"{rule}\n{error}\n\nGoing on with subj-mini: 600 sentences, good for a try, useless as a result.\n{rule}")
-        return "subj-mini", load_task("subj-mini")
+    """The task's name and its sentences, of the training ones as many as are asked for."""
+    task = args.task or ("subj" if args.data_dir is not None else None)
+    if task is not None:
+        data = load_task(task, args.data_dir)
+    else:
+        try:
+            task, data = "subj", load_task("subj")
+        except FileNotFoundError as error:
+            rule = "!" * 100
+            say(f"{rule}\n{error}\n\nGoing on with subj-mini: 600 sentences, good for a try, useless as a result.")
+            say(rule)
+            task, data = "subj-mini", load_task("subj-mini")
+    if args.max_train_samples:
+        data["train"] = data["train"].select(range(min(args.max_train_samples, len(data["train"]))))
+        if len(set(data["train"]["label"])) < 2:
+            raise ValueError(f"--max-train-samples must leave sentences of both classes, got {args.max_train_samples}")
+    return task, data
 
 
 def check_options(args, task: str, data: DatasetDict) -> dict:
-    """The settings that results depend on; raises if the output folder holds results of other ones."""
+    """The settings that results depend on; raises if the output folder holds results of other ones. A method that has
+    nothing there yet may have any."""
     not_results = {
         "source",
         "output_dir",
@@ -254,21 +257,38 @@ def check_options(args, task: str, data: DatasetDict) -> dict:
     options["settings"] = {method: asdict(of_method) for method, of_method in args.settings.items()}
     texts = "\n".join(text for split in data.values() for text in split["text"])
     options["text_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    file = args.output_dir / "options.json"
-    finished = any(args.output_dir.glob("*/seed*/*")) or any(args.output_dir.glob("trials/*/*"))
-    if PartialState().is_main_process and not (file.exists() and finished):  # a false start is forgotten
-        shutil.rmtree(args.output_dir / "tokenizer", ignore_errors=True)
-        write_json(file, options)
-    before = json.loads(file.read_text(encoding="utf-8"))
+    if PartialState().is_main_process:
+        out = args.output_dir
+        begun = {file.parents[1].name for file in [*out.glob("*/seed*/*"), *out.glob("trials/*/seed*/*")]}
+        if begun:  # else a false start, which is forgotten
+            refuse_other_settings(out, options, begun)
+        else:
+            shutil.rmtree(out / "tokenizer", ignore_errors=True)
+        write_json(out / "options.json", options)
+    return options
+
+
+def refuse_other_settings(out: Path, options: dict, begun: set[str]) -> None:
+    """Raise where `out` holds results of other settings; of a method's own, only those in `begun` count."""
+    results = out / "results.json"
+    if (out / "options.json").is_file():
+        before = read_json(out / "options.json")
+    elif results.is_file():
+        before = read_json(results, keys=("options",))["options"]
+    elif not any(out.glob("*/seed*/*.json")):  # nothing that was finished
+        return
+    else:
+        raise ValueError(f"{out} holds results, but no options.json says of which settings: give another --output-dir")
+    settings = before.get("settings")
+    finished = {run["method"]: run["settings"] for run in report.read_runs(out)}
+    before["settings"] = (settings if isinstance(settings, dict) else {}) | finished
     old, new = flat(before), flat(options)
-    if differing := [key for key in new if old.get(key) != new[key]]:
+    others = tuple(f"settings.{method}." for method in set(METHODS) - begun)
+    if differing := [key for key in new if old.get(key) != new[key] and not key.startswith(others)]:
         changes = "; ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in differing)
         raise ValueError(
-            f"{args.output_dir} holds results of other settings ({changes}): "
-            "give another --output-dir, or delete this one"
+            f"{out} holds results of other settings ({changes}): give another --output-dir, or delete this one"
         )
-    return options
 
 
 def fingerprint(source: Path) -> str | None:
@@ -289,13 +309,13 @@ def get_tokenizer(args, data: DatasetDict) -> PreTrainedTokenizerBase:
     if args.model == "random":
         folder = args.output_dir / "tokenizer"
         if not (folder / "tokenizer_config.json").is_file():
-            train_tokenizer(data["train"]["text"], args.vocab_size).save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
-    source = args.tokenizer or UPSTREAM_TOKENIZERS.get(args.source, args.source)
+            with whole_files(folder, last="tokenizer_config.json") as temporary:
+                train_tokenizer(data["train"]["text"], args.vocab_size).save_pretrained(temporary)
+        return load_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer at {source!r}: name its folder or hub id with --tokenizer ({error})") from error
+        tokenizer = load_tokenizer(args.tokenizer or UPSTREAM_TOKENIZERS.get(args.source, args.source))
+    except ValueError as error:
+        raise ValueError(f"{error}: name its folder or hub id with --tokenizer") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = "<|padding|>" if "<|padding|>" in tokenizer.get_vocab() else tokenizer.eos_token
     return tokenizer
@@ -319,8 +339,8 @@ def tune(comparison: Comparison) -> int:
                 model, method, tokens, comparison.tokenizer, folder / "training", seed, options, description
             )
             write_json(folder / "trial.json", record)
-            shutil.rmtree(folder / "training")
-        records.append(json.loads((folder / "trial.json").read_text(encoding="utf-8")))
+        shutil.rmtree(folder / "training", ignore_errors=True)
+        records.append(read_json(folder / "trial.json", keys=report.TRIAL_KEYS))
     write_text(args.output_dir / "trials.md", table := report.trials(records))
     print(f"\n{table}\nWritten to {args.output_dir / 'trials.md'}.")
     return 0
@@ -329,20 +349,13 @@ def tune(comparison: Comparison) -> int:
 def run_all(comparison: Comparison) -> int:
     args, out, devices = comparison.args, comparison.args.output_dir, PartialState()
     runs = [(seed, method) for seed in args.seeds for method in args.methods]
+    missing = [run for run in runs if not run_folder(out, *run).joinpath("run.json").is_file()]
     started = time.perf_counter()
-    try:
-        for number, (seed, method) in enumerate(runs, 1):
-            if (out / method / f"seed{seed}" / "run.json").is_file():
-                continue
-            run(comparison, method, seed, f"{number}/{len(runs)} {method} seed {seed}")
-            devices.wait_for_everyone()
-            if devices.is_main_process:
-                write_results(comparison.results, out, complete=False)
-    except KeyboardInterrupt:
+    for seed, method in missing:
         if devices.is_main_process:
             write_results(comparison.results, out, complete=False)
-            print(f"\nstopped. What is finished stands in {out / 'results.md'}; the same command goes on from here.")
-        return 130
+        run(comparison, method, seed, f"{runs.index((seed, method)) + 1}/{len(runs)} {method} seed {seed}")
+        devices.wait_for_everyone()
     if not devices.is_main_process:
         return 0
     write_results(comparison.results, out, complete=True)
@@ -354,10 +367,14 @@ def run_all(comparison: Comparison) -> int:
     return 0
 
 
+def run_folder(out: Path, seed: int, method: str) -> Path:
+    return out / method / f"seed{seed}"
+
+
 def run(comparison: Comparison, method: str, seed: int, description: str) -> None:
     """Train one method on one seed, save the model, its card and its spikes; `run.json`, last, says it is finished."""
     args, tokenizer = comparison.args, comparison.tokenizer
-    folder = args.output_dir / method / f"seed{seed}"
+    folder = run_folder(args.output_dir, seed, method)
     options = args.settings[method]
     data, tokens = comparison.data_of(seed)
     model = adapt(get_base(comparison, seed), method, options, seed)
@@ -365,11 +382,12 @@ def run(comparison: Comparison, method: str, seed: int, description: str) -> Non
     if not PartialState().is_main_process:
         return
     record = {"task": comparison.results["task"], **record}
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_text(folder / "README.md", report.model_card(comparison.results, record))
     record_traces(comparison, model, data["test"], f"{method}-seed{seed}")
-    write_json(folder / "run.json", record)
+    with whole_files(folder, last="run.json") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_text(temporary / "README.md", report.model_card(comparison.results, record))
+        write_json(temporary / "run.json", record)
     shutil.rmtree(folder / "training")
 
 
@@ -377,9 +395,9 @@ def get_base(comparison: Comparison, seed: int) -> SpikeGPTForSequenceClassifica
     """The model that every method of this seed starts from, its initial `score` included; made once, then read."""
     folder = comparison.args.output_dir / "base" / f"seed{seed}"
     with PartialState().main_process_first():  # on several devices: one writes, then all read
-        if not folder.is_dir():
+        if not (folder / "config.json").is_file():
             make_base(comparison, seed, folder)
-    return SpikeGPTForSequenceClassification.from_pretrained(folder)
+    return load_model(SpikeGPTForSequenceClassification, folder)
 
 
 def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
@@ -392,23 +410,17 @@ def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
         sizes = {"vocab_size": len(tokenizer), "n_embd": args.n_embd, "n_layer": args.n_layer}
         model = SpikeGPTForSequenceClassification(SpikeGPTConfig(**sizes, **changes))
     elif Path(source).is_dir():
-        if not (Path(source) / "config.json").is_file():
-            raise ValueError(f"{source} holds no config.json: give a whole model (an adapter is none)")
-        model = SpikeGPTForSequenceClassification.from_pretrained(source, dtype=torch.float32, **changes)
+        model = load_model(SpikeGPTForSequenceClassification, source, new_head=True, **changes)
     else:
         lm = load_upstream_checkpoint(source)
         model = SpikeGPTForSequenceClassification.from_language_model(lm, **changes)
-    largest = max(max(ids) for split in comparison.tokens.values() for ids in split["input_ids"])
-    if largest >= model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer gives token {largest}, the model knows {model.config.vocab_size} tokens: they do not "
-            "belong together; name the model's own with --tokenizer"
-        )
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    require_same_tokens(tokenizer, model.config, source)
+    for method in args.methods:
+        if "lora" in method:
+            require_rank(args.settings[method], model.config)
+    with whole_files(folder, last="config.json") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def record_traces(comparison: Comparison, model, test: Dataset, name: str) -> None:
@@ -428,7 +440,7 @@ def record_traces(comparison: Comparison, model, test: Dataset, name: str) -> No
 
 def write_results(results: dict, out: Path, complete: bool) -> None:
     """results.json, results.md and accuracy.png from every finished run in the folder."""
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/seed*/run.json"))]
+    runs = report.read_runs(out)
     # Under --parity library each seed tests other sentences: no interval over sentences and seeds.
     comparisons = [] if results["options"]["parity"] == "library" else report.compare(runs)
     results |= {"runs": runs, "summary": report.summarize(runs), "comparisons": comparisons}
@@ -439,4 +451,4 @@ def write_results(results: dict, out: Path, complete: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main, STOPPED))

@@ -6,24 +6,30 @@ classifier = SpikeGPTForSequenceClassification.from_language_model(lm, num_label
 """
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants, list_repo_files
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .config import SpikeGPTConfig
 from .files import whole_file
 from .hub import fetch, require_reachable
-from .model import SpikeGPTForCausalLM
+from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTPreTrainedModel
+from .saved import first_line, read_config, read_torch_file, some
+from .tokenizer import load_tokenizer
 
 EMBEDDED = Path(__file__).parent / "assets" / "spikegpt-reviews"
 
 KNOWN_FILES = {"ridger/SpikeGPT-OpenWebText-216M": "SpikeGPT-216M.pth"}
+
+HEADS = {"head.weight", "score.weight"}  # of a language model, of a classifier
+KINDS = {SpikeGPTForCausalLM: "language model", SpikeGPTForSequenceClassification: "SpikeGPT classifier"}
+PADDING = 256  # rows that an embedding may have beside its tokenizer's tokens: sizes are rounded up
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -54,14 +60,52 @@ def load_language_model(source: str) -> tuple[SpikeGPTForCausalLM, PreTrainedTok
         ValueError: nothing to be read there, or another kind of model.
     """
     source = str(EMBEDDED) if source == "embedded" else source
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = SpikeGPTForCausalLM.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no language model at {source!r}: {error}") from error
-    if info["missing_keys"]:
-        raise ValueError(f"{source} is no language model: it has no {', '.join(sorted(info['missing_keys']))}")
+    model, tokenizer = load_model(SpikeGPTForCausalLM, source), load_tokenizer(source)
+    require_same_tokens(tokenizer, model.config, source)
     return model.eval(), tokenizer
+
+
+def load_model(
+    model_class: type[SpikeGPTPreTrainedModel], source: str | os.PathLike, new_head: bool = False, **changes
+) -> SpikeGPTPreTrainedModel:
+    """A saved model in float32, all of whose weights come from its files.
+
+    Args:
+        source: the folder of a saved model, or a hub id.
+        new_head: the head may be missing (it is drawn), and another one be there.
+        changes: of the configuration.
+
+    Raises:
+        ValueError: nothing to be read there, another architecture, other sizes than in config.json, weights that are
+            missing, unknown, of other sizes or not finite.
+    """
+    folder, kind = Path(source), KINDS[model_class]
+    if folder.is_dir():
+        read_config(folder)
+    try:
+        model, info = model_class.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **changes)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"no {kind} at {str(source)!r}: {first_line(error)}") from error
+    heads = HEADS if new_head else set()
+    problems = [f"it has no {some(names)}"] if (names := set(info["missing_keys"]) - heads) else []
+    problems += [f"it has {some(names)} beside"] if (names := set(info["unexpected_keys"]) - heads) else []
+    if problems:
+        raise ValueError(f"{source} is no {kind}: {'; '.join(problems)}")
+    return model
+
+
+def require_same_tokens(tokenizer: PreTrainedTokenizerBase, config: SpikeGPTConfig, source: str | os.PathLike) -> None:
+    """Raise ValueError where `tokenizer` is seen not to be that of the model at `source`: it has more tokens than the
+    model, or far fewer, or the model's folder holds another one."""
+    size, known = len(tokenizer), config.vocab_size
+    own = (Path(source) / "tokenizer.json").is_file() and load_tokenizer(source)
+    if size > known or (not own and known - size >= PADDING):
+        reason = f"the tokenizer has {size} tokens, the model knows {known}"
+    elif own and own.get_vocab() != tokenizer.get_vocab():
+        reason = f"the tokenizer has other tokens than the model's own in {source}"
+    else:
+        return
+    raise ValueError(f"{reason}: they do not belong together; name the model's own with --tokenizer")
 
 
 def load_upstream_checkpoint(source: str | os.PathLike | Mapping[str, Tensor]) -> SpikeGPTForCausalLM:
@@ -75,7 +119,7 @@ def load_upstream_checkpoint(source: str | os.PathLike | Mapping[str, Tensor]) -
         ValueError: not a readable checkpoint, or not SpikeGPT's tensors; every missing, unexpected, misshapen or
             non-finite one is named. Nothing in the file is ever executed (`torch.load(weights_only=True)`).
     """
-    tensors = source if isinstance(source, Mapping) else _read(_find(source))
+    tensors = source if isinstance(source, Mapping) else read_torch_file(_find(source))
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     tensors = _flat_tensors(tensors, name)
     config = _config_from_sizes(tensors, name)
@@ -141,25 +185,6 @@ def _from_hub(repo_id: str) -> Path:
             raise ValueError(f"{repo_id} holds {len(found)} .pth files {found}; download one and pass its path")
         filename = found[0]
     return fetch([filename], repo_id)[0]
-
-
-def _read(path: Path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} was refused: it holds something else than tensors, or is damaged, and nothing in it was executed. "
-            f"A SpikeGPT checkpoint is torch.save(model.state_dict(), ...). Reader's words: {_first_line(error)}"
-        ) from error
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole PyTorch file, perhaps a broken download: fetch it "
-            f"again. Reader's words: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _flat_tensors(tensors, name: str) -> dict[str, Tensor]:

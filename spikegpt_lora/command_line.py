@@ -2,15 +2,25 @@
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 
 import transformers
 
 from . import errors
 from .memory import keep_freed_memory
+
+RANGES = {
+    "> 0 and finite": lambda x: 0 < x < math.inf,
+    ">= 0 and finite": lambda x: 0 <= x < math.inf,
+    ">= 0": lambda x: x >= 0,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -38,8 +48,42 @@ def positive(text: str) -> int:
     return number
 
 
+def number(rule: str) -> Callable[[str], float]:
+    """The type of an option that takes a number as `rule` says: one of the keys of `RANGES`."""
+    holds = RANGES[rule]
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+        return value
+
+    parse.__name__ = "float"  # what argparse calls it in its message
+    return parse
+
+
+def seed(text: str) -> int:
+    """A seed as NumPy takes it."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 2**32 - 1, got {value}")
+    return value
+
+
+def utf8(text: str) -> str:
+    """An option's text; bytes that are no UTF-8 reach Python as characters that no encoder takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise argparse.ArgumentTypeError(f"must be UTF-8 text, found byte 0x{byte:02x} at {error.start + 1}") from error
+    return text
+
+
 def set_up() -> None:
     """For a program that trains or writes: the library's messages plain, transformers quiet, memory kept."""
+    # peft asks models for a name that transformers has renamed; who reads it can do nothing about it.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("spikegpt_lora").setLevel(logging.INFO)
     transformers.utils.logging.set_verbosity_error()

@@ -1,10 +1,13 @@
 """SpikeGPTConfig: the sizes and the neuron of a SpikeGPT. Defaults are the published 216M model's."""
 
+import inspect
+
 from transformers import GenerationConfig, PretrainedConfig
 
-from .rules import broken
+from .rules import broken, kinds
 
 POOLINGS = ("last", "mean", "last_mean")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What transformers itself passes to a config beside its fields (saved by older versions, or set by `from_pretrained`).
 _KNOWN_TO_TRANSFORMERS = {
@@ -38,7 +41,7 @@ class SpikeGPTConfig(PretrainedConfig):
         use_cache: return the state by default when not training (language model only).
 
     Raises:
-        ValueError: an unknown key or a value out of range; one message lists every problem.
+        ValueError: an unknown key, a value of another type or out of range; one message lists every problem.
     """
 
     model_type = "spikegpt"
@@ -85,12 +88,10 @@ class SpikeGPTConfig(PretrainedConfig):
 
     def _bad_values(self) -> list[str]:
         sizes = ("vocab_size", "n_embd", "n_layer", "n_ffn", "context_length")
-        numbers = ("dropout", "layer_norm_eps", "lif_tau", "lif_v_threshold", "lif_surrogate_alpha")
-        rules = [(key, "an integer", type(getattr(self, key)) is int) for key in sizes]
-        rules += [(key, "a number", isinstance(getattr(self, key), (int, float))) for key in numbers]
-        if wrong := broken(self, rules):
+        if wrong := broken(self, kinds(self, inspect.get_annotations(SpikeGPTConfig))):
             return wrong
         rules = [(key, ">= 1", getattr(self, key) >= 1) for key in sizes]
+        rules += [(key, f"a token's id below {self.vocab_size}", self._is_token(key)) for key in TOKENS]
         rules += [
             ("dropout", "in [0, 1)", 0 <= self.dropout < 1),
             ("layer_norm_eps", "> 0", self.layer_norm_eps > 0),
@@ -100,3 +101,7 @@ class SpikeGPTConfig(PretrainedConfig):
             ("pooling", f"one of {', '.join(POOLINGS)}", self.pooling in POOLINGS),
         ]
         return broken(self, rules)
+
+    def _is_token(self, key: str) -> bool:
+        ids = getattr(self, key)
+        return all(i is None or 0 <= i < self.vocab_size for i in (ids if isinstance(ids, list) else [ids]))

@@ -9,7 +9,6 @@ Order and split depend on the documents alone, not on how they were stored, so t
 import bz2
 import gzip
 import hashlib
-import json
 import lzma
 import re
 import zlib
@@ -19,12 +18,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from .data import to_ascii
-from .files import whole_file, write_json
+from .errors import DamagedFile, read_json
+from .files import whole_file, whole_files, write_json
 from .hub import require_reachable
-from .tokenizer import train_tokenizer
+from .tokenizer import load_tokenizer, train_tokenizer
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 SEQUENCE = 8  # words in a row that two texts must not share
@@ -118,7 +118,7 @@ def prepare_corpus(
     evaluation = sorted(set(evaluation))
     maker = tokenizer if isinstance(tokenizer, int) else tokenizer.backend_tokenizer.to_str()
     key = _digest("\n".join(map(_digest, documents + evaluation)) + str(maker))
-    if not (facts := _facts(directory)) or facts["key"] != key:
+    if _facts(directory).get("key") != key:
         kept = _without(documents, evaluation, progress)
         counts = {
             "documents": len(everything),
@@ -126,23 +126,31 @@ def prepare_corpus(
             "left_out": len(documents) - len(kept),
         }
         _write(directory, kept, tokenizer, {"key": key, **counts}, progress)
-    return Corpus(
-        np.load(directory / "train.npy", mmap_mode="r"),
-        np.load(directory / "validation.npy", mmap_mode="r"),
-        AutoTokenizer.from_pretrained(directory / "tokenizer"),
-        _facts(directory),
-    )
+    facts = _facts(directory)
+    tokens = [_load(directory / f"{name}.npy", facts[name]["tokens"]) for name in ("train", "validation")]
+    return Corpus(*tokens, load_tokenizer(directory / "tokenizer"), facts)
+
+
+def _load(path: Path, tokens: int) -> np.ndarray:
+    try:
+        ids = np.load(path, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise DamagedFile(f"{path} is damaged ({error}): delete {path.parent}, and it is made again") from error
+    if ids.shape != (tokens,):
+        raise DamagedFile(f"{path} must hold {tokens:,} tokens, has {ids.shape}: delete {path.parent}")
+    return ids
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _facts(directory: Path) -> dict | None:
+def _facts(directory: Path) -> dict:
+    """What corpus.json says; nothing where there is none, or a damaged one: it is then made again."""
     try:
-        return json.loads((directory / "corpus.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
+        return read_json(directory / "corpus.json", keys=("key", "train", "validation"))
+    except (FileNotFoundError, DamagedFile):
+        return {}
 
 
 def _without(documents: list[str], evaluation: list[str], progress: Callable) -> list[str]:
@@ -161,7 +169,8 @@ def _write(directory: Path, documents: list[str], tokenizer, facts: dict, progre
         raise ValueError(f"at least 100 documents are needed, one of them for validation; got {len(documents)}")
     if isinstance(tokenizer, int):
         tokenizer = train_tokenizer(progress(parts["train"], "training the tokenizer"), tokenizer)
-    tokenizer.save_pretrained(directory / "tokenizer")
+    with whole_files(directory / "tokenizer", last="tokenizer_config.json") as temporary:
+        tokenizer.save_pretrained(temporary)
     for name, part in parts.items():
         ids, words = _tokens(progress(part, f"{name} text to tokens"), tokenizer)
         if len(ids) < SHORTEST:

@@ -6,7 +6,10 @@ know is a defect, and it says so instead of showing where in our code it happene
 
 import errno
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,7 +42,7 @@ class DamagedFile(ValueError):
 def sentence(error: BaseException) -> str | None:
     """What a user should read of `error`; None for one that nobody foresaw."""
     text = str(error).strip()
-    if isinstance(error, SafetensorError | RuntimeError) and _NO_ROOM.search(text):
+    if (isinstance(error, SafetensorError | RuntimeError) or type(error) is Exception) and _NO_ROOM.search(text):
         return f"a file could not be written ({_first_line(text)}): {_OF_SYSTEM[errno.ENOSPC]}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(text):
         return f"the memory does not suffice ({_first_line(text) or 'MemoryError'}): take smaller sizes or batches"
@@ -60,14 +63,28 @@ def unforeseen(error: BaseException) -> str:
     )
 
 
-def read_json(path: str | Path, most: int = 1 << 26) -> dict:
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Within it, what says in its writer's own words that there is no room becomes an OSError that names `path`."""
+    try:
+        yield
+    except Exception as error:  # tokenizers has no kind of its own
+        number = error.errno if isinstance(error, OSError) else _NO_ROOM.search(str(error)) and errno.ENOSPC
+        if number not in (errno.ENOSPC, errno.EDQUOT) or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def read_json(path: str | Path, most: int = 1 << 26, keys: tuple[str, ...] = ()) -> dict:
     """The object in a JSON file.
 
     Args:
         most: bytes that are read; a larger file is refused unread.
+        keys: what it must hold.
 
     Raises:
-        DamagedFile: too large, no UTF-8, no JSON, nested too deeply, or something else than an object.
+        DamagedFile: too large, no UTF-8, no JSON, nested too deeply, something else than an object, or one without a
+            key of `keys`.
         OSError: it cannot be opened.
     """
     path = Path(path)
@@ -80,6 +97,10 @@ def read_json(path: str | Path, most: int = 1 << 26) -> dict:
         raise DamagedFile(f"{path} is no whole JSON file ({reason}): delete it, or write it again") from error
     if not isinstance(content, dict):
         raise DamagedFile(f"{path} must hold a JSON object, got a {type(content).__name__}: it is no file of ours")
+    if missing := [key for key in keys if key not in content]:
+        raise DamagedFile(
+            f"{path} must hold {', '.join(keys)}, has no {', '.join(missing)}: delete it if it is not yours"
+        )
     return content
 
 

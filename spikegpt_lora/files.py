@@ -11,6 +11,8 @@ from pathlib import Path
 
 import filelock
 
+from .errors import writing
+
 UNFINISHED = ".unfinished-"  # how the names of temporary files begin
 
 
@@ -21,12 +23,31 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{UNFINISHED}{path.stem}-", suffix=path.suffix)
     os.close(handle)
     try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp and safetensors make files that only their owner reads
-        os.replace(temporary, path)
+        with writing(path):
+            yield Path(temporary)
+        _move(Path(temporary), path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # a signal may come when it is moved already
+            os.unlink(temporary)
         raise
+
+
+@contextmanager
+def whole_files(folder: str | os.PathLike, last: str) -> Iterator[Path]:
+    """Yield a temporary folder within `folder`, which is made; its files become `folder`'s at the end, each whole and
+    `last` last: where that one is, all are. On an exception none does."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as temporary:
+        with writing(folder):
+            yield Path(temporary)
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == last):
+            _move(file, folder / file.name)
+
+
+def _move(file: Path, place: Path) -> None:
+    os.chmod(file, 0o666 & ~_umask())  # mkstemp and safetensors make files that only their owner reads
+    os.replace(file, place)
 
 
 def write_json(path: str | os.PathLike, content) -> None:

@@ -32,6 +32,7 @@ from .config import SpikeGPTConfig
 from .dropout import Dropout
 from .gates import sigmoid_gate, squared_relu
 from .inputs import CACHES, LOSS, real_tokens, refuse_unknown, require_finite, require_labels, require_one_text
+from .saved import check_saved, some
 from .spikes import LIF
 from .token_shift import token_shift
 from .wkv import wkv
@@ -185,6 +186,27 @@ class SpikeGPTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _is_stateful = True  # generation cannot take tokens back
+
+    @classmethod
+    def from_pretrained(cls, source, *args, output_loading_info=False, ignore_mismatched_sizes=False, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: a damaged file, another architecture, weights of other sizes, or one that is not finite (spikes
+                would hide it; those of quantised matrices are not looked at).
+        """
+        if source is not None and not {"config", "subfolder"} & kwargs.keys():
+            check_saved(source)
+        model, info = super().from_pretrained(
+            source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            found = info["mismatched_keys"]
+            wrong = sorted(f"{name} must be {tuple(ours)}, got {tuple(its)}" for name, its, ours in found)
+            raise ValueError(f"{source} holds weights of other sizes than its config.json says: {some(wrong)}")
+        wide = {name: p for name, p in model.named_parameters() if p.dtype.itemsize > 1}
+        require_finite(wide, f"the weights of {source or cls.__name__}")
+        return (model, info) if output_loading_info else model
 
     @property
     def is_gradient_checkpointing(self) -> bool:

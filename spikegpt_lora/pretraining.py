@@ -25,13 +25,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .errors import DamagedFile
 from .files import whole_file, write_text
+from .inputs import require_finite
 from .model import SpikeGPTForCausalLM, SpikeGPTState
 from .rules import check
 from .sentence_pairs import SentencePairs
 
 LOG_EVERY = 50  # steps
-FILES = ("training.safetensors", "stable.safetensors")  # the newest, and the one from just before the decay
+NEWEST, STABLE = FILES = ("training.safetensors", "stable.safetensors")  # STABLE: from just before the decay
+FACTS = {"step", "seconds", "log", "losses", "options", "identity"}  # beside the tensors in both
 
 
 @dataclass
@@ -150,10 +153,10 @@ class Pretraining:
         saved = time.perf_counter()
         while self.step < self.options.steps:
             if self.step == self.options.decay_start:
-                self.save(directory / "stable.safetensors")
+                self.save(directory / STABLE)
             yield self._one_step()
             if time.perf_counter() - saved > save_seconds or self.step == self.options.steps:
-                self.save(directory / "training.safetensors")
+                self.save(directory / NEWEST)
                 saved = time.perf_counter()
 
     def _one_step(self) -> float:
@@ -219,7 +222,7 @@ class Pretraining:
         held = _facts(path)
         steps = held["options"].pop("steps")
         old, new = held["options"] | held["identity"], asdict(self.options) | self.identity
-        if changes := "; ".join(f"{key} was {old[key]}, is {new[key]}" for key in old if old[key] != new[key]):
+        if changes := "; ".join(f"{key} was {old[key]}, is {new.get(key)}" for key in old if old[key] != new.get(key)):
             raise ValueError(f"{path.parent} holds a run of other settings ({changes}): give another directory")
         if steps > self.options.steps and held["step"] > self.options.decay_start:
             raise ValueError(
@@ -233,6 +236,9 @@ class Pretraining:
 
     def _load(self, path: Path) -> None:
         facts, tensors = _facts(path), load_file(path, device=str(self.model.device))
+        if missing := sorted({*self.trained, "rng"} - tensors.keys()):
+            raise DamagedFile(f"{path} has no {', '.join(missing[:3])}: delete it, and the run begins anew")
+        require_finite(tensors, f"{path}: what was trained")
         parts = {"optimizer": {}, "state": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -255,9 +261,12 @@ class Pretraining:
 def _facts(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["run"])
-    except (SafetensorError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no whole file of a training run ({error}): delete it") from error
+            facts = json.loads(file.metadata()["run"])
+        if missing := FACTS - facts.keys():
+            raise KeyError(", ".join(sorted(missing)))
+    except (SafetensorError, AttributeError, TypeError, KeyError, ValueError) as error:
+        raise DamagedFile(f"{path} is no whole file of a training run ({error}): delete it") from error
+    return facts
 
 
 def _optimizer(parameters: dict[str, nn.Parameter], options: PretrainOptions) -> torch.optim.Optimizer:

@@ -17,16 +17,21 @@ Accuracies, sparsity and dead_ranks are fractions of 1; seconds are wall-clock.
 """
 
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
+from .errors import DamagedFile, read_json
 from .files import whole_file
 from .statistics import paired_difference
 from .trace import GATE, SpikeTrace
 
 SCHEMA = "spikegpt_lora/finetune/2"
+
+TRIAL_KEYS = ("method", "seed", "settings", "best_epoch", "validation_accuracy", "adapters")
+RUN_KEYS = (*TRIAL_KEYS, "test_accuracy", "test_correct", "seconds", "trainable_parameters", "total_parameters")
 
 # Subj, SpikeGPT-216M on a GPU: SpikeGPT's own figures for the first two, SpikeLoRA's for the others.
 PUBLISHED = {
@@ -45,6 +50,26 @@ NAMES = {
     "head": "head only (frozen model)",
     "scratch": "full, from scratch",
 }
+
+
+def read_runs(out: Path) -> list[dict]:
+    """The records of the finished runs in a comparison's folder; what was left of their training is removed.
+
+    Raises:
+        DamagedFile: a run.json that is none, or of another run than its folder's name says.
+    """
+    runs = []
+    for file in sorted(out.glob("*/seed*/run.json")):
+        run = read_json(file, keys=RUN_KEYS)
+        place = f"{file.parents[1].name}/{file.parent.name}"
+        if run["method"] not in NAMES or place != f"{run['method']}/seed{run['seed']}":
+            raise DamagedFile(
+                f"{file} must be the record of {place}, is that of {run['method']!r} with seed {run['seed']!r}: "
+                "move it out of this folder"
+            )
+        shutil.rmtree(file.with_name("training"), ignore_errors=True)
+        runs.append(run)
+    return runs
 
 
 def summarize(runs: list[dict]) -> list[dict]:

@@ -43,7 +43,7 @@ class FinetuneOptions:
             ("learning_rate", "> 0 and finite", 0 < self.learning_rate < math.inf),
             *((name, ">= 1", getattr(self, name) >= 1) for name in ("epochs", "batch_size", "rank")),
             *((name, "in [0, 1)", 0 <= getattr(self, name) < 1) for name in ("warmup", "dropout", "word_dropout")),
-            ("v_threshold", ">= 0", self.v_threshold >= 0),
+            ("v_threshold", ">= 0 and finite", 0 <= self.v_threshold < math.inf),
             ("keep", "'best' or 'last'", self.keep in ("best", "last")),
         ]
         check(self, rules)

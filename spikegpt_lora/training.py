@@ -5,38 +5,37 @@ sentences in the same order. The epoch is picked on the validation split; the te
 Settings of the SpikeLoRA authors, for comparison with their figures, are options: see `settings.PARITY`.
 """
 
-import json
-import logging
-import time
+import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .adapters import SparsityCallback, SpikeGate, SpikeLoraConfig, observe_adapters
+from .adapters import SparsityCallback, SpikeLoraConfig
 from .adapters.config import PRESETS
-from .model import SpikeGPTForSequenceClassification
+from .errors import writing
+from .inputs import require_finite
+from .model import SpikeGPTConfig, SpikeGPTForSequenceClassification
 from .settings import METHODS, FinetuneOptions
+from .stopping import deferred
 from .trace import adapter_activity
-
-logger = logging.getLogger(__name__)
+from .trainer import (
+    PaddingAsText,
+    PairedTrainer,
+    Progress,
+    Resumption,
+    Stopwatch,
+    last_whole_checkpoint,
+    training_arguments,
+)
 
 
 def adapt(model: SpikeGPTForSequenceClassification, method: str, options: FinetuneOptions, seed: int) -> nn.Module:
@@ -44,7 +43,7 @@ def adapt(model: SpikeGPTForSequenceClassification, method: str, options: Finetu
     (`options.targets`) and `score`, "scratch" everything, from new initial values but for `score`'s.
 
     Raises:
-        ValueError: unknown method.
+        ValueError: unknown method, or a rank larger than any of the model's matrices.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -59,7 +58,14 @@ def adapt(model: SpikeGPTForSequenceClassification, method: str, options: Finetu
     if method == "head":
         model.spikegpt.requires_grad_(False)
         return model
+    require_rank(options, model.config)
     return get_peft_model(model, adapter_config(method, options))
+
+
+def require_rank(options: FinetuneOptions, config: SpikeGPTConfig) -> None:
+    """Raise ValueError where an adapter's rank exceeds both sides of every matrix that it could stand beside."""
+    if options.rank > (most := max(config.n_embd, config.n_ffn)):
+        raise ValueError(f"rank must be <= {most}, the longest side of the model's matrices, got {options.rank}")
 
 
 def adapter_config(method: str, options: FinetuneOptions) -> LoraConfig:
@@ -125,30 +131,62 @@ def finetune(
         directory: where checkpoints go; a run that was interrupted there goes on from its last whole one.
         description: the progress bar's text.
 
+    A first Ctrl-C or SIGTERM while it trains is obeyed after the step, which is saved; a second one at once.
+
     Returns:
         The model of the best epoch in evaluation mode, and the run's record (see `report`).
+
+    Raises:
+        FloatingPointError: loss, gradient, weights or answers are not finite; `directory` is then removed.
+        KeyboardInterrupt, errors.Stopped: Ctrl-C, SIGTERM.
     """
-    trainer = PairedTrainer(
-        model=model,
-        args=_training_arguments(directory, seed, options),
-        train_dataset=data["train"],
-        eval_dataset=data.get("validation"),
-        processing_class=tokenizer,
-        data_collator=PaddingAsText(tokenizer) if options.read_padding else DataCollatorWithPadding(tokenizer),
-        compute_metrics=_accuracy,
-        callbacks=[Stopwatch(), *([SparsityCallback()] if method == "spikelora" and options.target_sparsity else [])],
-    )
-    trainer.group_by_length, trainer.word_dropout = options.group_by_length, options.word_dropout
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(Progress(description))
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(directory))
-    record = {"method": method, "seed": seed, "settings": asdict(options), **_record(trainer)}
-    if "test" in data:
-        record |= _test(trainer, data["test"])
-    else:
-        record["adapters"] = _activity(trainer, data["validation"])
+    try:
+        with writing(directory):
+            trainer = _trained(model, method, data, tokenizer, directory, seed, options, description)
+        require_trained(trainer.model)
+        record = {"method": method, "seed": seed, "settings": asdict(options), **_record(trainer)}
+        if "test" in data:
+            record |= _test(trainer, data["test"])
+        else:
+            record["adapters"] = _activity(trainer, data["validation"])
+    except FloatingPointError as error:
+        shutil.rmtree(directory, ignore_errors=True)  # whoever went on from there would come here again
+        raise FloatingPointError(
+            f"{method} with seed {seed} diverged: {error}. Nothing of it is kept. Give it a learning rate below "
+            f"{options.learning_rate:g} (--learning-rate {method}=...)"
+        ) from error
     return model.eval(), record
+
+
+def _trained(model, method, data, tokenizer, directory, seed, options, description) -> Trainer:
+    with deferred() as stop:
+        callbacks = [Stopwatch(), Resumption(stop)]
+        if method == "spikelora" and options.target_sparsity:
+            callbacks.append(SparsityCallback())
+        trainer = PairedTrainer(
+            model=model,
+            args=training_arguments(directory, seed, options),
+            train_dataset=data["train"],
+            eval_dataset=data.get("validation"),
+            processing_class=tokenizer,
+            data_collator=PaddingAsText(tokenizer) if options.read_padding else DataCollatorWithPadding(tokenizer),
+            compute_metrics=_accuracy,
+            callbacks=callbacks,
+        )
+        trainer.group_by_length, trainer.word_dropout = options.group_by_length, options.word_dropout
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(Progress(description))
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(directory))
+    return trainer
+
+
+def require_trained(model: nn.Module) -> None:
+    """Raise FloatingPointError where training left a parameter that is not finite."""
+    try:
+        require_finite(dict(model.named_parameters()), "the trained weights")
+    except ValueError as error:
+        raise FloatingPointError(str(error)) from error
 
 
 def _record(trainer: Trainer) -> dict:
@@ -191,7 +229,13 @@ def _activity(trainer: Trainer, rows: Dataset) -> dict | None:
 
 def _correct(trainer: Trainer, rows: Dataset) -> np.ndarray:
     predicted = trainer.predict(rows)
-    return predicted.predictions.argmax(axis=-1) == predicted.label_ids
+    return _answers(predicted.predictions) == predicted.label_ids
+
+
+def _answers(logits: np.ndarray) -> np.ndarray:
+    if not np.isfinite(logits).all():  # of NaN the largest is the first
+        raise FloatingPointError("the model's answers are not finite")
+    return logits.argmax(axis=-1)
 
 
 @contextmanager
@@ -207,163 +251,5 @@ def adapters_off(model: nn.Module):
             layer.enable_adapters(True)
 
 
-class PaddingAsText(DataCollatorWithPadding):
-    """Batches whose padding the model reads as text, so that an answer depends on the batch: the authors' setting."""
-
-    def __call__(self, features):
-        batch = super().__call__(features)
-        return batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
-
-
-class PairedTrainer(Trainer):
-    """Trainer whose order of sentences depends on seed and epoch alone.
-
-    Trainer's own length-grouped order draws from the global generator, which by then differs between methods.
-    """
-
-    group_by_length, word_dropout = True, 0.0
-
-    def evaluate(self, *args, **kwargs):
-        """As ever; and how silent gates are on what it reads goes into the log history ("eval_sparsity")."""
-        if not any(isinstance(module, SpikeGate) for module in self.model.modules()):
-            return super().evaluate(*args, **kwargs)
-        with observe_adapters(self.model) as seen:
-            metrics = super().evaluate(*args, **kwargs)
-        self.state.log_history[-1]["eval_sparsity"] = seen.activity().sparsity
-        return metrics
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        if self.word_dropout:
-            mask = inputs["attention_mask"]
-            kept = mask * (torch.rand(mask.shape, device=mask.device) >= self.word_dropout)
-            some = kept.any(dim=1, keepdim=True)  # a sentence that would lose all its tokens loses none
-            inputs["attention_mask"] = torch.where(some, kept, mask)
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset=None):
-        if not self.group_by_length:
-            return SeededSampler(len(self.train_dataset), self.args.data_seed)
-        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        return SeededLengthSampler(self.args.train_batch_size, lengths=lengths, seed=self.args.data_seed)
-
-
-class SeededLengthSampler(LengthGroupedSampler):
-    """Batches of similar length in an order given by (seed, epoch)."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
-
-    def __iter__(self):
-        self.generator.manual_seed(1_000_003 * self.seed + self.epoch)
-        return super().__iter__()
-
-
-class SeededSampler(Sampler):
-    """All sentences in an order given by (seed, epoch)."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.size
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-        return iter(torch.randperm(self.size, generator=generator).tolist())
-
-
-class Stopwatch(TrainerCallback, ExportableState):
-    """Seconds spent in training and validation, over all the stretches of an interrupted run."""
-
-    def __init__(self):
-        self.seconds = 0.0
-        self._started = None
-
-    def _tick(self, *args, **kwargs):
-        now = time.perf_counter()
-        self.seconds += now - self._started
-        self._started = now
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._started = time.perf_counter()
-
-    on_step_end = on_evaluate = on_train_end = _tick
-
-    def state(self) -> dict:
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
-
-
-class Progress(ProgressCallback):
-    """One bar a run with the remaining time, the training loss and the newest validation accuracy; no raw log lines."""
-
-    def __init__(self, description: str = ""):
-        super().__init__()
-        self.description, self.shown = description, {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.current_step = state.global_step
-        if self.training_bar is not None:  # only the first process shows a bar
-            self.training_bar.set_description(self.description)
-            self.training_bar.update(state.global_step)
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        pass  # a bar for a second or two of validation would only flicker
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        names = {"loss": "loss", "eval_accuracy": "val. accuracy"}
-        self.shown |= {names[key]: f"{float(value):.3f}" for key, value in (logs or {}).items() if key in names}
-        if self.training_bar is not None:
-            self.training_bar.set_postfix(self.shown)
-
-
-def _training_arguments(directory: Path, seed: int, options: FinetuneOptions) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(directory),
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=2 * options.batch_size,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=options.schedule,
-        warmup_steps=options.warmup,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=options.bf16,
-        use_cpu=not cuda,
-        dataloader_pin_memory=cuda,
-        eval_strategy="epoch" if options.keep == "best" else "no",
-        save_strategy="epoch",
-        save_total_limit=1,  # the best and the last
-        load_best_model_at_end=options.keep == "best",
-        metric_for_best_model="accuracy",
-        logging_steps=10,
-        restore_callback_states_from_checkpoint=True,
-        report_to="none",
-        seed=seed,
-        data_seed=seed,
-    )
-
-
 def _accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float(np.mean(prediction.predictions.argmax(axis=-1) == prediction.label_ids))}
-
-
-def _last_whole_checkpoint(directory: Path) -> str | None:
-    """Trainer writes straight into checkpoint-N, its state file last: without a readable one N is half-written."""
-    folders = sorted(directory.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
-    for folder in folders:
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(folder)
-        except (OSError, ValueError):
-            logger.warning("%s is not a whole checkpoint (the run was stopped while writing it): ignored", folder)
-    return None
+    return {"accuracy": float(np.mean(_answers(prediction.predictions) == prediction.label_ids))}

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from spikegpt_lora import command_line
+from spikegpt_lora import command_line, errors
 
 TEXT = """What it does.
 
@@ -40,3 +40,45 @@ def test_positive_takes_whole_numbers_from_one():
     assert command_line.positive("1") == 1
     with pytest.raises(argparse.ArgumentTypeError, match="must be >= 1, got 0"):
         command_line.positive("0")
+
+
+@pytest.mark.parametrize(
+    "kind, right, wrong, message",
+    [
+        (command_line.number("in (0, 1]"), "1", ["0", "nan", "1.1"], r"must be in \(0, 1\], got"),
+        (command_line.number(">= 0 and finite"), "0", ["-1", "inf", "nan"], "must be >= 0 and finite, got"),
+        (command_line.seed, "0", ["-1", str(2**32)], r"must be between 0 and 2\*\*32 - 1, got"),
+        (command_line.utf8, "é", ["a\udcff"], "must be UTF-8 text, found byte 0xff at 2"),
+    ],
+)
+def test_an_options_value_out_of_range_is_refused(kind, right, wrong, message):
+    kind(right)
+    for text in wrong:
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            kind(text)
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (ValueError("rank must be >= 1"), 2, "error: rank must be >= 1\n"),
+        (FloatingPointError("it diverged"), 2, "error: it diverged\n"),
+        (KeyError("method"), 1, "error: KeyError: 'method'\nThis was not foreseen"),
+        (KeyboardInterrupt(), 130, "\nstopped by hand\n"),
+        (errors.Stopped(), 143, "\nstopped by hand\n"),
+    ],
+)
+def test_whatever_happens_is_a_sentence_and_a_status(error, status, message, capsys, monkeypatch):
+    monkeypatch.delenv(errors.TRACEBACK, raising=False)
+
+    def main():
+        raise error
+
+    assert command_line.run(main, "stopped by hand") == status
+    assert message in capsys.readouterr().err
+
+
+def test_the_place_of_a_defect_is_shown_on_request(monkeypatch):
+    monkeypatch.setenv(errors.TRACEBACK, "1")
+    with pytest.raises(ZeroDivisionError):
+        command_line.run(lambda: 1 / 0)

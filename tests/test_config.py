@@ -17,7 +17,7 @@ def test_values_out_of_range_are_named_in_one_message():
 
 
 def test_values_of_another_type_are_named():
-    with pytest.raises(ValueError, match="n_embd must be an integer, got 8.0.*dropout must be a number, got '0.1'"):
+    with pytest.raises(ValueError, match="n_embd must be a whole number, got 8.0.*dropout must be a fin.*got '0.1'"):
         SpikeGPTConfig(n_embd=8.0, dropout="0.1")
 
 
@@ -36,3 +36,22 @@ def test_a_saved_config_comes_back_equal(tmp_path):
 
 def test_hidden_width_defaults_to_four_times_the_width():
     assert SpikeGPTConfig(n_embd=6).n_ffn == 24
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"lif_v_reset": "abc"}, "lif_v_reset must be a finite number, or None, got 'abc'"),
+        ({"lif_decay_input": "no"}, "lif_decay_input must be True or False, got 'no'"),
+        ({"use_cache": 1}, "use_cache must be True or False, got 1"),
+        ({"layer_norm_eps": float("inf")}, "layer_norm_eps must be a finite number, got inf"),
+        ({"lif_tau": float("nan")}, "lif_tau must be a finite number, got nan"),
+        ({"n_embd": True}, "n_embd must be a whole number, got True"),
+        ({"pad_token_id": -5}, "pad_token_id must be a token's id below 50277, got -5"),
+        ({"vocab_size": 10, "eos_token_id": [3, 10]}, r"eos_token_id must be a token's id below 10, got \[3, 10\]"),
+        ({"pooling": ["last"]}, r"pooling must be text, got \['last'\]"),
+    ],
+)
+def test_no_value_of_another_kind_passes(values, message):
+    with pytest.raises(ValueError, match=message):
+        SpikeGPTConfig(**values)

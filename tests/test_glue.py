@@ -77,6 +77,26 @@ def test_wrong_input_is_one_clear_error(here, tmp_path, arguments, message, monk
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", '{"runs"'])
+def test_damaged_results_are_named(here, tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    done = recipe(here, tmp_path, "--methods", "lora", "--seeds", "0")
+    assert done.returncode == 2 and f"error: {tmp_path}/results.json" in done.stderr
+
+
+def test_what_diverges_is_no_result(here, tmp_path):
+    done = recipe(here, tmp_path, "--methods", "lora", "--seeds", "0", "--learning-rate", "1e38", "--batch-size", "4")
+    assert done.returncode == 2 and "the trained weights must be finite" in done.stderr
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_text_that_is_no_utf8_is_named(here, tmp_path):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_bytes(b"src\t1\t\tfin\xe9 .\n")
+    done = recipe(here, tmp_path / "out", "--data-dir", tmp_path)
+    assert done.returncode == 2 and "train.tsv must be UTF-8 text" in done.stderr
+
+
 def test_a_damaged_file_is_named_with_its_line(here, tmp_path):
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text("src\t1\t\tfine .\nsrc\tyes\t\tno label .\n", encoding="utf-8")

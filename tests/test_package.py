@@ -13,10 +13,11 @@ PACKAGE = Path(spikegpt_lora.__file__).parent
 
 # Each module may import from the rows above its own, never from its own row or below.
 LAYERS = [
-    {"files", "hub", "statistics", "rules", "errors", "inputs", "tokenizer", "baselines", "memory", "kneser_ney"},
+    {"errors"},
+    {"files", "hub", "statistics", "rules", "inputs", "tokenizer", "baselines", "memory", "kneser_ney", "stopping"},
     {"export.interpreter", "export.islands"},
     {"config", "settings", "data", "command_line", "npz", "extension.build"},
-    {"corpus", "extension"},
+    {"corpus", "extension", "saved"},
     {"extension.__main__", "wkv", "spikes", "token_shift", "gates", "dropout"},
     {"model"},
     {"adapters.sequence"},
@@ -26,7 +27,7 @@ LAYERS = [
     {"adapters.model"},
     {"adapters.adalora"},
     {"adapters"},
-    {"checkpoint", "trace", "sentence_pairs", "export.graph", "export.cost"},
+    {"checkpoint", "trace", "trainer", "sentence_pairs", "export.graph", "export.cost"},
     {"training", "report", "pretraining", "export.events", "export.event_driven"},
     {"export.bundle"},
     {"export.check", "export.pictures"},

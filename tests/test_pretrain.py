@@ -1,6 +1,7 @@
 """recipes/pretrain.py and recipes/generate.py as a user runs them: from a text file to a model that writes."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -9,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from running import RECIPES, environment, here, in_a_process
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikegpt_lora import SpikeGPTForSequenceClassification, embedded_checkpoint, load_task
+from spikegpt_lora.pretraining import Pretraining
 
 SMALL = ["--n-layer", "1", "--n-embd", "16", "--vocab-size", "400", "--batch-size", "4", "--length", "16"]
 MINI = ["--decontaminate", "subj-mini"]
@@ -90,7 +94,38 @@ def test_ctrl_c_says_how_to_go_on(text, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in printed and "Traceback" not in errors
+    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("step", [7, 16, 20], ids=["steady", "where the decay begins", "last"])
+def test_a_stopped_pretraining_has_saved_its_step_and_ends_with_the_same_weights(
+    text, tmp_path, monkeypatch, step, sent, status
+):
+    command = ["pretrain.py", text, "--steps", "20", *MINI, *SMALL, "--output-dir"]
+    assert here(*command, tmp_path / "whole").returncode == 0
+    one_step = Pretraining._one_step
+
+    def signalled(run):
+        if run.step == step - 1:
+            os.kill(os.getpid(), sent)
+        return one_step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretraining, "_one_step", signalled)
+        stopped = here(*command, tmp_path / "stopped")
+    assert stopped.returncode == status and "the same command goes on from the last save" in stopped.stderr
+    done = here(*command, tmp_path / "stopped")
+    assert done.returncode == 0 and f"going on from step {step}" in done.stdout
+    whole, resumed = (load_file(tmp_path / name / "training.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole | resumed)
+
+
+def test_the_models_files_are_readable_by_others(trained):
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = {file.stat().st_mode & 0o777 for file in trained[0].rglob("*") if file.is_file()}
+    assert modes == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize(

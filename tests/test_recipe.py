@@ -1,6 +1,8 @@
 """recipes/subj_finetune.py as a user runs it: the whole comparison in small, interruption, and every wrong input."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,11 +65,18 @@ def test_the_printed_table_is_the_file_and_has_every_row(finished):
     assert "seeds 0, 1" in table and "paired difference" in table
 
 
-def test_progress_is_one_bar_a_run_with_the_remaining_time(finished):
-    _, done = finished
-    assert "1/8 full seed 0" in done.stderr and "8/8 head seed 1" in done.stderr
-    assert "<00:0" in done.stderr  # tqdm's [elapsed<remaining]
-    assert "Warning" not in done.stderr and "{'" not in done.stdout + done.stderr
+def test_progress_is_one_bar_a_run_with_the_remaining_time(tmp_path):
+    arguments = ["--task", "subj-mini", "--methods", "head", "full", "--max-train-samples", "32"]
+    done = running.in_a_terminal(NAME, *options(tmp_path, *arguments))
+    assert done.returncode == 0 and "1/2 head seed 0" in done.stdout and "2/2 full seed 0" in done.stdout
+    assert "<00:0" in done.stdout  # tqdm's [elapsed<remaining]
+    assert "Warning" not in done.stdout and "{'" not in done.stdout
+
+
+def test_a_file_gets_a_line_when_a_run_begins_and_one_when_it_ends(finished):
+    lines = finished[1].stderr.splitlines()
+    assert len(lines) == 16 and lines[0] == "1/8 full seed 0: begins at step 0 of 8"
+    assert lines[15].startswith("8/8 head seed 1: 8 steps, val. accuracy 0.")
 
 
 def test_results_follow_the_documented_schema(finished):
@@ -234,7 +243,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in printed and "Traceback" not in errors
+    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
     assert [run["method"] for run in results_in(stopped)["runs"]] == ["head"]
     assert "(incomplete" in (stopped / "results.md").read_text(encoding="utf-8")
     assert recipe(stopped, *arguments).returncode == recipe(whole, *arguments).returncode == 0
@@ -249,6 +258,35 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path, caplog):
     (broken / "trainer_state.json").write_text('{"epoch"')
     done = recipe(tmp_path, "--seeds", "0", "--methods", "head", "--max-train-samples", "32")
     assert done.returncode == 0 and "not a whole checkpoint" in caplog.text
+
+
+def test_what_diverges_is_no_result_and_takes_another_rate(tmp_path):
+    arguments = ["--task", "subj-mini", "--methods", "head", "full", "--max-train-samples", "64"]
+    done = recipe(tmp_path, *arguments, "--learning-rate", "full=1e38")
+    assert done.returncode == 2 and "full with seed 0 diverged" in done.stderr
+    assert [run["method"] for run in results_in(tmp_path)["runs"]] == ["head"]
+    assert results_in(tmp_path)["complete"] is False and list((tmp_path / "full" / "seed0").iterdir()) == []
+    refused = recipe(tmp_path, *arguments, "--learning-rate", "head=1e-2", "full=1e-3")
+    assert refused.returncode == 2 and "settings.head.learning_rate was 0.003, is 0.01" in refused.stderr
+    before = (tmp_path / "head" / "seed0" / "run.json").read_bytes()
+    assert recipe(tmp_path, *arguments, "--learning-rate", "full=1e-3").returncode == 0
+    assert results_in(tmp_path)["complete"] is True
+    assert (tmp_path / "head" / "seed0" / "run.json").read_bytes() == before
+
+
+def test_the_folder_is_readable_by_others_and_holds_nothing_half_made(finished, tmp_path):
+    out, mask = finished[0], os.umask(0)
+    os.umask(mask)
+    files = [file for file in out.rglob("*") if file.is_file() and not file.name.startswith(".lock")]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~mask}
+    assert not [file for file in out.rglob("*") if file.name.startswith(".unfinished") or file.name == "training"]
+
+
+def test_what_is_left_of_a_finished_runs_training_is_removed(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "head" / "seed0" / "training" / "checkpoint-8").mkdir(parents=True)
+    assert recipe(tmp_path / "out", "--methods", "head", "--max-train-samples", "64").returncode == 0
+    assert not (tmp_path / "out" / "head" / "seed0" / "training").exists()
 
 
 def test_an_upstream_checkpoint_is_fine_tuned(finished, tmp_path):

@@ -1,24 +1,21 @@
 """Fine-tuning: what each method trains, that methods are paired, and that the best epoch is the one that is kept."""
 
+import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import TrainerCallback
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, load_task
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, errors, load_task, trainer
 from spikegpt_lora.settings import METHODS, FinetuneOptions
 from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.training import (
-    PaddingAsText,
-    SeededLengthSampler,
-    SeededSampler,
-    adapt,
-    adapters_off,
-    finetune,
-    tokenize,
-)
+from spikegpt_lora.trainer import PaddingAsText, SeededLengthSampler, SeededSampler
+from spikegpt_lora.training import adapt, adapters_off, finetune, tokenize
 
 OPTIONS = FinetuneOptions(learning_rate=1e-2, epochs=3, batch_size=16, rank=4)
 
@@ -201,3 +198,87 @@ def test_a_sentence_without_tokens_is_named(mini):
     data = DatasetDict(test=Dataset.from_dict({"text": ["fine .", " "], "label": [0, 1]}))
     with pytest.raises(ValueError, match="test holds a sentence without tokens: ' '"):
         tokenize(data, mini[1], 64)
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal where the `number`-th event of a name comes."""
+
+    def __init__(self, event, number, sent):
+        self.left = number
+        setattr(self, event, lambda *args, **kwargs: self.tick(sent))
+
+    def tick(self, sent):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), sent)
+
+
+def trained_with(mini, method, directory, options, callback=None):
+    data, tokenizer = mini
+    with pytest.MonkeyPatch.context() as patch:
+        if callback:
+            patch.setattr(trainer.PairedTrainer, "__init__", with_callback(trainer.PairedTrainer.__init__, callback))
+        return finetune(adapt(fresh(tokenizer), method, options, 0), method, data, tokenizer, directory, 0, options)
+
+
+def with_callback(init, callback):
+    def changed(self, *args, callbacks, **kwargs):
+        init(self, *args, callbacks=[*callbacks, callback], **kwargs)
+
+    return changed
+
+
+STOPS = [
+    ("full", "on_step_begin", 2, signal.SIGINT),
+    ("full", "on_step_begin", 4, signal.SIGTERM),  # the last one of an epoch
+    ("full", "on_step_begin", 7, signal.SIGTERM),
+    ("spikelora", "on_step_begin", 6, signal.SIGINT),
+    ("spikelora", "on_evaluate", 1, signal.SIGTERM),
+    ("lora", "on_step_begin", 12, signal.SIGTERM),  # the last one of all
+    ("full", "on_save", 2, signal.SIGINT),  # too late for that step
+]
+
+
+@pytest.mark.parametrize("method, event, number, sent", STOPS)
+def test_a_stopped_run_has_saved_its_step_and_goes_on_to_the_same_numbers(method, event, number, sent, mini, tmp_path):
+    options = replace(OPTIONS, word_dropout=0.1, target_sparsity=0.8 if method == "spikelora" else None)
+    whole, record = trained_with(mini, method, tmp_path / "whole", options)
+    with pytest.raises(errors.Stopped if sent == signal.SIGTERM else KeyboardInterrupt):
+        trained_with(mini, method, tmp_path / "stopped", options, SignalAt(event, number, sent))
+    saved = max(int(path.name.split("-")[1]) for path in (tmp_path / "stopped").glob("checkpoint-*"))
+    assert saved == {"on_evaluate": 4, "on_save": 9}.get(event, number)
+    again, resumed = trained_with(mini, method, tmp_path / "stopped", options)
+    assert {**resumed, "seconds": 0} == {**record, "seconds": 0}
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_run_that_is_killed_while_it_is_tested_repeats_no_step(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr("spikegpt_lora.training._test", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trained_with(mini, "full", tmp_path, OPTIONS)
+    monkeypatch.undo()
+    steps = SignalAt("on_step_begin", 1, signal.SIGTERM)
+    trained_with(mini, "full", tmp_path, OPTIONS, steps)
+    assert steps.left == 1
+
+
+def test_a_run_goes_on_where_its_folder_was_moved(mini, tmp_path):
+    _, record = trained_with(mini, "full", tmp_path / "here", OPTIONS)
+    model, _ = trained_with(mini, "full", (tmp_path / "here").rename(tmp_path / "there"), OPTIONS)
+    best = json.loads((tmp_path / "there" / f"checkpoint-{12}" / "trainer_state.json").read_text())["best_global_step"]
+    assert best == 4 * record["best_epoch"]
+    again, _ = trained_with(mini, "full", tmp_path / "anew", OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("rate, epochs", [(1e38, 3), (1e38, 1), (1e30, 3)])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_that_diverges_is_a_sentence_and_leaves_nothing(method, rate, epochs, mini, tmp_path):
+    with pytest.raises(FloatingPointError, match=f"{method} with seed 0 diverged: .*learning rate below"):
+        trained_with(mini, method, tmp_path / "training", replace(OPTIONS, learning_rate=rate, epochs=epochs))
+    assert not (tmp_path / "training").exists()
+
+
+def test_a_rank_beyond_every_matrix_is_refused(mini):
+    with pytest.raises(ValueError, match="rank must be <= 32, the longest side of the model's matrices, got 33"):
+        adapt(fresh(mini[1]), "lora", replace(OPTIONS, rank=33), seed=0)

@@ -1,0 +1,134 @@
+"""Saved models and tokenizers, read so that what is wrong with a file is said by name before anything is built from it.
+
+transformers fills what a file lacks with random numbers, and says so in a report that nobody has to read.
+"""
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import SpikeGPTConfig
+from .errors import DamagedFile, read_json
+
+FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
+
+
+def check_saved(source: str | os.PathLike) -> None:
+    """Look at a saved model before anything is built from it, if `source` is the folder of one.
+
+    Raises:
+        ValueError: a damaged file, another architecture, or other sizes in config.json than in the weights.
+    """
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        config = read_config(folder)
+        if shapes := _shapes(folder):
+            _require_sizes(config, shapes, folder)
+
+
+def read_config(folder: str | os.PathLike) -> SpikeGPTConfig:
+    """The configuration of a saved model.
+
+    Raises:
+        ValueError: no config.json, a damaged one, or another architecture's.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no config.json: give a whole model (an adapter is none)")
+    content = read_json(file)
+    if (kind := content.get("model_type")) != SpikeGPTConfig.model_type:
+        raise DamagedFile(f"{file} must say model_type {SpikeGPTConfig.model_type!r}, says {kind!r}: give a SpikeGPT")
+    try:
+        config = SpikeGPTConfig.from_dict(content)
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise DamagedFile(f"{file}: {first_line(error)}") from error
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise DamagedFile(f"{file}: dtype must be the name of one, got {config.dtype!r}")
+    return config
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Sizes of a saved model's tensors by upstream's name, from the heads of its files; nothing where they have other
+    names than transformers' usual ones."""
+    index, whole, old = (folder / name for name in FILES)
+    files = [whole] if whole.is_file() else []
+    if not files and index.is_file():
+        names = read_json(index, keys=("weight_map",))["weight_map"]
+        files = [folder / str(name) for name in (set(names.values()) if isinstance(names, dict) else ())]
+    elif not files and old.is_file():
+        tensors = read_torch_file(old)
+        held = tensors.items() if isinstance(tensors, Mapping) else ()
+        return {str(name).removeprefix("spikegpt."): tuple(t.shape) for name, t in held if isinstance(t, Tensor)}
+    shapes = {}
+    for file in files:
+        shapes |= safetensors_shapes(file)
+    return {name.removeprefix("spikegpt."): shape for name, shape in shapes.items()}
+
+
+def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Sizes of the tensors in a .safetensors file, whose head must fit its length.
+
+    Raises:
+        DamagedFile: it does not.
+    """
+    try:
+        with safe_open(file, "pt") as content:
+            return {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}
+    except (SafetensorError, OSError) as error:  # it says of neither which file
+        raise DamagedFile(f"{file} is damaged or cut short ({error}): fetch or write it again") from error
+
+
+def _require_sizes(config: SpikeGPTConfig, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise where config.json speaks of another model than the weights: nothing of its sizes is built then."""
+    layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if not layers:
+        raise ValueError(f"{folder} is no SpikeGPT: it has no emb.weight and no blocks, but {some(shapes)}")
+    found = {"n_layer": max(layers) + 1}
+    if len(embedding := shapes.get("emb.weight", ())) == 2:
+        found |= {"vocab_size": embedding[0], "n_embd": embedding[1]}
+    if len(key := shapes.get("blocks.0.ffn.key.weight", ())) == 2:
+        found |= {"n_ffn": key[0]}
+    given = {name: getattr(config, name) for name in found}
+    if wrong := [f"{name} {given[name]} for {size}" for name, size in found.items() if given[name] != size]:
+        raise ValueError(f"{folder}/config.json says {', '.join(wrong)} of the weights: they do not belong together")
+
+
+def some(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def read_torch_file(path: Path):
+    """What `torch.save` wrote to `path`, if it is tensors and plain containers of them.
+
+    Raises:
+        ValueError: something else, a damaged file, or tensors far larger than the file.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} was refused: it holds something else than tensors, or is damaged, and nothing in it was executed. "
+            f"A SpikeGPT checkpoint is torch.save(model.state_dict(), ...). Reader's words: {first_line(error)}"
+        ) from error
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a whole PyTorch file, perhaps a broken download: fetch it "
+            f"again. Reader's words: {first_line(error)}"
+        ) from error
+    held = [t for t in tensors.values() if isinstance(t, Tensor)] if isinstance(tensors, Mapping) else []
+    if (numbers := sum(t.numel() * t.element_size() for t in held)) > 2 * (size := path.stat().st_size):  # 2: tied ones
+        raise ValueError(
+            f"{path} must hold its tensors' {numbers:,} bytes, has {size:,}: some repeat one number (stride 0)"
+        )
+    return tensors
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
