@@ -17,17 +17,14 @@ not installed are not asked: pip install "spikegpt_lora[export]".
 
 import argparse
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from spikegpt_lora import SpikeGPTForSequenceClassification, command_line, errors, files, load_task
+from spikegpt_lora.checkpoint import load_adapter, load_model
 from spikegpt_lora.export import Bundle, check_bundle, export_bundle
 from spikegpt_lora.export.__main__ import summary as checked_summary
 from spikegpt_lora.export.bundle import WEIGHTS, aligned, batch_of, unlike
@@ -35,13 +32,16 @@ from spikegpt_lora.export.check import write_results
 from spikegpt_lora.export.pictures import draw_all
 from spikegpt_lora.export.stored import by_length
 from spikegpt_lora.report import table
+from spikegpt_lora.tokenizer import load_tokenizer
 from spikegpt_lora.trace import GATE, read
+
+STOPPED = "stopped; the same command goes on from here."
 
 
 def main() -> int:
     args = parse_arguments()
     command_line.set_up()
-    return command_line.run(lambda: export(args), stopped="stopped; the same command goes on from here")
+    return export(args)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -114,39 +114,20 @@ def bar(rounds: list, text: str):
 def load(folder: Path):
     """The classifier, with its adapter if `folder` holds one, and its tokenizer."""
     adapter = folder / "adapter_config.json"
-    if not adapter.is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
     if not adapter.is_file():
-        model = classifier(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
+        model = load_model(SpikeGPTForSequenceClassification, folder)
     else:
-        source = errors.read_json(adapter).get("base_model_name_or_path")
-        if not isinstance(source, str):
-            raise ValueError(f"{adapter} must name its base model as base_model_name_or_path, got {source!r}")
-        model = classifier(source, new_head=True, what=f"the base model that {adapter} names")
-        with readable(f"{folder} holds no adapter for {source}"):
-            model = PeftModel.from_pretrained(model, str(folder))
-    with readable(f"{folder} holds no tokenizer"):
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def classifier(source, new_head: bool = False, what: str = "a classifier"):
-    """A model whose weights all come from its files, but for a new head."""
-    with readable(f"{source} is not {what}"):
-        model, info = SpikeGPTForSequenceClassification.from_pretrained(str(source), output_loading_info=True)
-    missing = set(info["missing_keys"]) - ({"score.weight"} if new_head else set())
-    if missing:
-        raise ValueError(f"{source} is not {what}: it has no {', '.join(sorted(missing)[:3])}")
-    return model
-
-
-@contextmanager
-def readable(otherwise: str):
-    """Whatever transformers and peft raise of a damaged folder, as one sentence that begins with `otherwise`."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"{otherwise}: {' '.join(lines[:2]) or type(error).__name__}") from error
+        base = errors.read_json(adapter, keys=("base_model_name_or_path",))["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise ValueError(f"{adapter} must name its base model as base_model_name_or_path, got {base!r}")
+        try:
+            model = load_model(SpikeGPTForSequenceClassification, base, new_head=True)
+        except ValueError as error:
+            raise ValueError(f"{error}; this is the base model that {adapter} names") from error
+        model = load_adapter(model, folder)
+    return model.eval(), load_tokenizer(folder)
 
 
 def sentences(args) -> tuple[list[str], list[int]]:
@@ -226,4 +207,4 @@ def accuracy(model, bundle: Bundle, tokenizer, texts: list[str], labels: list[in
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main, STOPPED))

@@ -7,16 +7,19 @@ classifier = SpikeGPTForSequenceClassification.from_language_model(lm, num_label
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants, list_repo_files
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import SpikeGPTConfig
+from .errors import DamagedFile, read_json, sentence
 from .files import whole_file
 from .hub import fetch, require_reachable
 from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTPreTrainedModel
@@ -91,6 +94,29 @@ def load_model(
     problems += [f"it has {some(names)} beside"] if (names := set(info["unexpected_keys"]) - heads) else []
     if problems:
         raise ValueError(f"{source} is no {kind}: {'; '.join(problems)}")
+    return model
+
+
+def load_adapter(model: SpikeGPTPreTrainedModel, folder: str | os.PathLike) -> PeftModel:
+    """`model` with the adapter of peft that lies in `folder`, all of whose weights come from there.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFile: it cannot be read, or is none for `model`.
+    """
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter_config.json: give the folder of an adapter")
+    read_json(file, keys=("peft_type",))
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            model = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        lines = (sentence(error) or f"{type(error).__name__}: {error}").split("\n")
+        reason = " ".join(line.strip() for line in lines[:2])  # torch's list of sizes goes on
+        raise DamagedFile(f"{folder} holds no adapter for this model, or a damaged one ({reason})") from error
+    if missing := [str(warning.message) for warning in said if "missing adapter keys" in str(warning.message)]:
+        raise DamagedFile(f"{folder} holds only a part of its adapter ({missing[0].splitlines()[0]})")
     return model
 
 

@@ -35,10 +35,15 @@ def _read(file, most: int) -> dict[str, np.ndarray]:
         if size > most:
             raise DamagedFile(f"its arrays take up {size:,} bytes, at most {most:,} are read; most={size} reads it")
         for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name in arrays:
+                raise DamagedFile(f"it holds {name} twice")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise DamagedFile(f"{name} is in a compression that numpy does not write")
             with archive.open(member) as array:
-                _require_array(member.filename, array, member.file_size)
+                _require_array(name, array, member.file_size)
                 array.seek(0)
-                arrays[member.filename.removesuffix(".npy")] = np.lib.format.read_array(array, allow_pickle=False)
+                arrays[name] = np.lib.format.read_array(array, allow_pickle=False)
     return arrays
 
 

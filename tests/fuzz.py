@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers.utils import logging as transformers_logging
 
 from spikegpt_lora import (
@@ -35,6 +35,7 @@ from spikegpt_lora import (
     record_spikes,
     save_upstream_checkpoint,
 )
+from spikegpt_lora.checkpoint import load_adapter, load_model
 
 DANGEROUS = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "os.remove"}
 NASTY = [
@@ -175,7 +176,7 @@ def make_model(folder: Path) -> None:
 
 
 def read_model(folder: Path) -> None:
-    model = SpikeGPTForSequenceClassification.from_pretrained(folder)
+    model = load_model(SpikeGPTForSequenceClassification, folder)
     finite(model.eval()(**small_batch()).logits)
 
 
@@ -208,8 +209,8 @@ def make_adapter(folder: Path) -> None:
 
 
 def read_adapter(folder: Path) -> None:
-    model = SpikeGPTForSequenceClassification.from_pretrained(folder / "base")
-    finite(PeftModel.from_pretrained(model, folder / "adapter").eval()(**small_batch()).logits)
+    model = load_model(SpikeGPTForSequenceClassification, folder / "base")
+    finite(load_adapter(model, folder / "adapter").eval()(**small_batch()).logits)
 
 
 def finite(logits: torch.Tensor) -> None:

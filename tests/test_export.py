@@ -245,7 +245,7 @@ FORGERIES = {
     ),
     "half a file": (
         lambda f: (f / "events.npz").write_bytes((f / "events.npz").read_bytes()[:500]),
-        "events.npz cannot be read",
+        "events.npz is no .npz file to be read",
     ),
     "other costs": (
         lambda f: edit(

@@ -90,16 +90,17 @@ def edit(folder, name, **changes):
 
 
 DAMAGED = {
-    "weights cut": ("base", lambda f: cut(f, "model.safetensors"), "is not a classifier"),
-    "weights of another model": ("base", rename_weights, "is not a classifier: it has no score.weight"),
+    "weights cut": ("base", lambda f: cut(f, "model.safetensors"), "model.safetensors is damaged or cut short"),
+    "weights of another model": ("base", rename_weights, "is no SpikeGPT: it has no emb.weight"),
     "a block more than there are weights of": (
         "base",
         lambda f: edit(f, "config.json", n_layer=3),
-        "it has no spikegpt.bl",
+        "says n_layer 3 for 2 of the weights",
     ),
-    "other sizes": ("base", lambda f: edit(f, "config.json", n_embd=8), "is not a classifier"),
-    "config.json cut": ("base", lambda f: cut(f, "config.json"), "is not a classifier"),
-    "no tokenizer": ("base", lambda f: (f / "tokenizer.json").write_text("{}"), "holds no tokenizer"),
+    "other sizes": ("base", lambda f: edit(f, "config.json", n_embd=8), "says n_embd 8 for 16 of the weights"),
+    "config.json cut": ("base", lambda f: cut(f, "config.json"), "config.json is no whole JSON file"),
+    "another architecture": ("base", lambda f: edit(f, "config.json", model_type="gpt2"), "must say model_type"),
+    "no tokenizer": ("base", lambda f: (f / "tokenizer.json").write_text("{}"), "no tokenizer at"),
     "an adapter of another rank": ("spikelora", lambda f: edit(f, "adapter_config.json", r=2), "holds no adapter for"),
     "an adapter of another kind": (
         "spikelora",

@@ -244,7 +244,7 @@ def header(shape, descr="|i1"):
 FORGED_ARRAYS = {
     "a header that promises 4 TB": ({"spikes/x": header((1 << 42,))}, "says that it holds 4,398,046,511,104 bytes"),
     "a huge array of nothing": ({"spikes/x": np.zeros((4, 9, 1 << 14), np.int8)}, "its arrays take up .* most="),
-    "pickled objects": ({"labels": np.array([{}] * 4, dtype=object)}, "labels.npy holds pickled objects"),
+    "pickled objects": ({"labels": np.array([{}] * 4, dtype=object)}, "labels holds pickled objects"),
     "a group of no trace": ({"weights/x": np.zeros((4, 9, 1))}, "weights/x is no array of a trace"),
     "other sentences": ({"spikes/x": np.zeros((3, 9, 2), np.int8)}, r"spikes/x of shape \(3, 9, 2\) does not fit"),
     "lengths beyond the end": ({"lengths": np.array([9, 9, 9, 10])}, r"lengths must be in \[0, 9\]"),

@@ -10,12 +10,13 @@ import nir
 import numpy as np
 
 from ..errors import read_json
+from ..npz import read_npz
 from ..trace import EMBEDDING, SpikeTrace
 from . import graph
 from .events import EVENT
 from .interpreter import Program
 from .shapes import read_weights, sizes_of
-from .untrusted import arrays, reading, require, require_plain_hdf5
+from .untrusted import reading, require, require_plain_hdf5, room
 
 SCHEMA = "spikegpt_lora/bundle/1"
 MANIFEST = ("manifest.json", "manifest.json.sha256")
@@ -76,7 +77,8 @@ class Bundle:
 
     @cached_property
     def stored_weights(self) -> dict[str, np.ndarray]:
-        return arrays(self.folder / "weights.npz")
+        path = self.folder / "weights.npz"
+        return read_npz(path, room(path))
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
@@ -98,7 +100,7 @@ class Bundle:
     def sentences(self) -> dict[str, np.ndarray]:
         """ids, tokens, words `(B, T)`; lengths, labels `(B,)`; logits `(B, classes)`."""
         path = self.folder / "sentences.npz"
-        found = arrays(path)
+        found = read_npz(path, room(path))
         with reading(path):
             _require_sentences(path, found, len(self.weights[self.nodes[0]["weight"]]), len(self.classes))
         return found
@@ -130,7 +132,7 @@ class Bundle:
     def events(self) -> tuple[np.ndarray, list[str]]:
         """The records of events.npz, and which population each number is."""
         path = self.folder / "events.npz"
-        found = arrays(path)
+        found = read_npz(path, room(path))
         with reading(path):
             require(path, found.keys() == {"events", "populations", "sizes"}, "must hold events, populations and sizes")
             events, names = found["events"], found["populations"].tolist()

@@ -1,16 +1,15 @@
 """Files that nobody vouches for: what they are and would take up is looked at first, and only then are they read.
 
-Every function raises `errors.DamagedFile`, which names the file and the reason, for whatever is wrong with one.
+Every function raises `errors.DamagedFile`, which names the file and the reason, for whatever is wrong with one. So does
+`npz.read_npz`.
 """
 
 import math
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
-import numpy as np
 
 from ..errors import DamagedFile, sentence
 
@@ -43,39 +42,15 @@ def require(path: Path, holds: bool, reason: str) -> None:
         raise DamagedFile(f"{path.name} {reason}")
 
 
+def room(path: Path) -> int:
+    """Bytes that `path` may take up in memory: what it says beyond that is not believed."""
+    return max(ROOM, TIMES * path.stat().st_size)
+
+
 def require_room(path: Path, size: int) -> None:
     """Raise DamagedFile where `path` would take up `size` bytes in memory and that is too much."""
-    most = max(ROOM, TIMES * path.stat().st_size)
+    most = room(path)
     require(path, size <= most, f"would take up {size:,} bytes in memory, at most {most:,} is believed")
-
-
-def arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file, by name."""
-    path, found = Path(path), {}
-    with reading(path), zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        require_room(path, sum(member.file_size for member in members))
-        for member in members:
-            name = member.filename.removesuffix(".npy")
-            require(path, name not in found, f"holds {name} twice")
-            plain = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            require(path, plain, f"holds {name} in a compression that numpy does not write")
-            with archive.open(member) as file:
-                _require_size(path, name, file, member.file_size)
-            with archive.open(member) as file:
-                found[name] = np.lib.format.read_array(file, allow_pickle=False)
-    return found
-
-
-def _require_size(path: Path, name: str, file, size: int) -> None:
-    """Raise where the shape in an array's header is not the one of the bytes behind it, or they are pickled objects."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    version = np.lib.format.read_magic(file)
-    require(path, version in readers, f"holds {name} in format {version} of numpy")
-    shape, _, dtype = readers[version](file)
-    require(path, not dtype.hasobject, f"holds pickled objects as {name}, which are never read")
-    declared, there = math.prod(shape) * dtype.itemsize, size - file.tell()
-    require(path, declared == there, f"says that {name} has {declared:,} bytes, and holds {there:,}")
 
 
 def require_plain_hdf5(path: Path) -> None:
