@@ -64,7 +64,7 @@ def hashes(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.slow
+@pytest.mark.attack
 @pytest.mark.parametrize("by", STATUS)
 def test_a_stopped_export_goes_on_to_the_same_files(by, run, tmp_path):  # noqa: F811
     def export(folder):
@@ -84,7 +84,7 @@ def test_a_stopped_export_goes_on_to_the_same_files(by, run, tmp_path):  # noqa:
         shutil.rmtree(out)
 
 
-@pytest.mark.slow
+@pytest.mark.attack
 @pytest.mark.parametrize("by", STATUS)
 def test_a_stopped_check_leaves_a_right_bundle_right(by, run, tmp_path, monkeypatch):  # noqa: F811
     bundle, results = tmp_path / "out" / "bundle", tmp_path / "results"

@@ -42,7 +42,7 @@ def all_that_is_read(folder):
     return [*traces, *arrays, bundle.events[0]], [bundle.events[1], bundle.nodes, bundle.classes, bundle.cost, said]
 
 
-@pytest.mark.slow
+@pytest.mark.attack
 def test_no_mutant_is_called_right_crashes_hangs_or_takes_much_memory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(islands, "installed", dict)
     right, copy = export_bundle(small(), batch_of(), tmp_path / "right", event_driven=True), tmp_path / "copy"

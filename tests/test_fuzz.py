@@ -49,7 +49,7 @@ def test_spoilt_files_end_in_a_sentence(target):
     assert_harmless(target, seed=0, count=30)
 
 
-@pytest.mark.slow
+@pytest.mark.attack
 @pytest.mark.parametrize("target", TARGETS)
 def test_many_spoilt_files_end_in_a_sentence(target):
     assert_harmless(target, seed=1, count=500)
