@@ -43,6 +43,7 @@ from spikegpt_lora import (
     SpikeGPTForSequenceClassification,
     SpikeLoraConfig,
     command_line,
+    embedded_checkpoint,
     extension,
     wkv,
 )
@@ -54,7 +55,7 @@ from spikegpt_lora.spikes import LIF
 SMALL = {"n_layer": 4, "n_embd": 256, "batch": 32, "tokens": 40}
 LARGE = {"n_layer": 18, "n_embd": 768, "batch": 8, "tokens": 40}  # SpikeGPT-216M
 MINILM = {"n_layer": 6, "n_embd": 384, "batch": 32, "tokens": 40}  # all-MiniLM-L6-v2
-PARTS = ("kernels", "lengths", "step", "gates", "large_step", "streaming", "rwkv")
+PARTS = ("kernels", "lengths", "step", "gates", "large_step", "streaming", "generation", "rwkv")
 GATES = {
     "LoRA": LoraConfig,
     "SpikeLoRA": SpikeLoraConfig,
@@ -241,6 +242,22 @@ def streaming(repeats: int) -> list[dict]:
         rows = compare("one token, 216M, streaming", ways, 3 * repeats)
     for row in rows:
         row["note"] = f"{1e3 / row['median_ms']:.1f} tokens a second"
+    return rows
+
+
+def generation(repeats: int) -> list[dict]:
+    """`generate` with the model in the package: a token takes as long whether 50 are written or 400."""
+    model = SpikeGPTForCausalLM.from_pretrained(embedded_checkpoint()).eval()
+    prompt, lengths = torch.tensor([[3, 4, 5]]), (50, 200, 400)
+
+    def writing(tokens):
+        exactly = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
+        return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **exactly)
+
+    ways = {f"{tokens} tokens": writing(tokens) for tokens in lengths}
+    rows = compare("generate, the model in the package", ways, max(3, repeats // 3))
+    for row, tokens in zip(rows, lengths, strict=True):
+        row["note"] = f"{row['median_ms'] / tokens:.2f} ms a token"
     return rows
 
 
