@@ -45,6 +45,22 @@ def refuse_unknown(owner: str, given: Mapping, known: tuple[str, ...]) -> None:
             raise TypeError(f"{owner} has no argument {name}{hint}")
 
 
+def require_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: int) -> Tensor:
+    """The one of the two that is given: ids, integers `(B, T)`, or embeddings, real numbers `(B, T, width)`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    ids, tokens = inputs_embeds is None, input_ids if inputs_embeds is None else inputs_embeds
+    fits = isinstance(tokens, Tensor) and tokens.is_floating_point() != ids
+    if fits and (tokens.dim() == 2 if ids else tokens.dim() == 3 and tokens.shape[-1] == width):
+        return tokens
+    rule = "input_ids must be integers of shape (B, T)"
+    rule = rule if ids else f"inputs_embeds must be real numbers of shape (B, T, {width})"
+    got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+    raise ValueError(f"{rule}, got {got}")
+
+
 def real_tokens(attention_mask: Tensor | None, B: int, T: int) -> Tensor | None:
     """An attention mask as bool `(B, T)`, None where every token is real.
 

@@ -31,7 +31,16 @@ from transformers.modeling_outputs import ModelOutput
 from .config import SpikeGPTConfig
 from .dropout import Dropout
 from .gates import sigmoid_gate, squared_relu
-from .inputs import CACHES, LOSS, real_tokens, refuse_unknown, require_finite, require_labels, require_one_text
+from .inputs import (
+    CACHES,
+    LOSS,
+    real_tokens,
+    refuse_unknown,
+    require_finite,
+    require_labels,
+    require_one_text,
+    require_tokens,
+)
 from .saved import check_saved, some
 from .spikes import LIF
 from .token_shift import token_shift
@@ -319,27 +328,13 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
                 or of another batch, a state of another batch or not finite, several texts in a row.
             TypeError: an argument that there is not.
         """
-        state, attention_mask = _past(
-            state, attention_mask, kwargs, input_ids if inputs_embeds is None else inputs_embeds
-        )
-        refuse_unknown(type(self).__name__, kwargs, _OWN)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        self._check_tokens(tokens, 2 if inputs_embeds is None else 3)
-        mask = real_tokens(attention_mask, *tokens.shape[:2])
-        require_one_text(kwargs.get("position_ids"), mask)
-        if state is not None:
-            self._check_state(state, tokens.shape[0])
-        if input_ids is not None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-            inputs_embeds = self._embed(input_ids)
+        x, mask, state = self._given(input_ids, attention_mask, inputs_embeds, state, kwargs)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
-        x = self.emb_spike(inputs_embeds)
+        x = self.emb_spike(x)
         if mask is not None:
             x = x * mask[..., None]
         hidden_states, new_states = [], []
@@ -357,17 +352,21 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
         )
         return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
 
-    def _check_tokens(self, tokens, dim: int) -> None:
-        name, shape = ("input_ids", "(B, T)") if dim == 2 else ("inputs_embeds", f"(B, T, {self.config.n_embd})")
-        kind = "integers" if dim == 2 else "real numbers"
-        if (
-            not isinstance(tokens, Tensor)
-            or tokens.dim() != dim
-            or (dim == 3 and tokens.shape[-1] != self.config.n_embd)
-            or tokens.is_floating_point() != (dim == 3)
-        ):
-            got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"{name} must be {kind} of shape {shape}, got {got}")
+    def _given(self, input_ids, attention_mask, inputs_embeds, state, others: dict):
+        """Embeddings `(B, T, C)`, mask bool `(B, T)` or None, and state; raises on what would be read wrongly."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        tokens = require_tokens(input_ids, inputs_embeds, self.config.n_embd)
+        state, attention_mask = _past(state, attention_mask, others, tokens.shape[1])
+        refuse_unknown(type(self).__name__, others, _OWN)
+        mask = real_tokens(attention_mask, *tokens.shape[:2])
+        require_one_text(others.get("position_ids"), mask)
+        if state is not None:
+            self._check_state(state, tokens.shape[0])
+        if input_ids is None:
+            return inputs_embeds, mask, state
+        self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        return self._embed(input_ids), mask, state
 
     def _check_state(self, state, B: int) -> None:
         if not isinstance(state, SpikeGPTState) or state.wkv is None:
@@ -397,13 +396,13 @@ def _default(value, default):
 _OWN = ("input_ids", "attention_mask", "inputs_embeds", "state", "labels", "use_cache", "output_hidden_states")
 
 
-def _past(state, attention_mask, kwargs: dict, tokens):
-    """State and mask of this stretch, also where stock code gives them as those of a cache; taken out of `kwargs`."""
+def _past(state, attention_mask, others: dict, T: int):
+    """State and mask of this stretch of T tokens, also where stock code gives them as those of a cache: then they are
+    taken out of `others`, and the mask is that of all tokens so far."""
     for name in CACHES:
-        if isinstance(kwargs.get(name), SpikeGPTState):
-            state = kwargs.pop(name)
-            if attention_mask is not None:
-                attention_mask = attention_mask[:, -tokens.shape[1] :]
+        if isinstance(others.get(name), SpikeGPTState):
+            state = others.pop(name)
+            attention_mask = None if attention_mask is None else attention_mask[:, -T:]
     return state, attention_mask
 
 
