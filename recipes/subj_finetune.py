@@ -350,6 +350,9 @@ def run_all(comparison: Comparison) -> int:
     args, out, devices = comparison.args, comparison.args.output_dir, PartialState()
     runs = [(seed, method) for seed in args.seeds for method in args.methods]
     missing = [run for run in runs if not run_folder(out, *run).joinpath("run.json").is_file()]
+    if devices.is_main_process:
+        for finished in out.glob("*/seed*/run.json"):  # whose process may have been killed just after it
+            shutil.rmtree(finished.with_name("training"), ignore_errors=True)
     started = time.perf_counter()
     for seed, method in missing:
         if devices.is_main_process:

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import SpikeGPTConfig
-from .errors import DamagedFile, read_json, sentence
+from .errors import DamagedFile, first_line, read_json, sentence
 from .files import whole_file
 from .hub import fetch, require_reachable
 from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTPreTrainedModel
-from .saved import first_line, read_config, read_torch_file, some
+from .saved import read_config, read_torch_file, some
 from .tokenizer import load_tokenizer
 
 EMBEDDED = Path(__file__).parent / "assets" / "spikegpt-reviews"

@@ -43,9 +43,9 @@ def sentence(error: BaseException) -> str | None:
     """What a user should read of `error`; None for one that nobody foresaw."""
     text = str(error).strip()
     if (isinstance(error, SafetensorError | RuntimeError) or type(error) is Exception) and _NO_ROOM.search(text):
-        return f"a file could not be written ({_first_line(text)}): {_OF_SYSTEM[errno.ENOSPC]}"
+        return f"a file could not be written ({first_line(error)}): {_OF_SYSTEM[errno.ENOSPC]}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(text):
-        return f"the memory does not suffice ({_first_line(text) or 'MemoryError'}): take smaller sizes or batches"
+        return f"the memory does not suffice ({first_line(error) or 'MemoryError'}): take smaller sizes or batches"
     if isinstance(error, SafetensorError):
         return f"a .safetensors file is damaged or cut short ({text}): fetch or write it again"
     if isinstance(error, OSError) and error.errno in _OF_SYSTEM and error.filename:
@@ -58,7 +58,7 @@ def sentence(error: BaseException) -> str | None:
 def unforeseen(error: BaseException) -> str:
     """What a user should read of an exception that `sentence` does not know."""
     return (
-        f"{type(error).__name__}: {_first_line(str(error))}\nThis was not foreseen: a defect of spikegpt_lora or of a "
+        f"{type(error).__name__}: {first_line(error)}\nThis was not foreseen: a defect of spikegpt_lora or of a "
         f"package below it. {TRACEBACK}=1 with the same command shows where; please report it."
     )
 
@@ -104,5 +104,6 @@ def read_json(path: str | Path, most: int = 1 << 26, keys: tuple[str, ...] = ())
     return content
 
 
-def _first_line(text: str) -> str:
-    return text.split("\n")[0]
+def first_line(error: BaseException) -> str:
+    """What an exception says first; readers of files go on with lists."""
+    return str(error).strip().split("\n")[0]

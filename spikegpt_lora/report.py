@@ -17,7 +17,6 @@ Accuracies, sparsity and dead_ranks are fractions of 1; seconds are wall-clock.
 """
 
 import json
-import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -53,7 +52,7 @@ NAMES = {
 
 
 def read_runs(out: Path) -> list[dict]:
-    """The records of the finished runs in a comparison's folder; what was left of their training is removed.
+    """The records of the finished runs in a comparison's folder.
 
     Raises:
         DamagedFile: a run.json that is none, or of another run than its folder's name says.
@@ -67,7 +66,6 @@ def read_runs(out: Path) -> list[dict]:
                 f"{file} must be the record of {place}, is that of {run['method']!r} with seed {run['seed']!r}: "
                 "move it out of this folder"
             )
-        shutil.rmtree(file.with_name("training"), ignore_errors=True)
         runs.append(run)
     return runs
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import SpikeGPTConfig
-from .errors import DamagedFile, read_json
+from .errors import DamagedFile, first_line, read_json
 
 FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
 
@@ -128,7 +128,3 @@ def read_torch_file(path: Path):
             f"{path} must hold its tensors' {numbers:,} bytes, has {size:,}: some repeat one number (stride 0)"
         )
     return tensors
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

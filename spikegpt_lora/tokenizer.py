@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .errors import first_line
+
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 
 # \x91 to \x97 are cp1252's quotes and dashes in text that was read as latin-1.
@@ -65,5 +67,4 @@ def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # a damaged file can fail anywhere in the reader
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        found = kind + str(error).split("\n")[0]
-        raise ValueError(f"no tokenizer at {str(source)!r}, or a damaged one ({found})") from error
+        raise ValueError(f"no tokenizer at {str(source)!r}, or a damaged one ({kind}{first_line(error)})") from error

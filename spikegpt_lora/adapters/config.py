@@ -20,11 +20,8 @@ PRESETS = {"rkv+srffn": r"(.*\.)?blocks\.\d+\.(att|ffn)\.(receptance|key|value)"
 
 
 LEARN = ("none", "threshold", "tau", "both")
-KEEP_BASE = (
-    True,
-    False,
-    "gaussian",
-)  # PiSSA, OLoRA and the like take B A out of W0; through a gate, nothing puts it back
+# Of init_lora_weights. PiSSA, OLoRA and the like take B A out of W0; through a gate, nothing puts it back.
+KEEP_BASE = (True, False, "gaussian")
 
 # Where peft takes something else than what it annotates.
 KINDS = {
