@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from spikegpt_lora import SpikeGPTForSequenceClassification, command_line, errors, files, load_task
-from spikegpt_lora.checkpoint import load_adapter, load_model
+from spikegpt_lora.checkpoint import load_adapter, load_model, load_tokenizer
 from spikegpt_lora.export import Bundle, check_bundle, export_bundle
 from spikegpt_lora.export.__main__ import summary as checked_summary
 from spikegpt_lora.export.bundle import WEIGHTS, aligned, batch_of, unlike
@@ -32,7 +32,6 @@ from spikegpt_lora.export.check import write_results
 from spikegpt_lora.export.pictures import draw_all
 from spikegpt_lora.export.stored import by_length
 from spikegpt_lora.report import table
-from spikegpt_lora.tokenizer import load_tokenizer
 from spikegpt_lora.trace import GATE, read
 
 STOPPED = "stopped; the same command goes on from here."

@@ -32,10 +32,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from spikegpt_lora import SpikeLoraConfig, command_line  # the one import that makes peft know SpikeLoRA
 from spikegpt_lora.adapters import SparsityCallback, observe_adapters
+from spikegpt_lora.checkpoint import load_tokenizer
 from spikegpt_lora.errors import read_json
 from spikegpt_lora.files import locked, write_json, write_text
 from spikegpt_lora.report import table
-from spikegpt_lora.tokenizer import load_tokenizer
 from spikegpt_lora.training import require_trained
 
 GATES = {

@@ -45,14 +45,13 @@ from spikegpt_lora import (
     report,
 )
 from spikegpt_lora.baselines import bag_of_words_baselines
-from spikegpt_lora.checkpoint import load_model, require_same_tokens
-from spikegpt_lora.config import POOLINGS
+from spikegpt_lora.checkpoint import load_model, load_tokenizer, require_same_tokens
+from spikegpt_lora.config import POOLINGS, read_config
 from spikegpt_lora.data import LABELS, resplit
 from spikegpt_lora.errors import read_json
 from spikegpt_lora.files import locked, whole_files, write_json, write_text
-from spikegpt_lora.saved import read_config
 from spikegpt_lora.settings import METHODS, PARITY, SETTINGS, choose, drawn
-from spikegpt_lora.tokenizer import load_tokenizer, train_tokenizer
+from spikegpt_lora.tokenizer import train_tokenizer
 from spikegpt_lora.training import adapt, adapter_config, finetune, require_rank, tokenize
 
 # What the command line may change, for all methods or for one.

@@ -16,15 +16,14 @@ from huggingface_hub import constants, list_repo_files
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .config import SpikeGPTConfig
+from .config import SpikeGPTConfig, read_config
 from .errors import DamagedFile, first_line, read_json, sentence
 from .files import whole_file
 from .hub import fetch, require_reachable
 from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTPreTrainedModel
-from .saved import read_config, read_torch_file, some
-from .tokenizer import load_tokenizer
+from .saved import read_torch_file, some
 
 EMBEDDED = Path(__file__).parent / "assets" / "spikegpt-reviews"
 
@@ -118,6 +117,19 @@ def load_adapter(model: SpikeGPTPreTrainedModel, folder: str | os.PathLike) -> P
     if missing := [str(warning.message) for warning in said if "missing adapter keys" in str(warning.message)]:
         raise DamagedFile(f"{folder} holds only a part of its adapter ({missing[0].splitlines()[0]})")
     return model
+
+
+def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or of a hub id.
+
+    Raises:
+        ValueError: there is none, or a damaged one.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"no tokenizer at {str(source)!r}, or a damaged one ({kind}{first_line(error)})") from error
 
 
 def require_same_tokens(tokenizer: PreTrainedTokenizerBase, config: SpikeGPTConfig, source: str | os.PathLike) -> None:

@@ -1,10 +1,16 @@
 """SpikeGPTConfig: the sizes and the neuron of a SpikeGPT. Defaults are the published 216M model's."""
 
 import inspect
+import os
+import re
+from pathlib import Path
 
+import torch
 from transformers import GenerationConfig, PretrainedConfig
 
+from .errors import DamagedFile, first_line, read_json
 from .rules import broken, kinds
+from .saved import saved_shapes, some
 
 POOLINGS = ("last", "mean", "last_mean")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -105,3 +111,52 @@ class SpikeGPTConfig(PretrainedConfig):
     def _is_token(self, key: str) -> bool:
         ids = getattr(self, key)
         return all(i is None or 0 <= i < self.vocab_size for i in (ids if isinstance(ids, list) else [ids]))
+
+
+def read_config(folder: str | os.PathLike) -> SpikeGPTConfig:
+    """The configuration of a saved model.
+
+    Raises:
+        ValueError: no config.json, a damaged one, or another architecture's.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no config.json: give a whole model (an adapter is none)")
+    content = read_json(file)
+    if (kind := content.get("model_type")) != SpikeGPTConfig.model_type:
+        raise DamagedFile(f"{file} must say model_type {SpikeGPTConfig.model_type!r}, says {kind!r}: give a SpikeGPT")
+    try:
+        config = SpikeGPTConfig.from_dict(content)
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise DamagedFile(f"{file}: {first_line(error)}") from error
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise DamagedFile(f"{file}: dtype must be the name of one, got {config.dtype!r}")
+    return config
+
+
+def check_saved(source: str | os.PathLike) -> None:
+    """Look at a saved model before anything is built from it, if `source` is the folder of one.
+
+    Raises:
+        ValueError: a damaged file, another architecture, or other sizes in config.json than in the weights.
+    """
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        config = read_config(folder)
+        if shapes := saved_shapes(folder):
+            _require_sizes(config, shapes, folder)
+
+
+def _require_sizes(config: SpikeGPTConfig, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise where config.json speaks of another model than the weights: nothing of its sizes is built then."""
+    layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if not layers:
+        raise ValueError(f"{folder} is no SpikeGPT: it has no emb.weight and no blocks, but {some(shapes)}")
+    found = {"n_layer": max(layers) + 1}
+    if len(embedding := shapes.get("emb.weight", ())) == 2:
+        found |= {"vocab_size": embedding[0], "n_embd": embedding[1]}
+    if len(key := shapes.get("blocks.0.ffn.key.weight", ())) == 2:
+        found |= {"n_ffn": key[0]}
+    given = {name: getattr(config, name) for name in found}
+    if wrong := [f"{name} {given[name]} for {size}" for name, size in found.items() if given[name] != size]:
+        raise ValueError(f"{folder}/config.json says {', '.join(wrong)} of the weights: they do not belong together")

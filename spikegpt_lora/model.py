@@ -28,7 +28,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
-from .config import SpikeGPTConfig
+from .config import SpikeGPTConfig, check_saved
 from .dropout import Dropout
 from .gates import sigmoid_gate, squared_relu
 from .inputs import (
@@ -41,7 +41,7 @@ from .inputs import (
     require_one_text,
     require_tokens,
 )
-from .saved import check_saved, some
+from .saved import some
 from .spikes import LIF
 from .token_shift import token_shift
 from .wkv import wkv

@@ -4,13 +4,10 @@ It reads running text and text that was split into words before (as Subj is) as 
 "it's well-made . . .". Everything happens inside the tokenizer, so its tokenizer.json needs no code of ours.
 """
 
-import os
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-from .errors import first_line
+from transformers import PreTrainedTokenizerFast
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 
@@ -55,16 +52,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=END,
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a hub id.
-
-    Raises:
-        ValueError: there is none, or a damaged one.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"no tokenizer at {str(source)!r}, or a damaged one ({kind}{first_line(error)})") from error

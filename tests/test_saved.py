@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from spikegpt_lora import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTModel
 from spikegpt_lora.checkpoint import load_model
-from spikegpt_lora.saved import read_config
+from spikegpt_lora.config import read_config
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import TrainerCallback
 
+from ..forward import Reader
 from ..inputs import require_finite
 from . import sequence
-from .gate import SpikeGate
-from .observe import Reader, mean
+from .gate import SpikeGate, mean
 
 logger = logging.getLogger(__name__)
 

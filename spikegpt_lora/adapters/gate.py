@@ -148,3 +148,8 @@ class SpikeGate(LIF):
 def _raw(value: float, size: int) -> nn.Parameter:
     """A parameter whose softplus is `value` > 0."""
     return nn.Parameter(torch.full((size,), value + math.log(-math.expm1(-value))))
+
+
+def mean(value: float | Tensor) -> float:
+    """Of a gate's setting: the number, or the mean of what was learned."""
+    return float(torch.as_tensor(value).detach().mean())

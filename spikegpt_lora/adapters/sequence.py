@@ -11,7 +11,6 @@ call for checkpointing, and what it checkpoints binds the same sequence anew. A 
 running a layer twice gives the same twice.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..forward import bound_arguments, reader_of
 from ..inputs import real_tokens, require_one_text
 from ..model import SpikeGPTModel, SpikeGPTState
 
@@ -96,11 +96,6 @@ def mixed(adapter_names: list[str]):
             sequence.adapter_names = None
 
 
-def reader_of(model: nn.Module) -> nn.Module:
-    """The part of `model` whose forward is given tokens and mask: the SpikeGPTModel inside, or `model` itself."""
-    return next((m for m in model.modules() if isinstance(m, SpikeGPTModel)), model)
-
-
 def follow(model: nn.Module) -> None:
     """From now on every forward of `model`, of transformers or with a SpikeGPTModel inside, tells its gates what they
     need. Calling it again changes nothing.
@@ -128,12 +123,6 @@ def _before(reader: nn.Module, args, kwargs):
         sequence.mask = _mask(given, reader)
         sequence.before = _membranes(given.get("state"), sequence.gates)
         _checkpoint_with(reader)
-
-
-def bound_arguments(model: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """What a forward was called with, by name."""
-    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    return {**given, **given.get("kwargs", {})}
 
 
 def _after(reader: nn.Module, args, output):

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..adapters.observe import Reader
+from ..forward import Reader
 from ..spikes import LIF
 
 # pJ an operation in 45 nm at 0.9 V: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC
