@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 EXPORT = ["snntorch>=1.0", "nirtorch>=2.6", "norse>=1.1"]  # simulators that replay an exported bundle
 
@@ -12,13 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="BSD-2-Clause",
     license_files=["LICENSE"],
-    packages=[
-        "spikegpt_lora",
-        "spikegpt_lora.adapters",
-        "spikegpt_lora.export",
-        "spikegpt_lora.extension",
-        "spikegpt_lora.cuda",
-    ],
+    packages=[*find_packages(include=["spikegpt_lora*"]), "spikegpt_lora.cuda"],
     package_dir={
         "spikegpt_lora.cuda": "cuda"
     },  # the kernels' sources travel with the package: they are built on first use

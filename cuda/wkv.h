@@ -4,7 +4,7 @@
 //   p' = max(p + w, k),  a' = exp(p + w - p') a + exp(k - p') v,  b' = exp(p + w - p') b + exp(k - p')
 //
 // Numerator a and denominator b are held divided by exp(p): no exp has a positive argument, so no k overflows.
-// Source: RWKV-4 (Peng et al. 2023, appendix D), SpikeGPT section 3.3. Reference: spikegpt_lora/wkv.py.
+// Source: RWKV-4 (Peng et al. 2023, appendix D), SpikeGPT section 3.3. Reference: spikegpt_lora/ops/wkv.py.
 #pragma once
 
 #include "arithmetic.h"

@@ -42,15 +42,15 @@ from spikegpt_lora import (
     SpikeGPTForCausalLM,
     SpikeGPTForSequenceClassification,
     SpikeLoraConfig,
-    command_line,
     embedded_checkpoint,
-    extension,
     wkv,
 )
 from spikegpt_lora.adapters.config import PRESETS
-from spikegpt_lora.extension import build
-from spikegpt_lora.files import whole_file, write_text
-from spikegpt_lora.spikes import LIF
+from spikegpt_lora.neurons.lif import LIF
+from spikegpt_lora.ops import build
+from spikegpt_lora.ops.backend import default_backend, load
+from spikegpt_lora.utils import command_line
+from spikegpt_lora.utils.files import whole_file, write_text
 
 SMALL = {"n_layer": 4, "n_embd": 256, "batch": 32, "tokens": 40}
 LARGE = {"n_layer": 18, "n_embd": 768, "batch": 8, "tokens": 40}  # SpikeGPT-216M
@@ -76,7 +76,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    extension.load("cpu")
+    load("cpu")
     rows = []
     try:
         for part in args.parts:
@@ -228,7 +228,7 @@ def streaming(repeats: int) -> list[dict]:
         def read():
             return model(token, state=state, use_cache=True).logits
 
-        with extension.default_backend("reference"):
+        with default_backend("reference"):
             expected = read()
         if not torch.allclose(read(), expected, rtol=1e-3, atol=1e-3):
             raise Disagreement("streaming: extension and reference give different logits")
@@ -237,7 +237,7 @@ def streaming(repeats: int) -> list[dict]:
         ways = {
             "matrix-vector products": recorder.replay(),
             "extension": read,
-            "reference (plain torch)": inside(lambda: extension.default_backend("reference"), read),
+            "reference (plain torch)": inside(lambda: default_backend("reference"), read),
         }
         rows = compare("one token, 216M, streaming", ways, 3 * repeats)
     for row in rows:
@@ -428,7 +428,7 @@ def loops():
         return spikes
 
     with (
-        extension.default_backend("reference"),
+        default_backend("reference"),
         patched(spikegpt_lora.model, "wkv", wkv_loop),
         patched(LIF, "_fire", lif_loop),
     ):
@@ -438,7 +438,7 @@ def loops():
 WAYS = {
     "extension": contextlib.nullcontext,
     "extension, LIF by spikingjelly": spikingjelly_lif,
-    "reference (plain torch)": lambda: extension.default_backend("reference"),
+    "reference (plain torch)": lambda: default_backend("reference"),
     "loops over tokens": loops,
 }
 

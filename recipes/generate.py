@@ -9,8 +9,8 @@ import time
 
 from transformers import TextStreamer, set_seed
 
-from spikegpt_lora import command_line
 from spikegpt_lora.checkpoint import load_language_model
+from spikegpt_lora.utils import command_line
 
 
 def main() -> int:

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, command_line, extension, load_task, record_spikes
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, load_task, record_spikes
 from spikegpt_lora.checkpoint import load_language_model
-from spikegpt_lora.corpus import Corpus, prepare_corpus, read_documents
-from spikegpt_lora.data import TASKS
-from spikegpt_lora.files import locked, whole_files, write_json, write_text
-from spikegpt_lora.kneser_ney import KneserNey
-from spikegpt_lora.pretraining import (
+from spikegpt_lora.finetune.run import set_dropout
+from spikegpt_lora.ops.backend import use_extension
+from spikegpt_lora.pretrain.corpus import Corpus, prepare_corpus, read_documents
+from spikegpt_lora.pretrain.kneser_ney import KneserNey
+from spikegpt_lora.pretrain.loop import (
     NEWEST,
     Pretraining,
     PretrainOptions,
@@ -31,9 +31,11 @@ from spikegpt_lora.pretraining import (
     save_rounded,
     write_log,
 )
-from spikegpt_lora.report import table
-from spikegpt_lora.stopping import deferred
-from spikegpt_lora.training import set_dropout
+from spikegpt_lora.report.results import table
+from spikegpt_lora.tasks.registry import TASKS
+from spikegpt_lora.utils import command_line
+from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
+from spikegpt_lora.utils.stopping import deferred
 
 SIZES = {"n_layer": (4, "blocks"), "n_embd": (256, "width"), "vocab_size": (8192, "tokens of the BPE")}
 PAIRS = "; beside it, each step tells {pairs} pairs of neighbouring sentences from one another"
@@ -51,7 +53,7 @@ def main() -> int:
         corpus = prepare_corpus(args.text, args.output_dir / "corpus", tokenizer, sentences, bar)
         describe(corpus)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        extension.use_extension("auto", device)  # what it has to say, it says before any progress bar
+        use_extension("auto", device)  # what it has to say, it says before any progress bar
         model = model or new(config, corpus, options.seed)
         run = start(options, model.to(device), corpus, args)
         train(run, args)

@@ -4,11 +4,11 @@
 
 All methods start from the SpikeGPT that comes with the package, or from --model. It leaves in --output-dir:
 
-    results.md  results.json  accuracy.png     the comparison (results.json's schema: spikegpt_lora/report.py)
+    results.md  results.json  accuracy.png     the comparison (results.json's schema: spikegpt_lora/report/results.py)
     base/seed0/                                the model that all methods of seed 0 start from, and its tokenizer
     full/seed0/  head/seed0/  scratch/seed0/   fine-tuned models
     lora/seed0/  spikelora/seed0/              adapters in peft's format
-    traces/spikelora-seed0.npz, .png           spikes of the first test sentences (spikegpt_lora/trace.py)
+    traces/spikelora-seed0.npz, .png           spikes of the first test sentences (spikegpt_lora/observe/traces.py)
 
 Ctrl-C and SIGTERM save the step that is being trained (a second one stops at once) and leave what is finished
 readable; the same command goes on from there, to the same numbers. One run works in a folder at a time. Adding methods
@@ -36,23 +36,35 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from spikegpt_lora import (
     SpikeGPTConfig,
     SpikeGPTForSequenceClassification,
-    command_line,
     embedded_checkpoint,
-    extension,
     load_task,
     load_upstream_checkpoint,
     record_spikes,
-    report,
 )
-from spikegpt_lora.baselines import bag_of_words_baselines
 from spikegpt_lora.checkpoint import load_model, load_tokenizer, require_same_tokens
 from spikegpt_lora.config import POOLINGS, read_config
-from spikegpt_lora.data import LABELS, resplit
-from spikegpt_lora.errors import read_json
-from spikegpt_lora.files import locked, whole_files, write_json, write_text
-from spikegpt_lora.settings import METHODS, PARITY, SETTINGS, choose, drawn
-from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.training import adapt, adapter_config, finetune, require_rank, tokenize
+from spikegpt_lora.finetune.options import (
+    METHODS,
+    PARITY,
+    SETTINGS,
+    choose,
+    drawn,
+)
+from spikegpt_lora.finetune.run import (
+    adapt,
+    adapter_config,
+    finetune,
+    require_rank,
+    tokenize,
+)
+from spikegpt_lora.ops.backend import use_extension
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
+from spikegpt_lora.report import results as report
+from spikegpt_lora.tasks.baselines import bag_of_words_baselines
+from spikegpt_lora.tasks.registry import LABELS, resplit
+from spikegpt_lora.utils import command_line
+from spikegpt_lora.utils.errors import read_json
+from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
 
 # What the command line may change, for all methods or for one.
 ADJUSTABLE = {
@@ -83,7 +95,7 @@ def main() -> int:
     args.output_dir = (args.output_dir or Path("runs") / task).resolve()  # adapters keep the path to their base model
     with locked(args.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
         comparison = prepare(args, task, data)
-        extension.use_extension("auto", PartialState().device)  # what it has to say, it says before any progress bar
+        use_extension("auto", PartialState().device)  # what it has to say, it says before any progress bar
         return tune(comparison) if args.tune else run_all(comparison)
 
 
@@ -176,7 +188,7 @@ def per_method(kind: type):
 
 @dataclass
 class Comparison:
-    """What all runs share: settings, the data, and the results so far (see report.py)."""
+    """What all runs share: settings, the data, and the results so far (see report/results.py)."""
 
     args: argparse.Namespace
     data: DatasetDict

@@ -7,11 +7,11 @@ compiles nothing and changes no setting of torch or logging.
 from .adapters import SpikeLoraConfig, SpikeLoraModel
 from .checkpoint import embedded_checkpoint, load_upstream_checkpoint, save_upstream_checkpoint
 from .config import SpikeGPTConfig
-from .data import load_task
 from .export import export_bundle
 from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTModel, SpikeGPTState
-from .trace import SpikeTrace, record_spikes
-from .wkv import wkv, wkv_reference
+from .observe.traces import SpikeTrace, record_spikes
+from .ops.wkv import wkv, wkv_reference
+from .tasks.registry import load_task
 
 __version__ = "0.2.0"
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .config import SpikeGPTConfig, read_config
-from .errors import DamagedFile, first_line, read_json, sentence
-from .files import whole_file
-from .hub import fetch, require_reachable
 from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTPreTrainedModel
-from .saved import read_torch_file, some
+from .utils.errors import DamagedFile, first_line, read_json, sentence
+from .utils.files import whole_file
+from .utils.hub import fetch, require_reachable
+from .utils.saved import read_torch_file, some
 
 EMBEDDED = Path(__file__).parent / "assets" / "spikegpt-reviews"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
-from .errors import DamagedFile, first_line, read_json
-from .rules import broken, kinds
-from .saved import saved_shapes, some
+from .utils.checks import broken, kinds
+from .utils.errors import DamagedFile, first_line, read_json
+from .utils.saved import saved_shapes, some
 
 POOLINGS = ("last", "mean", "last_mean")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

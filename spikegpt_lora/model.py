@@ -5,7 +5,7 @@
     head(ln_out(x))  or  score(pool(ln_out(x)))
 
 What differs from a transformer: no attention matrix and no position embedding; SRWKV is a decaying average (wkv.py),
-the residual stream receives spikes only (spikes.py), and the whole past is a state of fixed size, `SpikeGPTState`.
+the residual stream receives spikes only (neurons/lif.py), and the whole past is a state of fixed size, `SpikeGPTState`.
 A mask means that a time step does not exist: nothing decays, shifts or fires there, on whichever side the padding is.
 Names inside the base model are upstream's. Source: SpikeGPT (arXiv 2302.13939), upstream `src/model.py`.
 """
@@ -29,9 +29,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .config import SpikeGPTConfig, check_saved
-from .dropout import Dropout
-from .gates import sigmoid_gate, squared_relu
-from .inputs import (
+from .neurons.lif import LIF
+from .ops.activations import sigmoid_gate, squared_relu
+from .ops.dropout import Dropout
+from .ops.token_shift import token_shift
+from .ops.wkv import wkv
+from .utils.inputs import (
     CACHES,
     LOSS,
     real_tokens,
@@ -41,10 +44,7 @@ from .inputs import (
     require_one_text,
     require_tokens,
 )
-from .saved import some
-from .spikes import LIF
-from .token_shift import token_shift
-from .wkv import wkv
+from .utils.saved import some
 
 
 @dataclass

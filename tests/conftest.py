@@ -7,7 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, and n
 import pytest
 import torch
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, extension
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification
+from spikegpt_lora.ops.backend import ExtensionError, default_backend, load
 
 
 def pytest_collection_modifyitems(items):
@@ -34,14 +35,14 @@ def backend(request):
     """Runs a test twice: in plain torch, and in the kernels where they can be built."""
     if request.param == "extension":
         need_extension()
-    with extension.default_backend(request.param):
+    with default_backend(request.param):
         yield request.param
 
 
 def need_extension(device="cpu"):
     try:
-        extension.load(device)
-    except extension.ExtensionError as error:
+        load(device)
+    except ExtensionError as error:
         pytest.skip(f"no kernels here: {error}")
 
 

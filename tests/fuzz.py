@@ -30,12 +30,12 @@ from spikegpt_lora import (
     SpikeGPTForSequenceClassification,
     SpikeLoraConfig,
     SpikeTrace,
-    errors,
     load_upstream_checkpoint,
     record_spikes,
     save_upstream_checkpoint,
 )
 from spikegpt_lora.checkpoint import load_adapter, load_model
+from spikegpt_lora.utils import errors
 
 DANGEROUS = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "os.remove"}
 NASTY = [

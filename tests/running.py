@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from spikegpt_lora import command_line
+from spikegpt_lora.utils import command_line
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, load_task
-from spikegpt_lora.files import locked
-from spikegpt_lora.tokenizer import train_tokenizer
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
+from spikegpt_lora.utils.files import locked
 
 RANDOM = ["--model", "random", "--n-embd", "8", "--n-layer", "1", "--vocab-size", "300"]
 QUICK = ["--task", "subj-mini", "--epochs", "1", "--max-train-samples", "32", "--methods", "head"]

@@ -1,4 +1,4 @@
-"""Tests of spikegpt_lora.baselines: both methods recomputed by hand with numpy, and the figures on real Subj."""
+"""Tests of spikegpt_lora.tasks.baselines: both methods recomputed by hand with numpy, and the figures on real Subj."""
 
 import os
 from collections import Counter
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from spikegpt_lora.baselines import _logistic_regression, _naive_bayes, bag_of_words_baselines
-from spikegpt_lora.data import load_task
+from spikegpt_lora.tasks.baselines import _logistic_regression, _naive_bayes, bag_of_words_baselines
+from spikegpt_lora.tasks.registry import load_task
 
 SHARED = os.environ.get("SPIKEGPT_LORA_DATA")
 real_data = pytest.mark.skipif(not SHARED, reason="needs the Subj files: set SPIKEGPT_LORA_DATA to their folder")

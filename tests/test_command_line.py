@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from spikegpt_lora import command_line, errors
+from spikegpt_lora.utils import command_line, errors
 
 TEXT = """What it does.
 

@@ -6,8 +6,9 @@ from conftest import SIZES, lively
 from peft import LoraConfig, get_peft_model
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
-from spikegpt_lora.adapters import SparsityController, SpikeGate, calibrate_thresholds, observe_adapters
-from spikegpt_lora.adapters.control import controllable
+from spikegpt_lora.adapters import SparsityController, SpikeGate, calibrate_thresholds
+from spikegpt_lora.adapters.sparsity import controllable
+from spikegpt_lora.observe.adapters import observe_adapters
 
 
 def adapted(**config):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from spikegpt_lora.corpus import batched, prepare_corpus, read_documents, word_sequences
+from spikegpt_lora.pretrain.corpus import batched, prepare_corpus, read_documents, word_sequences
 
 SENTENCE = "one two three four five six seven eight nine"
 
@@ -151,7 +151,7 @@ def test_batches_of_any_size():
 
 
 def test_a_hub_dataset_gives_its_text_column(monkeypatch):
-    monkeypatch.setattr("spikegpt_lora.corpus.require_reachable", lambda url: None)
+    monkeypatch.setattr("spikegpt_lora.pretrain.corpus.require_reachable", lambda url: None)
     rows = {"a/b": Dataset.from_dict({"text": ["first", " ", "second"]}), "c/d": Dataset.from_dict({"body": ["x"]})}
     monkeypatch.setattr("datasets.load_dataset", lambda repo_id, split: rows[repo_id])
     assert list(read_documents("a/b")) == ["first", "second"]

@@ -10,8 +10,8 @@ from peft import get_peft_model
 from torch import nn
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
-from spikegpt_lora.export.cost import ENERGY, arithmetic_energy, as_json, count_operations
-from spikegpt_lora.spikes import LIF
+from spikegpt_lora.neurons.lif import LIF
+from spikegpt_lora.observe.operations import ENERGY, arithmetic_energy, as_json, count_operations
 
 # What `neurobench_of(network(), inputs(kind))` returned with NeuroBench 2.3.0. Its operations are per sample: 5 steps.
 NEUROBENCH = {

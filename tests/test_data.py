@@ -1,4 +1,4 @@
-"""Tests of spikegpt_lora.data: the same splits from every source, ASCII text, damage named, nothing found soon said."""
+"""Tests of tasks/registry.py: the same splits from every source, ASCII text, damage named, nothing found soon said."""
 
 import hashlib
 import json
@@ -16,19 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from spikegpt_lora import data
-from spikegpt_lora.data import load_task, resplit, to_ascii
+from spikegpt_lora.tasks import registry as data
+from spikegpt_lora.tasks.registry import load_task, resplit, to_ascii
 
 SHARED = os.environ.get("SPIKEGPT_LORA_DATA")
 real_data = pytest.mark.skipif(not SHARED, reason="needs the Subj files: set SPIKEGPT_LORA_DATA to their folder")
 PLOT, QUOTE = "plot.tok.gt9.5000", "quote.tok.gt9.5000"
 
-# Runs data.py alone (without the package, without torch) on "subj"; says how it ended and how long that took.
+# Runs tasks/registry.py alone (without the package, without torch) on "subj"; says how it ended and how long that took.
 SCRIPT = """
 import importlib, json, os, socket, sys, time, types
 package = sys.modules["spikegpt_lora"] = types.ModuleType("spikegpt_lora")
-package.__path__ = [os.path.dirname(sys.argv[1])]
-data = importlib.import_module("spikegpt_lora.data")
+package.__path__ = [os.path.dirname(os.path.dirname(sys.argv[1]))]
+data = importlib.import_module("spikegpt_lora.tasks.registry")
 heavy = sorted({"datasets", "huggingface_hub", "sklearn", "torch"} & set(sys.modules))
 if sys.argv[2] == "dns-hangs":
     socket.getaddrinfo = lambda *args, **kwargs: time.sleep(60)
@@ -435,7 +435,7 @@ def test_real_subj_is_the_released_text(caplog):
 
 def test_other_text_than_the_released_one_is_logged(folder, caplog):
     load_task("subj", folder)
-    assert [(r.name, r.levelno) for r in caplog.records] == [("spikegpt_lora.data", logging.WARNING)]
+    assert [(r.name, r.levelno) for r in caplog.records] == [("spikegpt_lora.tasks.registry", logging.WARNING)]
 
 
 @real_data

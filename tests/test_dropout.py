@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import need_extension
 
-from spikegpt_lora import extension
-from spikegpt_lora.dropout import Dropout
+from spikegpt_lora.ops.backend import default_backend
+from spikegpt_lora.ops.dropout import Dropout
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -55,7 +55,7 @@ def test_neighbours_rows_and_successive_calls_are_uncorrelated(backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_the_mask_does_not_depend_on_the_dtype(dtype):
     need_extension()
-    with extension.default_backend("extension"):
+    with default_backend("extension"):
         results = []
         for x in (torch.ones(3, 77), torch.ones(3, 77, dtype=dtype)):
             torch.manual_seed(1)

@@ -24,11 +24,11 @@ from spikegpt_lora.export import (
     to_tonic,
 )
 from spikegpt_lora.export.__main__ import main
-from spikegpt_lora.export.bundle import aligned, hashes_of, prepared, seal
 from spikegpt_lora.export.graph import graph_of, quantize
 from spikegpt_lora.export.interpreter import Program
 from spikegpt_lora.export.reruns import unable
-from spikegpt_lora.files import UNFINISHED
+from spikegpt_lora.export.write import aligned, hashes_of, prepared, seal
+from spikegpt_lora.utils.files import UNFINISHED
 
 ADAPTED = ["none", "lora", "graded", "binary", "token"]
 

@@ -13,7 +13,7 @@ from test_export import everything
 from test_export_recipe import NAME, SUBJ_MINI, run  # noqa: F401 - a fixture
 
 from spikegpt_lora.export.__main__ import main
-from spikegpt_lora.files import UNFINISHED
+from spikegpt_lora.utils.files import UNFINISHED
 
 MOMENTS = 12
 EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "shutil.rmtree"}

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig, load_task
 from spikegpt_lora.export import Bundle, check_bundle
-from spikegpt_lora.files import locked
-from spikegpt_lora.tokenizer import train_tokenizer
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
+from spikegpt_lora.utils.files import locked
 
 NAME = "export_neuromorphic.py"
 SUBJ_MINI = ["--task", "subj-mini", "--sentences", "6"]

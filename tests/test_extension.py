@@ -17,8 +17,11 @@ import pytest
 import torch
 from conftest import need_extension
 
-from spikegpt_lora import extension, wkv, wkv_reference
-from spikegpt_lora.extension.build import ExtensionError, build_library
+from spikegpt_lora import wkv_reference
+from spikegpt_lora.ops import backend
+from spikegpt_lora.ops.backend import load, use_extension
+from spikegpt_lora.ops.build import ExtensionError, build_library
+from spikegpt_lora.ops.wkv import wkv
 
 COMPILER = """#!{python}
 import pathlib, sys, time
@@ -29,7 +32,7 @@ elif "-c" in sys.argv or "-shared" in sys.argv:
     pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_text("made by " + sys.argv[0])
 """
 
-BUILD = "from spikegpt_lora.extension.build import build_library; print(build_library())"
+BUILD = "from spikegpt_lora.ops.build import build_library; print(build_library())"
 
 
 def scripted_compiler(folder: Path, action: str = "pass", name: str = "cxx") -> Path:
@@ -80,7 +83,7 @@ def test_processor_features_compiler_and_sources_have_libraries_of_their_own(cac
     sources = tmp_path / "$my: cuda"  # what ninja and the shell would read as something else
     shutil.copytree(Path(__file__).parents[1] / "cuda", sources)
     (sources / "wkv.h").write_text("// changed\n")
-    monkeypatch.setattr("spikegpt_lora.extension.build.sources", lambda: sources)
+    monkeypatch.setattr("spikegpt_lora.ops.build.sources", lambda: sources)
     libraries.add(build_library())
     assert len(libraries) == 4
 
@@ -161,8 +164,8 @@ HOLES = {
 @pytest.mark.parametrize("hole", HOLES, ids=lambda hole: hole.__name__)
 def test_where_it_cannot_be_built_one_warning_says_why_and_plain_torch_runs(cache, tmp_path, monkeypatch, caplog, hole):
     monkeypatch.setenv("CXX", str(scripted_compiler(tmp_path)))
-    monkeypatch.setattr(extension, "_loaded", set())
-    monkeypatch.setattr(extension, "_failed", {})
+    monkeypatch.setattr(backend, "_loaded", set())
+    monkeypatch.setattr(backend, "_failed", {})
     hole(monkeypatch, tmp_path)
     x = torch.randn(2, 5, 3)
     with caplog.at_level(logging.WARNING):
@@ -214,7 +217,7 @@ def test_without_a_compiler_everything_works_after_one_warning(cache, tmp_path):
     code = """
 import logging, torch
 from spikegpt_lora import wkv, wkv_reference
-from spikegpt_lora.spikes import LIF
+from spikegpt_lora.neurons.lif import LIF
 logging.basicConfig(format="%(levelname)s %(message)s")
 x = torch.randn(2, 5, 3)
 for _ in range(2):
@@ -255,17 +258,17 @@ def test_cuda_without_nvcc_is_a_cpu_build(cache, tmp_path, monkeypatch):
 
 
 def test_other_devices_use_plain_torch_and_say_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(extension, "_failed", {})
+    monkeypatch.setattr(backend, "_failed", {})
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert not extension.use_extension("auto", torch.device("mps"))
+            assert not use_extension("auto", torch.device("mps"))
     assert caplog.text.count("no compiled kernels for mps") == 1
     with pytest.raises(ExtensionError, match="not for mps"):
-        extension.use_extension("extension", torch.device("mps"))
+        use_extension("extension", torch.device("mps"))
 
 
 def test_the_default_backend_can_be_set_by_the_environment():
-    code = "import torch; from spikegpt_lora import extension as e; print(e.use_extension('auto', torch.device('cpu')))"
+    code = "import torch; from spikegpt_lora.ops import backend as e; print(e.use_extension('auto', torch.device('cpu')))"
     process = start(code, SPIKEGPT_LORA_BACKEND="reference", CXX="missing")
     assert process.communicate(timeout=120)[0].strip() == "False"
 
@@ -277,7 +280,7 @@ def test_the_command_reports_what_it_built_and_where(cache, tmp_path):
             "CXX": str(scripted_compiler(tmp_path, action)),
             "TORCH_EXTENSIONS_DIR": str(cache),
         }
-        command = [sys.executable, "-m", "spikegpt_lora.extension", "--device", "cpu"]
+        command = [sys.executable, "-m", "spikegpt_lora.ops", "--device", "cpu"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         assert ("spikegpt_lora_cpu.so" in done.stdout) if code == 0 else ("error: no" in done.stderr)
@@ -287,7 +290,7 @@ def test_the_command_reports_what_it_built_and_where(cache, tmp_path):
 def test_the_kernels_build_wherever_there_is_a_compiler():
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
-    extension.load("cpu")
+    load("cpu")
 
 
 @pytest.mark.slow
@@ -330,9 +333,9 @@ def test_nvcc_compiles_for_every_gpu_generation_without_spills_in_the_forward_ke
     code = """
 import torch
 from spikegpt_lora import extension
-from spikegpt_lora.extension.__main__ import kernel_resources
-from spikegpt_lora.extension.build import build_library
-extension.load("cuda")
+from spikegpt_lora.ops.__main__ import kernel_resources
+from spikegpt_lora.ops.build import build_library
+load("cuda")
 for name in ("wkv", "lif_backward", "token_shift3", "dropout"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"spikegpt_lora::{name}", "CUDA"), name
 resources = kernel_resources(build_library("cuda").with_name("build.log").read_text())

@@ -9,7 +9,13 @@ import pytest
 from safetensors.torch import save_file
 from torch import ones
 
-from spikegpt_lora.files import UNFINISHED, locked, whole_file, whole_files, write_text
+from spikegpt_lora.utils.files import (
+    UNFINISHED,
+    locked,
+    whole_file,
+    whole_files,
+    write_text,
+)
 
 
 def names(folder):
@@ -83,7 +89,7 @@ def test_a_full_disk_is_said_with_the_name_of_what_was_written(tmp_path, error):
 
 def test_another_process_is_refused_and_told_which_one_works_there(tmp_path):
     with locked(tmp_path):
-        code = f"from spikegpt_lora.files import locked\nwith locked({str(tmp_path)!r}): pass"
+        code = f"from spikegpt_lora.utils.files import locked\nwith locked({str(tmp_path)!r}): pass"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert other.returncode and f"another run (pid {os.getpid()}) works in {tmp_path}" in other.stderr
     with locked(tmp_path):

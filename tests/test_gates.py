@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import need_extension
 
-from spikegpt_lora.gates import sigmoid_gate, squared_relu
+from spikegpt_lora.ops.activations import sigmoid_gate, squared_relu
 
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 

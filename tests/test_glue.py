@@ -7,7 +7,7 @@ import pytest
 import running
 from transformers import BertConfig, BertForSequenceClassification
 
-from spikegpt_lora.tokenizer import train_tokenizer
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 
 NAME = "glue_finetune.py"
 SENTENCES = [

@@ -2,7 +2,8 @@
 
 import pytest
 
-from spikegpt_lora import hub, load_task
+from spikegpt_lora import load_task
+from spikegpt_lora.utils import hub
 
 
 @pytest.fixture

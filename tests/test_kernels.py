@@ -9,9 +9,10 @@ from conftest import need_extension
 from test_spikes import NEURONS, current
 from test_wkv import inputs as wkv_inputs
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, extension
-from spikegpt_lora.spikes import LIF
-from spikegpt_lora.wkv import wkv, wkv_reference
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification
+from spikegpt_lora.neurons.lif import LIF
+from spikegpt_lora.ops.backend import default_backend
+from spikegpt_lora.ops.wkv import wkv, wkv_reference
 
 TOLERANCES = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-12},
@@ -103,7 +104,7 @@ def test_the_number_of_threads_changes_nothing():
 def lif_results(backend, x, membrane, mask, settings):
     """Spikes, membrane, and the gradients of x and of the membrane that came in."""
     x, membrane = x.detach().requires_grad_(), membrane.detach().requires_grad_()
-    with extension.default_backend(backend):
+    with default_backend(backend):
         spikes, after = LIF(**settings).step(x, membrane, mask)
     generator = torch.Generator().manual_seed(5)
     weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in (spikes, after)]

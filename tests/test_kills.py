@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import running
 
-from spikegpt_lora import command_line
+from spikegpt_lora.utils import command_line
 
 pytestmark = pytest.mark.attack
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from spikegpt_lora.kneser_ney import KneserNey
+from spikegpt_lora.pretrain.kneser_ney import KneserNey
 
 VOCAB = 31  # the last never occurs, some do once or twice
 TOKENS = np.minimum(np.random.default_rng(0).geometric(0.2, 400), 30) - 1

@@ -8,7 +8,7 @@ import pytest
 CODE = """
 import ctypes, resource, sys, torch
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of one size, whatever the system's default
-from spikegpt_lora.memory import keep_freed_memory
+from spikegpt_lora.utils.malloc import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     raise SystemExit(3)
 def use():

@@ -28,8 +28,8 @@ from spikegpt_lora import (
     SpikeGPTModel,
     record_spikes,
 )
-from spikegpt_lora.spikes import LIF
-from spikegpt_lora.tokenizer import train_tokenizer
+from spikegpt_lora.neurons.lif import LIF
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 
 
 def by_equations(model, ids):

@@ -11,9 +11,10 @@ import torch
 from peft import PeftModel
 from running import here
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, report
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification
 from spikegpt_lora.export.check import check_bundle
-from spikegpt_lora.pretraining import Pretraining, PretrainOptions
+from spikegpt_lora.pretrain.loop import Pretraining, PretrainOptions
+from spikegpt_lora.report import results as report
 
 FILES = Path(__file__).parent / "files" / "0.1.0"
 RECORDED = json.loads((FILES / "recorded.json").read_text(encoding="utf-8"))

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from spikegpt_lora import SpikeLoraConfig
-from spikegpt_lora.adapters import SparsityCallback, SparsityController, SpikeGate, observe_adapters
+from spikegpt_lora.adapters import SparsityCallback, SparsityController, SpikeGate
+from spikegpt_lora.observe.adapters import observe_adapters
 
 TINY = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 MODELS = {

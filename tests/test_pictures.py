@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from test_interpreter import model_with
 
 from spikegpt_lora.export import pictures
-from spikegpt_lora.export.bundle import Bundle, export_bundle
+from spikegpt_lora.export.write import Bundle, export_bundle
 
 LENGTHS = torch.tensor([12, 1, 8, 5, 7, 8, 9])  # five sentences reach position 7, four position 8, two position 9
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikegpt_lora import SpikeGPTForSequenceClassification, embedded_checkpoint, load_task
-from spikegpt_lora.pretraining import Pretraining
+from spikegpt_lora.pretrain.loop import Pretraining
 
 SMALL = ["--n-layer", "1", "--n-embd", "16", "--vocab-size", "400", "--batch-size", "4", "--length", "16"]
 MINI = ["--decontaminate", "subj-mini"]

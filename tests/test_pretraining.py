@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM
-from spikegpt_lora.pretraining import (
+from spikegpt_lora.pretrain.loop import (
     Pretraining,
     PretrainOptions,
     Streams,
@@ -48,7 +48,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("pairs", [0, 2])
 def test_a_killed_run_goes_on_with_the_same_curve_and_ends_with_the_same_weights(tmp_path, monkeypatch, pairs):
-    monkeypatch.setattr("spikegpt_lora.pretraining.LOG_EVERY", 3)
+    monkeypatch.setattr("spikegpt_lora.pretrain.loop.LOG_EVERY", 3)
     whole = pretraining(pairs=pairs)
     curve = list(whole.train(tmp_path / "whole"))
     killed = pretraining(pairs=pairs).train(tmp_path / "killed", save_seconds=0)

@@ -15,10 +15,16 @@ import torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeTrace, load_task, save_upstream_checkpoint
-from spikegpt_lora.report import NAMES, SCHEMA
-from spikegpt_lora.settings import METHODS
-from spikegpt_lora.tokenizer import train_tokenizer
+from spikegpt_lora import (
+    SpikeGPTConfig,
+    SpikeGPTForCausalLM,
+    SpikeTrace,
+    load_task,
+    save_upstream_checkpoint,
+)
+from spikegpt_lora.finetune.options import METHODS
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
+from spikegpt_lora.report.results import NAMES, SCHEMA
 
 NAME = "subj_finetune.py"
 SMALL = ["--epochs", "2", "--batch-size", "16"]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from spikegpt_lora import SpikeTrace, report
+from spikegpt_lora import SpikeTrace
+from spikegpt_lora.report import results as report
 
 GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}, "accuracy_without": 0.25}
 

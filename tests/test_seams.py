@@ -44,8 +44,8 @@ from transformers.pytorch_utils import Conv1D
 import spikegpt_lora
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTModel, SpikeLoraConfig
 from spikegpt_lora.adapters.config import KINDS
-from spikegpt_lora.inputs import CACHES
-from spikegpt_lora.rules import broken, kinds
+from spikegpt_lora.utils.checks import broken, kinds
+from spikegpt_lora.utils.inputs import CACHES
 
 
 @dataclass
@@ -125,7 +125,7 @@ def a_hook_sees_keywords() -> bool:
 
 
 LAYER, MODEL, CONFIG = "adapters/layer.py", "adapters/model.py", "adapters/config.py"
-OWN_MODEL, TRAINING, ADALORA = "model.py", "training.py", "adapters/adalora.py"
+OWN_MODEL, TRAINING, ADALORA = "model.py", "finetune/trainer.py", "adapters/adalora.py"
 
 SEAMS = [
     # peft: how a gate gets into a layer
@@ -171,7 +171,7 @@ SEAMS = [
          lambda: has(register_peft_method, "name", "config_cls", "model_cls", "prefix")),
     Seam("peft LoraModel.target_module_mapping", "adapters/__init__.py", "a dict from model types to targets",
          lambda: isinstance(LoraModel.target_module_mapping, dict) and "llama" in LoraModel.target_module_mapping),
-    Seam("peft LoraConfig's annotations", f"{CONFIG}, rules.py", "say a setting's type; KINDS where not",
+    Seam("peft LoraConfig's annotations", f"{CONFIG}, utils/checks.py", "say a setting's type; KINDS where not",
          lambda: all(name in get_type_hints(peft.LoraConfig) for name in KINDS)
          and not broken(SpikeLoraConfig(), kinds(SpikeLoraConfig(), get_type_hints(SpikeLoraConfig) | KINDS))),
     Seam("peft PeftConfig.from_peft_type", CONFIG, "makes a configuration of what a file holds",
@@ -206,7 +206,7 @@ SEAMS = [
     Seam("peft ModulesToSaveWrapper", "export/graph.py", "modules_to_save by adapter name, original_module",
          modules_to_save),
     # transformers: generation carries the state as if it were a cache
-    Seam("transformers ALL_CACHE_NAMES", "model.py, inputs.CACHES", "'state' among them; the first in inputs.CACHES",
+    Seam("transformers ALL_CACHE_NAMES", "model.py, utils/inputs.py", "'state' among them; the first in inputs.CACHES",
          lambda: "state" in generation.ALL_CACHE_NAMES and generation.ALL_CACHE_NAMES[0] in CACHES),
     Seam("transformers GenerationMixin._update_model_kwargs_for_generation", OWN_MODEL, "(outputs, model_kwargs, ...)",
          lambda: takes(GenerationMixin._update_model_kwargs_for_generation, "outputs", "model_kwargs")
@@ -263,12 +263,12 @@ SEAMS = [
     Seam("accelerate PartialState", "recipes/subj_finetune.py", "knows the processes",
          lambda: accelerate.PartialState().num_processes >= 1),
     # spikingjelly: the neuron
-    Seam("spikingjelly functional.lif_multi_step", "spikes.py", "these nine, in this order",
+    Seam("spikingjelly functional.lif_multi_step", "neurons/lif.py", "these nine, in this order",
          lambda: takes(functional.lif_multi_step, "x_seq", "v", "tau", "decay_input", "v_threshold", "v_reset",
                        "surrogate_function", "detach_reset", "store_v_seq")),
-    Seam("spikingjelly surrogate.ATan", "spikes.py, export/graph.py", "has alpha and spiking",
+    Seam("spikingjelly surrogate.ATan", "neurons/lif.py, export/graph.py", "has alpha and spiking",
          lambda: (surrogate.ATan(1.5).alpha, surrogate.ATan(1.5).spiking) == (1.5, True)),
-    Seam("spikingjelly neuron.LIFNode", "spikes.py", "these settings, kept as attributes",
+    Seam("spikingjelly neuron.LIFNode", "neurons/lif.py", "these settings, kept as attributes",
          lambda: all(hasattr(neuron.LIFNode(step_mode="m"), name) and has(neuron.LIFNode, name) for name in
                      ("tau", "decay_input", "v_threshold", "v_reset", "surrogate_function", "detach_reset"))),
     # torch and Python
@@ -276,12 +276,12 @@ SEAMS = [
          a_hook_sees_keywords),
     Seam("torch get_extra_state", "adapters/gate.py", "saved as _extra_state",
          lambda: "_extra_state" in spikegpt_lora.adapters.SpikeGate(2).state_dict()),
-    Seam("torch._subclasses.FakeTensor", "inputs.py", "tensors without values",
+    Seam("torch._subclasses.FakeTensor", "utils/inputs.py", "tensors without values",
          lambda: isinstance(torch._subclasses.FakeTensor, type)),
     Seam("torch TorchDispatchMode (torch.utils._python_dispatch) and an operator's _schema", "recipes/bench.py",
          "names the operators called", lambda: torch.ops.aten.mm.default._schema.name == "aten::mm"
          and callable(importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode)),
-    Seam("argparse HelpFormatter._get_help_string", "command_line.py", "(action), the help text",
+    Seam("argparse HelpFormatter._get_help_string", "utils/command_line.py", "(action), the help text",
          lambda: takes(argparse.HelpFormatter._get_help_string, "action")),
 ]  # fmt: skip
 

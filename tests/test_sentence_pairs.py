@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM
-from spikegpt_lora.sentence_pairs import SentencePairs
-from spikegpt_lora.tokenizer import train_tokenizer
+from spikegpt_lora.pretrain.sentence_pairs import SentencePairs
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 
 SIGNS = [".", "!", "?", "..."]
 

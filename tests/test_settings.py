@@ -2,7 +2,13 @@
 
 import pytest
 
-from spikegpt_lora.settings import METHODS, PARITY, SETTINGS, choose, drawn
+from spikegpt_lora.finetune.options import (
+    METHODS,
+    PARITY,
+    SETTINGS,
+    choose,
+    drawn,
+)
 
 
 @pytest.mark.parametrize("name", PARITY)

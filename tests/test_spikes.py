@@ -9,7 +9,7 @@ import torch
 from conftest import largest_difference
 from spikingjelly.activation_based import functional, monitor, neuron, surrogate
 
-from spikegpt_lora.spikes import LIF
+from spikegpt_lora.neurons.lif import LIF
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -46,7 +46,7 @@ def test_spikes_and_gradient_equal_spikingjelly(settings, dtype):
 
 
 def by_hand(x, tau=2.0, v_threshold=1.0, v_reset=0.0, decay_input=True, detach_reset=False, surrogate_alpha=2.0):
-    """The three equations of spikes.py, step by step; the surrogate as a straight-through sum."""
+    """The three equations of neurons/lif.py, step by step; the surrogate as a straight-through sum."""
     rest = v_reset or 0.0
     v, spikes = torch.full_like(x[:, 0], rest), []
     for x_t in x.unbind(1):

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from spikegpt_lora.statistics import paired_difference
+from spikegpt_lora.report.results.paired import paired_difference
 
 
 def outcomes(accuracy, shape=(3, 400), seed=0):

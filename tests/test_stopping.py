@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from spikegpt_lora import stopping
-from spikegpt_lora.errors import Stopped
+from spikegpt_lora.utils import stopping
+from spikegpt_lora.utils.errors import Stopped
 
 KINDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)]
 

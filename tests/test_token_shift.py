@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import need_extension
 
-from spikegpt_lora.token_shift import token_shift
+from spikegpt_lora.ops.token_shift import token_shift
 
 pytestmark = pytest.mark.usefixtures("backend")
 

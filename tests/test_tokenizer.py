@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from spikegpt_lora import load_task
-from spikegpt_lora.tokenizer import train_tokenizer
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 
-TRAIN = "from spikegpt_lora import load_task; from spikegpt_lora.tokenizer import train_tokenizer; "
+TRAIN = "from spikegpt_lora import load_task; from spikegpt_lora.pretrain.tokenizer import train_tokenizer; "
 TRAIN += "print(train_tokenizer(load_task('subj-mini')['train']['text'], 500).backend_tokenizer.to_str())"
 
 

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from spikingjelly.activation_based import functional, monitor
 
 from spikegpt_lora import SpikeLoraConfig, SpikeTrace, record_spikes
-from spikegpt_lora.errors import DamagedFile
-from spikegpt_lora.spikes import LIF
-from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.trace import adapter_activity
+from spikegpt_lora.neurons.lif import LIF
+from spikegpt_lora.observe.traces import adapter_activity
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
+from spikegpt_lora.utils.errors import DamagedFile
 
 LIFS = ["emb"] + [f"blocks.{i}.lif{n}" for i in range(3) for n in (1, 2)]
 

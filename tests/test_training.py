@@ -11,11 +11,13 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import TrainerCallback
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, errors, load_task, trainer
-from spikegpt_lora.settings import METHODS, FinetuneOptions
-from spikegpt_lora.tokenizer import train_tokenizer
-from spikegpt_lora.trainer import PaddingAsText, SeededLengthSampler, SeededSampler
-from spikegpt_lora.training import adapt, adapters_off, finetune, tokenize
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, load_task
+from spikegpt_lora.finetune import trainer
+from spikegpt_lora.finetune.options import METHODS, FinetuneOptions
+from spikegpt_lora.finetune.run import adapt, adapters_off, finetune, tokenize
+from spikegpt_lora.finetune.trainer import PaddingAsText, SeededLengthSampler, SeededSampler
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
+from spikegpt_lora.utils import errors
 
 OPTIONS = FinetuneOptions(learning_rate=1e-2, epochs=3, batch_size=16, rank=4)
 
@@ -253,7 +255,7 @@ def test_a_stopped_run_has_saved_its_step_and_goes_on_to_the_same_numbers(method
 
 
 def test_a_run_that_is_killed_while_it_is_tested_repeats_no_step(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr("spikegpt_lora.training._test", lambda *args: 1 / 0)
+    monkeypatch.setattr("spikegpt_lora.finetune.run._test", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trained_with(mini, "full", tmp_path, OPTIONS)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeLoraConfig
-from spikegpt_lora.tokenizer import train_tokenizer
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install spikegpt_lora[test]")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import largest_difference
 
-from spikegpt_lora.wkv import NOTHING_YET, wkv, wkv_reference
+from spikegpt_lora.ops.wkv import NOTHING_YET, wkv, wkv_reference
 
 pytestmark = pytest.mark.usefixtures("backend")
 

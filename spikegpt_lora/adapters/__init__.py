@@ -6,14 +6,12 @@ from peft.utils import register_peft_method
 
 from .adalora import SpikeAdaLoraConfig, SpikeAdaLoraModel
 from .config import PRESETS, SpikeLoraConfig
-from .control import SparsityCallback, SparsityController, calibrate_thresholds
 from .gate import SpikeGate
 from .layer import SpikeLoraLinear
 from .model import SpikeLoraModel
-from .observe import AdapterActivity, observe_adapters
+from .sparsity import SparsityCallback, SparsityController, calibrate_thresholds
 
 __all__ = [
-    "AdapterActivity",
     "SparsityCallback",
     "SparsityController",
     "SpikeAdaLoraConfig",
@@ -22,7 +20,6 @@ __all__ = [
     "SpikeLoraLinear",
     "SpikeLoraModel",
     "calibrate_thresholds",
-    "observe_adapters",
 ]
 
 for _name, _config, _model in (

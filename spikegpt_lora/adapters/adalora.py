@@ -11,7 +11,7 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora import AdaLoraModel, SVDLinear
 from torch import Tensor, nn
 
-from ..rules import check
+from ..utils.checks import check
 from .config import SpikeLoraConfig, add_peft_type
 from .layer import SpikingLayer
 from .model import SpikingTuner, plain_linear

@@ -8,7 +8,7 @@ from typing import get_type_hints
 from peft import LoraConfig
 from peft.utils import PeftType
 
-from ..rules import check, kinds
+from ..utils.checks import check, kinds
 from .fingerprint import FORM
 from .gate import SpikeGate
 

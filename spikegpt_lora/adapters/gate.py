@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..spikes import LIF
+from ..neurons.lif import LIF
 from . import sequence
 
 

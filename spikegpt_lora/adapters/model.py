@@ -6,7 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..inputs import require_finite
+from ..utils.inputs import require_finite
 from . import sequence
 from .fingerprint import fingerprint, require_base
 from .layer import MERGE_REFUSED, SpikeLoraLinear

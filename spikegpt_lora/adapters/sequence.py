@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..forward import bound_arguments, reader_of
-from ..inputs import real_tokens, require_one_text
 from ..model import SpikeGPTModel, SpikeGPTState
+from ..utils.inputs import real_tokens, require_one_text
 
 _current: ContextVar["Sequence | None"] = ContextVar("spikegpt_lora_sequence", default=None)
 

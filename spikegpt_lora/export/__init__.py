@@ -1,8 +1,8 @@
-"""Neuromorphic export: a classifier as a bundle of files (`bundle.py`), and proof that they are right (`check.py`)."""
+"""Neuromorphic export: a classifier as a bundle of files (`stored.py`), and proof that they are right (`check.py`)."""
 
-from .bundle import export_bundle
+from .stored import Bundle
 from .check import check_bundle
 from .events import AddressEventDataset, EventDataset, to_tonic
-from .stored import Bundle
+from .write import export_bundle
 
 __all__ = ["AddressEventDataset", "Bundle", "EventDataset", "check_bundle", "export_bundle", "to_tonic"]

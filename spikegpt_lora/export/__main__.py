@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..command_line import run
-from ..files import locked
+from ..utils.command_line import run
+from ..utils.files import locked
 from .check import NOT_PROVEN, check_bundle, require_outside, write_results
 
 

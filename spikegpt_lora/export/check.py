@@ -16,15 +16,21 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_json, write_text
+from ..utils.files import write_json, write_text
 from . import islands
-from .bundle import WEIGHTS, statements
+from .stored import (
+    MANIFEST,
+    PARTS,
+    Bundle,
+    own_hash,
+    sha256,
+)
 from .events import events_of
 from .findings import Findings
 from .graph import weights_before
 from .recount import check_costs
 from .reruns import check_interpreter, check_simulators
-from .stored import MANIFEST, PARTS, Bundle, own_hash, sha256
+from .write import WEIGHTS, statements
 
 NOT_PROVEN = (
     "That means: its files are whole and agree with one another. It says nothing about which model they are of, nor "

@@ -15,7 +15,7 @@ This column stands beside the operations as executed and is never added to them.
 
 import numpy as np
 
-from .cost import ENERGY, memory_energy
+from ..observe.operations import ENERGY, memory_energy
 from .interpreter import EventDriven
 
 

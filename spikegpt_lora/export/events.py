@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..files import whole_file
-from ..trace import SpikeTrace
+from ..observe.traces import SpikeTrace
+from ..utils.files import whole_file
 from .islands import DT
 
 EVENT = np.dtype(

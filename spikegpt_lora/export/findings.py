@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..errors import DamagedFile
+from ..utils.errors import DamagedFile
 from .untrusted import reason_of
 
 LONGEST = 500  # characters of a line

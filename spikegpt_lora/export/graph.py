@@ -15,10 +15,10 @@ from spikingjelly.activation_based.surrogate import ATan
 from torch import nn
 
 from ..adapters import SpikeGate
-from ..dropout import Dropout
-from ..files import whole_file, write_json
 from ..model import SRFFN, SRWKV, Block, SpikeGPTForSequenceClassification
-from ..spikes import LIF
+from ..neurons.lif import LIF
+from ..ops.dropout import Dropout
+from ..utils.files import whole_file, write_json
 
 SCHEMA = "spikegpt_lora/graph/1"
 # Modules without children that the graph has an operation for, or that do nothing once training is over.

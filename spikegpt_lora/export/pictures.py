@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import report
-from ..files import whole_file
-from ..trace import GATE, SpikeTrace
+from ..observe.traces import GATE, SpikeTrace
+from ..report import results as report
+from ..utils.files import whole_file
 from .stored import Bundle
 
 FEWEST = 5  # sentences behind a column of the sparsity map: of fewer, it would show sentences and not positions

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..observe.operations import LayerCount, Operations, PopulationCount, as_json
 from . import event_driven
-from .cost import LayerCount, Operations, PopulationCount, as_json
+from .stored import Bundle
 from .findings import Findings
 from .interpreter import EventDriven, Program
-from .stored import Bundle
 
 NEAR = 1e-2  # largest relative difference
 NEXT_TO_0 = 1e-6  # of the largest value that a matrix reads

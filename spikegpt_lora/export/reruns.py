@@ -12,9 +12,9 @@ Simulators: run the islands on the recorded currents; every spike must be the re
 import numpy as np
 
 from . import islands
+from .stored import Bundle
 from .findings import Findings
 from .graph import weights_before
-from .stored import Bundle
 
 MARGIN = 1e-5  # of a membrane from its threshold
 CLOSE = 1e-4  # of currents and logits in float32 by two ways, in units of their root mean square, 1 at least

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DamagedFile
-from ..trace import EMBEDDING
+from ..observe.traces import EMBEDDING
+from ..utils.errors import DamagedFile
 from . import islands
 from .untrusted import require
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import nir
 import numpy as np
 
-from ..errors import read_json
-from ..npz import read_npz
-from ..trace import EMBEDDING, SpikeTrace
+from ..observe.traces import EMBEDDING, SpikeTrace
+from ..utils.errors import read_json
+from ..utils.npz import read_npz
 from . import graph
 from .events import EVENT
 from .interpreter import Program

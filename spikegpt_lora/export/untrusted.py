@@ -11,7 +11,7 @@ from pathlib import Path
 
 import h5py
 
-from ..errors import DamagedFile, sentence
+from ..utils.errors import DamagedFile, sentence
 
 ROOM = 1 << 28  # bytes that any file may take up in memory; a larger file
 TIMES = 50  # may take up so many times its own size: zeros are compressed a thousandfold

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import extension
+from .backend import bind, use_extension
 
 # Exponent of an empty state: exp(NOTHING_YET - p) is 0 for every p that a real token sets. This is -1e38 as float32
 # holds it: one number in every dtype and in the kernels.
@@ -46,7 +46,7 @@ def wkv(
         ValueError: a shape or the backend does not fit; the message names it.
         ExtensionError: backend is "extension" and it cannot be built here.
     """
-    if not extension.use_extension(backend, k.device):
+    if not use_extension(backend, k.device):
         return wkv_reference(time_decay, time_first, k, v, state, mask)
     _check_shapes(time_decay, time_first, k, v, state, mask)
     dtype, v_dtype = torch.promote_types(k.dtype, torch.float32), v.dtype
@@ -113,7 +113,7 @@ def _check_shapes(time_decay, time_first, k, v, state, mask):
         raise ValueError(f"wkv: mask must be bool, got {mask.dtype}")
 
 
-@extension.bind
+@bind
 def _bind():
     def fake(w, u, k, v, state, mask):
         return k.new_empty(k.shape), w.new_empty(k.shape[0], 3, k.shape[2])

@@ -1,4 +1,4 @@
-"""`python -m spikegpt_lora.extension`: build the kernels ahead of first use, and say what was built and where."""
+"""`python -m spikegpt_lora.ops`: build the kernels ahead of first use, and say what was built and where."""
 
 import argparse
 import re
@@ -14,7 +14,7 @@ DTYPES = {"f": "float32", "d": "float64", "N3c104HalfE": "float16", "N3c108BFloa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m spikegpt_lora.extension", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m spikegpt_lora.ops", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu, and cuda where there is a GPU")
     parser.add_argument("--registers", type=Path, help="with cuda: write what each kernel takes to this Markdown file")
     options = parser.parse_args(arguments)
@@ -54,7 +54,7 @@ def register_table(resources: dict[tuple[str, str], tuple[int, int]]) -> str:
         "",
         "```bash",
         "TORCH_CUDA_ARCH_LIST='7.5;8.0;8.6;8.9;9.0;10.0;12.0' \\",
-        "    python -m spikegpt_lora.extension --device cuda --registers cuda/registers.md",
+        "    python -m spikegpt_lora.ops --device cuda --registers cuda/registers.md",
         "```",
         "",
         f"| kernel | {' | '.join(generations)} |",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from .model import SpikeGPTForCausalLM, pool
+from ..model import SpikeGPTForCausalLM, pool
 
 SHORTEST, LONGEST = 6, 64  # tokens of a sentence that is used
 TEMPERATURE = 0.07

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from .checkpoint import load_tokenizer
-from .data import to_ascii
-from .errors import DamagedFile, read_json
-from .files import whole_file, whole_files, write_json
-from .hub import require_reachable
+from ..checkpoint import load_tokenizer
+from ..tasks.registry import to_ascii
+from ..utils.errors import DamagedFile, read_json
+from ..utils.files import whole_file, whole_files, write_json
+from ..utils.hub import require_reachable
 from .tokenizer import train_tokenizer
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}

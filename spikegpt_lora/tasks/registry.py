@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .hub import fetch
+from ..utils.hub import fetch
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 LABELS = ["objective", "subjective"]
-MINI_FILE = Path(__file__).parent / "assets" / "subj-mini.tsv"
+MINI_FILE = Path(__file__).parent.parent / "assets" / "subj-mini.tsv"
 SUBJ_FILES = {"plot.tok.gt9.5000": 0, "quote.tok.gt9.5000": 1}  # file: label
 SUBJ_ARCHIVE = "https://www.cs.cornell.edu/people/pabo/movie-review-data/rotten_imdb.tar.gz"
 HUB_ID, HUB_REVISION = "SetFit/subj", "f3c1162e678417f664d76b21864fdb87b0615fcf"

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import DamagedFile, read_json
-from .files import whole_file
-from .statistics import paired_difference
-from .trace import GATE, SpikeTrace
+from ..observe.traces import GATE, SpikeTrace
+from ..utils.errors import DamagedFile, read_json
+from ..utils.files import whole_file
+from .paired import paired_difference
 
 SCHEMA = "spikegpt_lora/finetune/2"
 

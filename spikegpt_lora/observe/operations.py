@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forward import Reader
-from ..spikes import LIF
+from ..neurons.lif import LIF
 
 # pJ an operation in 45 nm at 0.9 V: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC
 # 2014. A MAC is the sum of its multiply and its add, so int8's accumulator is taken as 8 bit wide; with a 32-bit one

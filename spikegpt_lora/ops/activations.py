@@ -7,24 +7,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import extension
+from .backend import bind, use_extension
 
 
 def sigmoid_gate(r: Tensor, y: Tensor, backend: str = "auto") -> Tensor:
     """sigmoid(r) * y for r and y of one shape; `backend` as in `wkv`."""
-    if r.dtype == y.dtype and r.shape == y.shape and extension.use_extension(backend, r.device):
+    if r.dtype == y.dtype and r.shape == y.shape and use_extension(backend, r.device):
         return torch.ops.spikegpt_lora.gate(r, y)
     return torch.sigmoid(r) * y
 
 
 def squared_relu(k: Tensor, backend: str = "auto") -> Tensor:
     """relu(k)^2; `backend` as in `wkv`."""
-    if extension.use_extension(backend, k.device):
+    if use_extension(backend, k.device):
         return torch.ops.spikegpt_lora.squared_relu(k)
     return torch.relu(k).square()
 
 
-@extension.bind
+@bind
 def _bind():
     def setup(ctx, inputs, output):
         ctx.save_for_backward(*inputs)

@@ -14,7 +14,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import extension
+from ..ops.backend import bind, use_extension
 
 
 class LIF(neuron.LIFNode):
@@ -80,7 +80,7 @@ class LIF(neuron.LIFNode):
     def _fire(self, x, carry=None, mask=None):
         membrane = carry[0] if carry else None
         _check_shapes(x, membrane, mask)
-        if self._has_kernel() and extension.use_extension("auto", x.device):
+        if self._has_kernel() and use_extension("auto", x.device):
             spikes, membrane = self._run_kernel(x, membrane, mask)
         elif mask is None:
             spikes, membrane, _ = self._run(x, self._membrane_before(x, membrane), store_v_seq=False)
@@ -187,7 +187,7 @@ def _check_shapes(x, membrane, mask):
         raise ValueError(f"LIF mask must be bool {(B, T)}, got {mask.dtype} {tuple(mask.shape)}")
 
 
-@extension.bind
+@bind
 def _bind():
     def fake(x, *settings):
         return x.new_empty(x.shape), _state_like(x)

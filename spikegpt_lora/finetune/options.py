@@ -4,7 +4,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 
-from .rules import check
+from ..utils.checks import check
 
 METHODS = ("full", "lora", "spikelora", "head", "scratch")
 

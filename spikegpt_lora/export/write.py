@@ -8,7 +8,7 @@
     islands/NAME.weights.nir    where a matrix stands right before them: Input, Linear, LIF, Output
     traces.h5                   nir.read_data: of each population `spikes` (bool), `current` (float32; "emb" has none)
     events.npz                  the spikes as address events (events.py)
-    cost.json                   counted operations, and energy as counts times constants (cost.py)
+    cost.json                   counted operations, and energy as counts times constants (observe/operations.py)
 
 `stored.py` reads it. `check.py` needs nothing of the model to find out whether a bundle is what it says.
 """
@@ -26,15 +26,23 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..files import UNFINISHED, whole_file, write_json, write_text
-from ..trace import SpikeTrace, read, real_first, record_spikes
+from ..observe.operations import as_json, count_operations
+from ..observe.traces import SpikeTrace, read, real_first, record_spikes
+from ..utils.files import UNFINISHED, whole_file, write_json, write_text
 from . import islands
-from .cost import as_json, count_operations
+from .stored import (
+    CONVENTIONS,
+    MANIFEST,
+    SCHEMA,
+    Bundle,
+    by_length,
+    own_hash,
+    sha256,
+)
 from .event_driven import measure
 from .events import save_events
 from .graph import Graph, graph_of, quantize, weights_before
 from .interpreter import Program
-from .stored import CONVENTIONS, MANIFEST, SCHEMA, Bundle, by_length, own_hash, sha256
 
 PACKAGES = ("spikegpt_lora", "torch", "spikingjelly", "nir", "numpy")
 WEIGHTS = ("float32", "int8")

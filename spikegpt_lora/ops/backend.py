@@ -1,6 +1,6 @@
 """The compiled kernels of `cuda/`: whether they run, and loading them. They are built on first use, see build.py.
 
-`python -m spikegpt_lora.extension` builds ahead of first use. Environment: `SPIKEGPT_LORA_BACKEND` says what
+`python -m spikegpt_lora.ops` builds ahead of first use. Environment: `SPIKEGPT_LORA_BACKEND` says what
 backend="auto" means (auto, extension, reference); `TORCH_EXTENSIONS_DIR` where libraries are kept (default ~/.cache).
 """
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import transformers
 
 from . import errors
-from .memory import keep_freed_memory
+from .malloc import keep_freed_memory
 
 RANGES = {
     "> 0 and finite": lambda x: 0 < x < math.inf,

@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .errors import DamagedFile
-from .files import whole_file, write_text
-from .inputs import require_finite
-from .model import SpikeGPTForCausalLM, SpikeGPTState
-from .rules import check
+from ..model import SpikeGPTForCausalLM, SpikeGPTState
+from ..utils.checks import check
+from ..utils.errors import DamagedFile
+from ..utils.files import whole_file, write_text
+from ..utils.inputs import require_finite
 from .sentence_pairs import SentencePairs
 
 LOG_EVERY = 50  # steps

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from . import extension
+from .backend import bind, use_extension
 
 
 class Dropout(nn.Dropout):
@@ -16,13 +16,13 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if self.p == 1 or self.inplace or not extension.use_extension("auto", x.device):
+        if self.p == 1 or self.inplace or not use_extension("auto", x.device):
             return super().forward(x)
         seed = torch.randint(2**62, (1,), device=x.device)
         return torch.ops.spikegpt_lora.dropout(x, seed, self.p)
 
 
-@extension.bind
+@bind
 def _bind():
     def setup(ctx, inputs, output):
         _, seed, ctx.p = inputs

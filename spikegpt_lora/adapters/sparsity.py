@@ -14,7 +14,7 @@ from torch import distributed as dist
 from transformers import TrainerCallback
 
 from ..forward import Reader
-from ..inputs import require_finite
+from ..utils.inputs import require_finite
 from . import sequence
 from .gate import SpikeGate, mean
 

@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .adapters import SparsityCallback, SpikeLoraConfig
-from .adapters.config import PRESETS
-from .errors import writing
-from .inputs import require_finite
-from .model import SpikeGPTConfig, SpikeGPTForSequenceClassification
-from .settings import METHODS, FinetuneOptions
-from .stopping import deferred
-from .trace import adapter_activity
+from ..adapters import SparsityCallback, SpikeLoraConfig
+from ..adapters.config import PRESETS
+from ..model import SpikeGPTConfig, SpikeGPTForSequenceClassification
+from ..observe.traces import adapter_activity
+from ..utils.errors import writing
+from ..utils.inputs import require_finite
+from ..utils.stopping import deferred
+from .options import METHODS, FinetuneOptions
 from .trainer import (
     PaddingAsText,
     PairedTrainer,

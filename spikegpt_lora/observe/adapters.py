@@ -15,8 +15,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..adapters.gate import SpikeGate, mean
 from ..forward import Reader
-from .gate import SpikeGate, mean
 
 
 @dataclass

@@ -19,11 +19,12 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .adapters import SpikeGate, observe_adapters
-from .errors import DamagedFile, read_json
-from .saved import safetensors_shapes
-from .settings import FinetuneOptions
-from .stopping import Request
+from ..adapters import SpikeGate
+from ..observe.adapters import observe_adapters
+from ..utils.errors import DamagedFile, read_json
+from ..utils.saved import safetensors_shapes
+from ..utils.stopping import Request
+from .options import FinetuneOptions
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapters import AdapterActivity, SpikeGate, observe_adapters
-from .errors import DamagedFile
-from .files import whole_file
-from .model import SpikeGPTModel
-from .npz import read_npz
-from .spikes import LIF
+from ..adapters import SpikeGate
+from ..model import SpikeGPTModel
+from ..neurons.lif import LIF
+from ..utils.errors import DamagedFile
+from ..utils.files import whole_file
+from ..utils.npz import read_npz
+from .adapters import AdapterActivity, observe_adapters
 
 EMBEDDING = "emb"
 GROUPS = ("spikes", "values", "currents", "membranes")  # of a trace: arrays (B, T, C) by population

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import extension
+from .backend import bind, use_extension
 
 
 def token_shift(
@@ -28,7 +28,7 @@ def token_shift(
     Returns:
         The mixes `(B, T, C)`, one for each share, and at the end x at the last real token `(B, C)`.
     """
-    if not extension.use_extension(backend, x.device) or len(shares) not in (2, 3):
+    if not use_extension(backend, x.device) or len(shares) not in (2, 3):
         return token_shift_reference(x, last, mask, *shares)
     dtype = torch.promote_types(x.dtype, torch.float32)
     shares = [share.reshape(-1).to(dtype) for share in shares]
@@ -60,7 +60,7 @@ def _previous(x: Tensor, last: Tensor | None, mask: Tensor | None) -> tuple[Tens
     return x.gather(1, previous[..., None].expand(-1, -1, x.shape[-1])), x[rows, newest[:, -1]]
 
 
-@extension.bind
+@bind
 def _bind():
     for count in (2, 3):
         _bind_for(f"spikegpt_lora::token_shift{count}", count)

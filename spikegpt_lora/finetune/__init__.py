@@ -1,0 +1,1 @@
+"""Fine-tuning: the methods, their options, one run of one method."""

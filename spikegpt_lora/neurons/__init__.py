@@ -1,0 +1,1 @@
+"""Neurons: what turns real currents into spikes."""

@@ -1,0 +1,1 @@
+"""Operators: plain torch, the reference, beside the binding of its compiled kernel."""

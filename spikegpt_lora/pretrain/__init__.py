@@ -1,0 +1,1 @@
+"""Pre-training a language model: corpus, tokenizer, loop, and what it is measured against."""

@@ -1,0 +1,1 @@
+"""Results of a comparison: their schema, statistics, tables and pictures."""

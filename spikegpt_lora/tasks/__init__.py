@@ -1,0 +1,1 @@
+"""Tasks: labelled sentences in fixed splits, and baselines without a network."""
