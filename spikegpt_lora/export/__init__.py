@@ -1,6 +1,6 @@
-"""Neuromorphic export: a classifier as a bundle of files (`stored.py`), and proof that they are right (`check.py`)."""
+"""Neuromorphic export: a classifier as a bundle of files (`bundle.py`), and proof that they are right (`check.py`)."""
 
-from .stored import Bundle
+from .bundle import Bundle
 from .check import check_bundle
 from .events import AddressEventDataset, EventDataset, to_tonic
 from .write import export_bundle

@@ -1,7 +1,7 @@
 """Whether a bundle is what it says, found out without the model. Nothing is written into it.
 
 Files: plain ones, those that the manifest names, each with its hash, and no others.
-Contents: every file can be what it should: sizes first, then types, shapes and ranges (`stored.py`, `shapes.py`).
+Contents: every file can be what it should: sizes first, then types, shapes and ranges (`bundle.py`, `shapes.py`).
 Statements: what the manifest says is what graph and traces give; words hold their tokens, and a token has one name.
 Costs: operations as executed and event-driven, counted again from weights and recorded spikes (`recount.py`).
 Neurons: the recorded spikes are what LIF neurons give for the recorded currents, and the events are those spikes.
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..utils.files import write_json, write_text
 from . import islands
-from .stored import (
+from .bundle import (
     MANIFEST,
     PARTS,
     Bundle,

@@ -15,7 +15,7 @@ import numpy as np
 from ..observe.traces import GATE, SpikeTrace
 from ..report import results as report
 from ..utils.files import whole_file
-from .stored import Bundle
+from .bundle import Bundle
 
 FEWEST = 5  # sentences behind a column of the sparsity map: of fewer, it would show sentences and not positions
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")

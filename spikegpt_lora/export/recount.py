@@ -15,7 +15,7 @@ import numpy as np
 
 from ..observe.operations import LayerCount, Operations, PopulationCount, as_json
 from . import event_driven
-from .stored import Bundle
+from .bundle import Bundle
 from .findings import Findings
 from .interpreter import EventDriven, Program
 

@@ -12,7 +12,7 @@ Simulators: run the islands on the recorded currents; every spike must be the re
 import numpy as np
 
 from . import islands
-from .stored import Bundle
+from .bundle import Bundle
 from .findings import Findings
 from .graph import weights_before
 

@@ -10,7 +10,7 @@
     events.npz                  the spikes as address events (events.py)
     cost.json                   counted operations, and energy as counts times constants (observe/operations.py)
 
-`stored.py` reads it. `check.py` needs nothing of the model to find out whether a bundle is what it says.
+`bundle.py` reads it. `check.py` needs nothing of the model to find out whether a bundle is what it says.
 """
 
 import copy
@@ -30,7 +30,7 @@ from ..observe.operations import as_json, count_operations
 from ..observe.traces import SpikeTrace, read, real_first, record_spikes
 from ..utils.files import UNFINISHED, whole_file, write_json, write_text
 from . import islands
-from .stored import (
+from .bundle import (
     CONVENTIONS,
     MANIFEST,
     SCHEMA,
