@@ -332,7 +332,7 @@ def test_nvcc_compiles_for_every_gpu_generation_without_spills_in_the_forward_ke
     }
     code = """
 import torch
-from spikegpt_lora import extension
+from spikegpt_lora.ops.backend import load
 from spikegpt_lora.ops.__main__ import kernel_resources
 from spikegpt_lora.ops.build import build_library
 load("cuda")
