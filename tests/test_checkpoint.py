@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import lively
+from helpers import lively
 from peft import LoraConfig, get_peft_model
 
 from spikegpt_lora import (

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import SIZES, largest_difference, lively
+from helpers import SIZES, largest_difference, lively
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (

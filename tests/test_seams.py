@@ -18,7 +18,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import SIZES
+from helpers import SIZES
 from peft.tuners.adalora import AdaLoraModel, SVDLinear
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant

@@ -1,0 +1,50 @@
+"""What the tests share: small models with lively weights (upstream's initial values are mostly 0: nothing fires)."""
+
+import pytest
+import torch
+
+from spikegpt_lora.ops.backend import ExtensionError, load
+
+SIZES = {"vocab_size": 37, "n_embd": 12, "n_layer": 3}
+
+
+def lively(model, seed=0):
+    """`model` in float64 and evaluation mode, every parameter moved so far that all populations fire."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def need_extension(device="cpu"):
+    try:
+        load(device)
+    except ExtensionError as error:
+        pytest.skip(f"no kernels here: {error}")
+
+
+def largest_difference(a, b):
+    """The largest difference between two tensors or two tuples of tensors."""
+    if isinstance(a, torch.Tensor):
+        return (a - b).abs().max().item()
+    return max(largest_difference(x, y) for x, y in zip(a, b, strict=True))
+
+
+NEURONS = [
+    {},
+    {"tau": 3.0, "v_threshold": 0.7, "detach_reset": True},
+    {"v_reset": None},
+    {"v_reset": -0.2, "decay_input": False, "surrogate_alpha": 4.0},
+]
+
+
+def current(*shape, dtype=torch.float64, scale=2.0):
+    return scale * torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def everything(folder):
+    """Of every file and folder its mode, its time of change and its bytes."""
+    paths = [folder, *sorted(folder.rglob("*"))]
+    return [(p, p.stat().st_mode, p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in paths]
