@@ -32,7 +32,7 @@ from spikegpt_lora.export.check import write_results
 from spikegpt_lora.export.pictures import draw_all
 from spikegpt_lora.export.write import WEIGHTS, aligned, batch_of, unlike
 from spikegpt_lora.observe.traces import GATE, read
-from spikegpt_lora.report.results import table
+from spikegpt_lora.report.markdown import table
 from spikegpt_lora.utils import command_line, errors, files
 
 STOPPED = "stopped; the same command goes on from here."

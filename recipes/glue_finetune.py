@@ -35,7 +35,7 @@ from spikegpt_lora.adapters import SparsityCallback
 from spikegpt_lora.checkpoint import load_tokenizer
 from spikegpt_lora.finetune.run import require_trained
 from spikegpt_lora.observe.adapters import observe_adapters
-from spikegpt_lora.report.results import table
+from spikegpt_lora.report.markdown import table
 from spikegpt_lora.utils import command_line  # the one import that makes peft know SpikeLoRA
 from spikegpt_lora.utils.errors import read_json
 from spikegpt_lora.utils.files import locked, write_json, write_text

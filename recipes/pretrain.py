@@ -31,7 +31,7 @@ from spikegpt_lora.pretrain.loop import (
     save_rounded,
     write_log,
 )
-from spikegpt_lora.report.results import table
+from spikegpt_lora.report.markdown import table
 from spikegpt_lora.tasks.registry import TASKS
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text

@@ -59,9 +59,13 @@ from spikegpt_lora.finetune.run import (
 )
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
-from spikegpt_lora.report import results as report
+from spikegpt_lora.report.cards import model_card
+from spikegpt_lora.report.markdown import markdown
+from spikegpt_lora.report.plots import draw_accuracy, draw_raster
+from spikegpt_lora.report.results import PUBLISHED, SCHEMA, TRIAL_KEYS, compare, read_runs, summarize
 from spikegpt_lora.tasks.baselines import bag_of_words_baselines
-from spikegpt_lora.tasks.registry import LABELS, resplit
+from spikegpt_lora.tasks.splits import resplit
+from spikegpt_lora.tasks.subj import LABELS
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.errors import read_json
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
@@ -215,7 +219,7 @@ def prepare(args: argparse.Namespace, task: str, data: DatasetDict) -> Compariso
     if cut:
         say(f"note: {cut} sentences are cut to --max-length {args.max_length} tokens")
     results = {
-        "schema": report.SCHEMA,
+        "schema": SCHEMA,
         "task": task,
         "model": args.model,
         "complete": False,
@@ -224,7 +228,7 @@ def prepare(args: argparse.Namespace, task: str, data: DatasetDict) -> Compariso
         "data": sizes | {"cut_short": cut},
         # Under --parity library each seed tests other sentences, so there is no one row for these.
         "baselines": [] if args.parity == "library" or args.tune else bag_of_words_baselines(data),
-        "published": report.PUBLISHED.get(task, []),
+        "published": PUBLISHED.get(task, []),
     }
     return Comparison(args, data, tokens, tokenizer, results)
 
@@ -291,7 +295,7 @@ def refuse_other_settings(out: Path, options: dict, begun: set[str]) -> None:
     else:
         raise ValueError(f"{out} holds results, but no options.json says of which settings: give another --output-dir")
     settings = before.get("settings")
-    finished = {run["method"]: run["settings"] for run in report.read_runs(out)}
+    finished = {run["method"]: run["settings"] for run in read_runs(out)}
     before["settings"] = (settings if isinstance(settings, dict) else {}) | finished
     old, new = flat(before), flat(options)
     others = tuple(f"settings.{method}." for method in set(METHODS) - begun)
@@ -351,8 +355,8 @@ def tune(comparison: Comparison) -> int:
             )
             write_json(folder / "trial.json", record)
         shutil.rmtree(folder / "training", ignore_errors=True)
-        records.append(read_json(folder / "trial.json", keys=report.TRIAL_KEYS))
-    write_text(args.output_dir / "trials.md", table := report.trials(records))
+        records.append(read_json(folder / "trial.json", keys=TRIAL_KEYS))
+    write_text(args.output_dir / "trials.md", table := trials(records))
     print(f"\n{table}\nWritten to {args.output_dir / 'trials.md'}.")
     return 0
 
@@ -400,7 +404,7 @@ def run(comparison: Comparison, method: str, seed: int, description: str) -> Non
     with whole_files(folder, last="run.json") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_text(temporary / "README.md", report.model_card(comparison.results, record))
+        write_text(temporary / "README.md", model_card(comparison.results, record))
         write_json(temporary / "run.json", record)
     shutil.rmtree(folder / "training")
 
@@ -449,19 +453,19 @@ def record_traces(comparison: Comparison, model, test: Dataset, name: str) -> No
     folder = args.output_dir / "traces"
     folder.mkdir(exist_ok=True)
     trace.save(folder / f"{name}.npz")
-    report.draw_raster(trace, folder / f"{name}.png", title=f"{title}, first test sentence ({LABELS[trace.labels[0]]})")
+    draw_raster(trace, folder / f"{name}.png", title=f"{title}, first test sentence ({LABELS[trace.labels[0]]})")
 
 
 def write_results(results: dict, out: Path, complete: bool) -> None:
     """results.json, results.md and accuracy.png from every finished run in the folder."""
-    runs = report.read_runs(out)
+    runs = read_runs(out)
     # Under --parity library each seed tests other sentences: no interval over sentences and seeds.
-    comparisons = [] if results["options"]["parity"] == "library" else report.compare(runs)
-    results |= {"runs": runs, "summary": report.summarize(runs), "comparisons": comparisons}
+    comparisons = [] if results["options"]["parity"] == "library" else compare(runs)
+    results |= {"runs": runs, "summary": summarize(runs), "comparisons": comparisons}
     results["complete"] = complete and len({tuple(row["seeds"]) for row in results["summary"]}) == 1
     write_json(out / "results.json", results)
-    write_text(out / "results.md", report.markdown(results))
-    report.draw_accuracy(results, out / "accuracy.png")
+    write_text(out / "results.md", markdown(results))
+    draw_accuracy(results, out / "accuracy.png")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from running import here
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification
 from spikegpt_lora.export.check import check_bundle
 from spikegpt_lora.pretrain.loop import Pretraining, PretrainOptions
-from spikegpt_lora.report import results as report
+from spikegpt_lora.report.markdown import markdown
 
 FILES = Path(__file__).parent / "files" / "0.1.0"
 RECORDED = json.loads((FILES / "recorded.json").read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def test_a_bundle_is_still_right(unpacked):
 @pytest.mark.parametrize("unpacked", ["comparison"], indirect=True)
 def test_a_comparisons_table_is_made_from_its_results(unpacked):
     results = json.loads((unpacked / "results.json").read_text(encoding="utf-8"))
-    assert "SpikeLoRA − head only" in report.markdown(results)
+    assert "SpikeLoRA − head only" in markdown(results)
 
 
 @pytest.mark.parametrize("unpacked", ["comparison"], indirect=True)

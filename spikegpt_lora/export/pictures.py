@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..observe.traces import GATE, SpikeTrace
-from ..report import results as report
+from ..report import plots
 from ..utils.files import whole_file
 from .bundle import Bundle
 
@@ -70,13 +70,13 @@ def readable(name: str) -> str:
 
 
 def draw_raster(bundle: Bundle, path: str | Path, sentence: int = 0) -> None:
-    """Draw one sentence's spikes as `report.draw_raster` does: words below, one panel a population, gates by block.
+    """Draw one sentence's spikes: words below, one panel a population, gates by block.
 
     Raises:
         IndexError: the bundle has no such sentence.
     """
     trace = sentence_trace(bundle, sentence)
-    report.draw_raster(trace, Path(path), title=f"sentence {sentence}, {trace.lengths[0]} tokens; black = spike")
+    plots.draw_raster(trace, Path(path), title=f"sentence {sentence}, {trace.lengths[0]} tokens; black = spike")
 
 
 def sentence_trace(bundle: Bundle, sentence: int) -> SpikeTrace:

@@ -21,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..checkpoint import load_tokenizer
-from ..tasks.registry import to_ascii
+from ..tasks.text import to_ascii
 from ..utils.errors import DamagedFile, read_json
 from ..utils.files import whole_file, whole_files, write_json
 from ..utils.hub import require_reachable

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from spikegpt_lora import SpikeTrace
-from spikegpt_lora.report import results as report
+from spikegpt_lora.report.cards import model_card
+from spikegpt_lora.report.markdown import markdown, trials
+from spikegpt_lora.report.plots import draw_accuracy, draw_raster
+from spikegpt_lora.report.results import PUBLISHED, compare, summarize
 
 GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}, "accuracy_without": 0.25}
 
@@ -48,15 +51,15 @@ BASELINE = {
 
 def results(runs=RUNS, complete=True, published="subj"):
     return {
-        "task": "subj", "model": "random", "complete": complete, "runs": runs, "published": report.PUBLISHED[published],
+        "task": "subj", "model": "random", "complete": complete, "runs": runs, "published": PUBLISHED[published],
         "data": {"train": 7000, "validation": 1000, "test": 4},
         "baselines": [BASELINE],
-        "summary": report.summarize(runs), "comparisons": report.compare(runs),
+        "summary": summarize(runs), "comparisons": compare(runs),
     }  # fmt: skip
 
 
 def test_the_summary_is_mean_and_sample_deviation_in_a_fixed_order():
-    full, spikelora = report.summarize(RUNS)
+    full, spikelora = summarize(RUNS)
     assert (full["method"], spikelora["method"]) == ("full", "spikelora")
     assert full["test_accuracy"] == pytest.approx(0.875)
     assert full["test_accuracy_spread"] == pytest.approx(np.std([1.0, 0.75], ddof=1))
@@ -65,19 +68,19 @@ def test_the_summary_is_mean_and_sample_deviation_in_a_fixed_order():
 
 
 def test_one_seed_has_no_spread():
-    (row,) = report.summarize(RUNS[:1])
+    (row,) = summarize(RUNS[:1])
     assert row["test_accuracy_spread"] is None
-    assert "| 75.00 |" in report.markdown(results(RUNS[:1]))
+    assert "| 75.00 |" in markdown(results(RUNS[:1]))
 
 
 def test_comparisons_pair_the_seeds_that_both_methods_have():
-    (row,) = report.compare(RUNS + [run("full", 2, "0000")])
+    (row,) = compare(RUNS + [run("full", 2, "0000")])
     assert (row["a"], row["b"]) == ("full", "spikelora")
     assert row["difference"] == pytest.approx(0.25) and len(row["per_seed"]) == 2
 
 
 def test_the_table_shows_methods_baselines_and_published_figures():
-    table = report.markdown(results())
+    table = markdown(results())
     assert "| SpikeLoRA | 1,234 | 62.50 ± 17.68 | 50.00 ± 0.00 | 10 | 75.00 | 12.50 | 0.500 | 25.00 |" in table
     assert "| naive Bayes | 99 | 92.00 | 93.00 |" in table
     assert "published, 216M model: SpikeLoRA* | | *91.10*" in table
@@ -85,13 +88,13 @@ def test_the_table_shows_methods_baselines_and_published_figures():
 
 
 def test_methods_with_other_seeds_are_said():
-    table = report.markdown(results(RUNS[1:]))
+    table = markdown(results(RUNS[1:]))
     assert "over seeds that differ: full fine-tuning 0, 1; SpikeLoRA 1." in table
-    assert "over seeds 0, 1." in report.markdown(results())
+    assert "over seeds 0, 1." in markdown(results())
 
 
 def test_the_model_card_says_what_it_is_and_how_to_load_it():
-    card = report.model_card(results() | {"options": {"rank": 3}, "versions": {"torch": "1"}}, RUNS[0])
+    card = model_card(results() | {"options": {"rank": 3}, "versions": {"torch": "1"}}, RUNS[0])
     for text in (
         "subj: SpikeLoRA, seed 0",
         "75.00 %",
@@ -106,14 +109,14 @@ def test_the_model_card_says_what_it_is_and_how_to_load_it():
 def test_where_no_epoch_was_picked_the_table_and_the_card_say_so():
     record = RUNS[0] | {"validation_accuracy": None, "validation_by_epoch": []}
     split = results([record]) | {"data": {"train": 9000, "test": 4}}
-    assert "9,000 train / 4 test. The last epoch counts" in report.markdown(split)
-    card = report.model_card(split | {"options": {}, "versions": {}}, record)
+    assert "9,000 train / 4 test. The last epoch counts" in markdown(split)
+    card = model_card(split | {"options": {}, "versions": {}}, record)
     assert "epoch 1 of 5: nothing was picked" in card
 
 
 def test_trials_are_listed_best_first():
     better = RUNS[2] | {"validation_accuracy": 0.75, "settings": SETTINGS | {"epochs": 8}}
-    rows = report.trials([RUNS[0], RUNS[2], better]).splitlines()[2:]
+    rows = trials([RUNS[0], RUNS[2], better]).splitlines()[2:]
     assert rows == [
         "| full fine-tuning | 0.001 | 8 | 0.1 | 0 | 0.06 | 16 | 0.1 | 1 | 75.00 | – |",
         "| full fine-tuning | 0.001 | 5 | 0.1 | 0 | 0.06 | 16 | 0.1 | 1 | 50.00 | – |",
@@ -122,9 +125,9 @@ def test_trials_are_listed_best_first():
 
 
 def test_an_incomplete_comparison_says_so():
-    assert "incomplete" in report.markdown(results(complete=False)).splitlines()[0]
-    assert "incomplete" not in report.markdown(results())
-    assert report.markdown(results(runs=[], complete=False))
+    assert "incomplete" in markdown(results(complete=False)).splitlines()[0]
+    assert "incomplete" not in markdown(results())
+    assert markdown(results(runs=[], complete=False))
 
 
 def test_pictures_are_written(tmp_path):
@@ -132,7 +135,7 @@ def test_pictures_are_written(tmp_path):
     words = np.array([["a", "long", "long", "word", "."]])
     names = ("emb", "blocks.0.lif1", "blocks.0.att.key.lora_gate.default")
     trace = SpikeTrace(dict.fromkeys(names, spikes), {}, np.array([5]), words, words, np.array([1]))
-    report.draw_raster(trace, tmp_path / "raster.png", title="title")
-    report.draw_accuracy(results(), tmp_path / "accuracy.png")
+    draw_raster(trace, tmp_path / "raster.png", title="title")
+    draw_accuracy(results(), tmp_path / "accuracy.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("raster.png", "accuracy.png"))
     assert len(list(tmp_path.iterdir())) == 2

@@ -16,8 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from spikegpt_lora.tasks import registry as data
-from spikegpt_lora.tasks.registry import load_task, resplit, to_ascii
+from spikegpt_lora.tasks import registry
+from spikegpt_lora.tasks import subj as source
+from spikegpt_lora.tasks.registry import load_task
+from spikegpt_lora.tasks.splits import resplit
+from spikegpt_lora.tasks.text import to_ascii
 
 SHARED = os.environ.get("SPIKEGPT_LORA_DATA")
 real_data = pytest.mark.skipif(not SHARED, reason="needs the Subj files: set SPIKEGPT_LORA_DATA to their folder")
@@ -60,7 +63,7 @@ def write_folder(folder: Path, plot: list[bytes] | None = None, quote: list[byte
 def hub_lines(change=lambda text: text) -> list[str]:
     """Interleaved classes, as JSON lines like those of SetFit/subj."""
     pairs = [(text, label) for both in zip(sentences(0), sentences(1), strict=True) for label, text in enumerate(both)]
-    return [json.dumps({"text": change(t), "label": l, "label_text": data.LABELS[l]}) for t, l in pairs]
+    return [json.dumps({"text": change(t), "label": l, "label_text": source.LABELS[l]}) for t, l in pairs]
 
 
 def write_hub_files(folder: Path, lines: list[str]) -> Path:
@@ -74,7 +77,7 @@ def use_hub_cache(monkeypatch, cache: Path, lines: list[str]) -> None:
     """Offline, with `lines` as the hub's data set in the local cache."""
     from huggingface_hub import constants
 
-    write_hub_files(cache / "datasets--SetFit--subj" / "snapshots" / data.HUB_REVISION, lines)
+    write_hub_files(cache / "datasets--SetFit--subj" / "snapshots" / source.HUB_REVISION, lines)
     monkeypatch.delenv("SPIKEGPT_LORA_DATA", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -82,7 +85,7 @@ def use_hub_cache(monkeypatch, cache: Path, lines: list[str]) -> None:
 
 def run_alone(tmp_path: Path, endpoint: str, case: str = "", **env: str) -> dict:
     env = {"PATH": os.environ["PATH"], "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "NO_PROXY": "*"} | env
-    command = [sys.executable, "-c", SCRIPT, data.__file__, case]
+    command = [sys.executable, "-c", SCRIPT, registry.__file__, case]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     *chatter, result = done.stdout.splitlines()
@@ -258,12 +261,12 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def answer(self, body: bool):
         prefix, _, name = self.path.rpartition("/")
-        known = prefix == f"/datasets/SetFit/subj/resolve/{data.HUB_REVISION}" and name in data.HUB_FILES
+        known = prefix == f"/datasets/SetFit/subj/resolve/{source.HUB_REVISION}" and name in source.HUB_FILES
         content = (self.folder / name).read_bytes() if known else b""
         self.send_response(200 if known else 404)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", data.HUB_REVISION)
+        self.send_header("X-Repo-Commit", source.HUB_REVISION)
         self.end_headers()
         if body:
             self.wfile.write(content)
@@ -363,10 +366,10 @@ def test_damaged_hub_line_is_named(line, found, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("line", ["neutral\ta fine sentence", "objective a sentence without a tab", ""])
 def test_damaged_line_of_the_built_in_sample_is_named(line, tmp_path, monkeypatch):
-    lines = data.MINI_FILE.read_text(encoding="utf-8").split("\n")
+    lines = source.MINI_FILE.read_text(encoding="utf-8").split("\n")
     lines[11] = line
-    monkeypatch.setattr(data, "MINI_FILE", tmp_path / "subj-mini.tsv")
-    data.MINI_FILE.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(source, "MINI_FILE", tmp_path / "subj-mini.tsv")
+    source.MINI_FILE.write_text("\n".join(lines), encoding="utf-8")
     found = re.escape(f"found {line!r}")
     with pytest.raises(ValueError, match=f"subj-mini.tsv line 12 must be objective or subjective.*{found}"):
         load_task("subj-mini")
@@ -398,7 +401,7 @@ def test_built_in_sample_has_300_sentences_a_class():
 
 
 def test_built_in_sample_is_plain_ascii():
-    assert data.MINI_FILE.read_bytes().isascii()
+    assert source.MINI_FILE.read_bytes().isascii()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,56 @@
+"""Pictures: one sentence's spikes, the accuracy of methods."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..observe.traces import GATE, SpikeTrace
+from ..utils.files import whole_file
+from .results import NAMES
+
+
+def draw_raster(trace: SpikeTrace, path: Path, sentence: int = 0, title: str = "") -> None:
+    """Draw one sentence's spikes as a PNG: words on the time axis, one panel a population, black = spike."""
+    from matplotlib.figure import Figure  # a Figure of its own: no pyplot, no global backend
+
+    length = int(trace.lengths[sentence])
+    layers = [name for name in trace.spikes if GATE not in name]
+    gates = [name for name in trace.spikes if GATE in name]
+    panels = [(name, trace.spikes[name][sentence, :length]) for name in layers]
+    if gates:  # one panel for all gates: their units stacked
+        panels.append(("adapter gates", np.concatenate([trace.spikes[g][sentence, :length] for g in gates], axis=1)))
+    figure = Figure(figsize=(max(6, 0.42 * length), 1.35 * len(panels) + 1.2), layout="constrained")
+    for axis, (name, spikes) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
+        axis.imshow(spikes.T, cmap="Greys", vmin=0, aspect="auto", interpolation="nearest", origin="lower")
+        axis.set_ylabel(f"{spikes.shape[1]} units")
+        axis.set_title(f"{name}: {100 * (spikes != 0).mean():.1f} % firing", fontsize=8, loc="left", pad=2)
+        axis.tick_params(labelsize=7)
+        axis.yaxis.label.set_fontsize(7)
+    words = trace.words[sentence, :length]
+    first = [t for t in range(length) if t == 0 or words[t] != words[t - 1]]  # a word of several tokens is named once
+    axis.set_xticks(first, words[first], rotation=60, ha="right", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=240)
+
+
+def draw_accuracy(results: dict, path: Path) -> None:
+    """Draw test accuracy by method as a PNG: a dot a seed, a line at the mean; baselines as horizontal lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for x, row in enumerate(results["summary"]):
+        accuracy = [100 * run["test_accuracy"] for run in results["runs"] if run["method"] == row["method"]]
+        axis.scatter([x] * len(accuracy), accuracy, color="C0", zorder=3)
+        axis.hlines(np.mean(accuracy), x - 0.25, x + 0.25, color="C0")
+    for style, row in zip(("--", ":"), results["baselines"]):
+        axis.axhline(100 * row["accuracy_test"], color="gray", linestyle=style, label=row["method"])
+    axis.set_xticks(range(len(results["summary"])), [NAMES[row["method"]] for row in results["summary"]], fontsize=8)
+    axis.set_ylabel("test accuracy, %")
+    axis.set_title(f"{results['task']}, {results['model']}: one dot a seed", fontsize=9)
+    axis.grid(axis="y", alpha=0.3)
+    if results["baselines"]:
+        axis.legend(fontsize=8)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)

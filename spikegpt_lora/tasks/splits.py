@@ -1,0 +1,64 @@
+"""Splits that do not depend on where the text came from.
+
+u = sha256(ASCII letters and digits of the sentence as read, lower-cased) / 2^256
+train: u < 0.7, validation: 0.7 <= u < 0.8, test: 0.8 <= u; inside a split sentences are ordered by u
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from .text import to_ascii
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+
+class Row(NamedTuple):
+    """One sentence as read; `where` is its file and line, `label` the index of its class."""
+
+    where: str
+    text: str
+    label: int
+
+
+def digest_of(row: Row) -> str:
+    """Hexadecimal sha256 of the sentence that splits and orders it, the same in every encoding of the text."""
+    key = re.sub(r"[^a-z0-9]", "", row.text.encode("ascii", "ignore").decode().lower())
+    if not key:
+        raise ValueError(f"{row.where} must hold a sentence (letters or digits), found {row.text!r}")
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def hash_split(rows: list[tuple[str, Row]], labels: list[str]) -> "DatasetDict":
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    parts = {"train": [], "validation": [], "test": []}
+    for digest, text, label in sorted((digest, to_ascii(row.text), row.label) for digest, row in rows):
+        u = int(digest, 16) / 2**256
+        parts["train" if u < 0.7 else "validation" if u < 0.8 else "test"].append({"text": text, "label": label})
+    features = Features({"text": Value("string"), "label": ClassLabel(names=labels)})
+    return DatasetDict({name: Dataset.from_list(part, features=features) for name, part in parts.items()})
+
+
+def resplit(data: "DatasetDict", seed: int) -> "DatasetDict":
+    """All sentences of `data`, split 90/10 into train and test by `seed`, stratified: what the SpikeLoRA authors do."""
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets(list(data.values())).train_test_split(0.1, stratify_by_column="label", seed=seed)
+
+
+def lines_of(path: Path, encoding: str) -> Iterator[tuple[str, str]]:
+    """Pairs (file and line number, text); only the byte \\n ends a line."""
+    raw = path.read_bytes()
+    if not raw:
+        raise ValueError(f"{path} must hold one sentence a line, found an empty file")
+    for number, line in enumerate(raw.removesuffix(b"\n").split(b"\n"), 1):
+        where = f"{path} line {number}"
+        try:
+            yield where, line.decode(encoding)
+        except UnicodeDecodeError as error:
+            found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+            raise ValueError(f"{where} must be {encoding} text, found {found}") from error
