@@ -356,7 +356,7 @@ def tune(comparison: Comparison) -> int:
             write_json(folder / "trial.json", record)
         shutil.rmtree(folder / "training", ignore_errors=True)
         records.append(read_json(folder / "trial.json", keys=TRIAL_KEYS))
-    write_text(args.output_dir / "trials.md", table := trials(records))
+    write_text(args.output_dir / "trials.md", table := trials_table(records))
     print(f"\n{table}\nWritten to {args.output_dir / 'trials.md'}.")
     return 0
 

@@ -36,7 +36,7 @@ def markdown(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def trials(records: list[dict]) -> str:
+def trials_table(records: list[dict]) -> str:
     """What tuning tried, as Markdown: the best trial of each method first."""
     names = ["learning_rate", "epochs", "dropout", "word_dropout", "warmup", "rank", "v_threshold"]
     head = ["method", *names, "best epoch", "validation %", "sparsity %"]

@@ -5,7 +5,7 @@ import pytest
 
 from spikegpt_lora import SpikeTrace
 from spikegpt_lora.report.cards import model_card
-from spikegpt_lora.report.markdown import markdown, trials
+from spikegpt_lora.report.markdown import markdown, trials_table
 from spikegpt_lora.report.plots import draw_accuracy, draw_raster
 from spikegpt_lora.report.results import PUBLISHED, compare, summarize
 
@@ -116,7 +116,7 @@ def test_where_no_epoch_was_picked_the_table_and_the_card_say_so():
 
 def test_trials_are_listed_best_first():
     better = RUNS[2] | {"validation_accuracy": 0.75, "settings": SETTINGS | {"epochs": 8}}
-    rows = trials([RUNS[0], RUNS[2], better]).splitlines()[2:]
+    rows = trials_table([RUNS[0], RUNS[2], better]).splitlines()[2:]
     assert rows == [
         "| full fine-tuning | 0.001 | 8 | 0.1 | 0 | 0.06 | 16 | 0.1 | 1 | 75.00 | – |",
         "| full fine-tuning | 0.001 | 5 | 0.1 | 0 | 0.06 | 16 | 0.1 | 1 | 50.00 | – |",
