@@ -60,7 +60,7 @@ from spikegpt_lora.finetune.run import (
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.report.cards import model_card
-from spikegpt_lora.report.markdown import markdown
+from spikegpt_lora.report.markdown import markdown, trials_table
 from spikegpt_lora.report.plots import draw_accuracy, draw_raster
 from spikegpt_lora.report.results import PUBLISHED, SCHEMA, TRIAL_KEYS, compare, read_runs, summarize
 from spikegpt_lora.tasks.baselines import bag_of_words_baselines
