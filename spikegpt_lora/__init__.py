@@ -4,11 +4,13 @@ Importing the package registers the model with transformers' Auto classes and Sp
 compiles nothing and changes no setting of torch or logging.
 """
 
-from .adapters import SpikeLoraConfig, SpikeLoraModel
+from .adapters import SparsityCallback, SpikeLoraConfig, SpikeLoraModel, calibrate_thresholds
 from .checkpoint import embedded_checkpoint, load_upstream_checkpoint, save_upstream_checkpoint
 from .config import SpikeGPTConfig
 from .export import export_bundle
 from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTModel, SpikeGPTState
+from .observe.adapters import observe_adapters
+from .observe.operations import count_operations
 from .observe.traces import SpikeTrace, record_spikes
 from .ops.wkv import wkv, wkv_reference
 from .tasks.registry import load_task
@@ -16,6 +18,7 @@ from .tasks.registry import load_task
 __version__ = "0.2.0"
 
 __all__ = [
+    "SparsityCallback",
     "SpikeGPTConfig",
     "SpikeGPTForCausalLM",
     "SpikeGPTForSequenceClassification",
@@ -24,10 +27,13 @@ __all__ = [
     "SpikeLoraConfig",
     "SpikeLoraModel",
     "SpikeTrace",
+    "calibrate_thresholds",
+    "count_operations",
     "embedded_checkpoint",
     "export_bundle",
     "load_task",
     "load_upstream_checkpoint",
+    "observe_adapters",
     "record_spikes",
     "save_upstream_checkpoint",
     "wkv",
