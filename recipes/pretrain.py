@@ -53,7 +53,7 @@ def main() -> int:
         corpus = prepare_corpus(args.text, args.output_dir / "corpus", tokenizer, sentences, bar)
         describe(corpus)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        use_extension("auto", device)  # what it has to say, it says before any progress bar
+        use_extension("auto", device)  # built now: no log line breaks a progress bar
         model = model or new(config, corpus, options.seed)
         run = start(options, model.to(device), corpus, args)
         train(run, args)

@@ -99,7 +99,7 @@ def main() -> int:
     args.output_dir = (args.output_dir or Path("runs") / task).resolve()  # adapters keep the path to their base model
     with locked(args.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
         comparison = prepare(args, task, data)
-        use_extension("auto", PartialState().device)  # what it has to say, it says before any progress bar
+        use_extension("auto", PartialState().device)  # built now: no log line breaks a progress bar
         return tune(comparison) if args.tune else run_all(comparison)
 
 

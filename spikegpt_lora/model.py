@@ -1,4 +1,4 @@
-"""SpikeGPT, whole: configuration aside, everything between token ids and logits is in this file, in reading order.
+"""The SpikeGPT model, from token ids to logits.
 
     x = ln0(1[E[token] >= 0])                                     tokens are the time steps
     x = x + LIF(SRWKV(LN x));  x = x + LIF(SRFFN(LN x));  dropout    one Block, times n_layer

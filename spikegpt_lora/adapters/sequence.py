@@ -1,4 +1,4 @@
-"""Time steps for adapters that live in them: which steps exist, and what a gate remembers.
+"""The mask and the membranes of the running forward, for gates in token time.
 
 peft hands an adapter nothing but x. A gate in token time needs two things more: the mask (a step that does not exist
 must not leak or fire) and, where a text is read in stretches, its membrane. Both are arguments of the model's forward,
@@ -63,7 +63,7 @@ class Sequence:
 
 
 def current() -> Sequence:
-    """What the forward now running was told.
+    """Mask and membranes of the running forward.
 
     Raises:
         RuntimeError: none is running.

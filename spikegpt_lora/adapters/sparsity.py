@@ -1,4 +1,4 @@
-"""Thresholds that make a gate as silent as is asked: calibrated once, or held by a controller while the model trains.
+"""Thresholds for a target sparsity: calibrated once, or held by a controller during training.
 
 Both move V_theta of each module on its own, the only setting of a gate that needs no gradient. Where they left it is
 saved with the adapter (`SpikeGate.get_extra_state`).

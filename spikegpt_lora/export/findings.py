@@ -1,4 +1,4 @@
-"""What a check finds: problems as lines that name file, place and reason."""
+"""Findings of a check: problems as lines that name file, place and reason."""
 
 from collections.abc import Callable
 

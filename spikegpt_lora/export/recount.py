@@ -1,4 +1,4 @@
-"""The counts of cost.json once more, from graph, weights and recorded spikes, by other ways than export's.
+"""Counts cost.json again from graph, weights and recorded spikes, in other ways than the export.
 
 Operations as executed are counted from what the interpreter gives with the recorded spikes, event-driven additions from
 the spikes alone. Whole numbers and dense operations must be the same. Of products with what may be 0 (gates that are

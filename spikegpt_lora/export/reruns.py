@@ -1,4 +1,4 @@
-"""A bundle run again: by the interpreter, and island for island by the simulators that are installed.
+"""Reruns a bundle: in the interpreter, and each island in the simulators that are installed.
 
 Interpreter: with the recorded spikes it gives the recorded currents. From token ids alone it gives the recorded spikes
     and logits; in float32 a rounding may flip a spike that lies at its threshold, and what follows it differs: such

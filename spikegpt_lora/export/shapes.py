@@ -1,4 +1,4 @@
-"""Whether a graph can be run: every operation is known, has what it needs, and fits what it reads."""
+"""Checks that a graph can be run: every operation is known, has its parameters, and fits its inputs."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: what they are and would take up is looked at first, and only then are they read.
+"""Reads untrusted files: their kind and size are checked before anything is read.
 
 Every function raises `errors.DamagedFile`, which names the file and the reason, for whatever is wrong with one. So does
 `npz.read_npz`.

@@ -70,9 +70,9 @@ PARITY = {
 }
 PROTOCOL = ("keep", "group_by_length", "read_padding")  # of these, what holds for every method of a comparison
 
-# Of the embedded model: the best of three trials a method on Subj's validation split (README), V_theta so that 70 % of
-# the gates are silent. Of a random one: the best of three rates, likewise. Of "other", larger models (216M): untried,
-# none was to be had.
+# Of the embedded model: the best of three trials a method on Subj's validation split (recipes/results/subj.md), V_theta
+# so that 70 % of the gates are silent. Of a random one: the best of three rates, likewise. Of "other", larger models
+# (216M): untested, no such model was available.
 SETTINGS = {
     "embedded": {
         "full": {"learning_rate": 1e-3, "word_dropout": 0.1, "warmup": 0.2},

@@ -1,4 +1,4 @@
-"""transformers' Trainer as fine-tuning needs it: paired orders, runs that go on anywhere, and an end where NaN begins.
+"""transformers' Trainer for fine-tuning: paired data order, resumable after any step, an error at the first NaN.
 
 A run may be stopped after any step and goes on to the same numbers: checkpoints hold every random generator, and the
 order of sentences is a function of seed and epoch.
@@ -47,7 +47,7 @@ class PairedTrainer(Trainer):
     group_by_length, word_dropout = True, 0.0
 
     def evaluate(self, *args, **kwargs):
-        """As ever; and how silent gates are on what it reads goes into the log history ("eval_sparsity")."""
+        """Also logs eval_sparsity, the share of silent gate outputs."""
         if not any(isinstance(module, SpikeGate) for module in self.model.modules()):
             return super().evaluate(*args, **kwargs)
         with observe_adapters(self.model) as seen:

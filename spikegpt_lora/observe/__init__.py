@@ -1,1 +1,1 @@
-"""Looking on while a model reads: its spikes, what its adapters do, what its operations cost."""
+"""Observers of a running model: its spikes, what its adapters do, what its operations cost."""

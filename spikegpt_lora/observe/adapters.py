@@ -1,4 +1,4 @@
-"""What adapters do while a model reads, seen from outside: opt-in, by forward hooks that are gone afterwards.
+"""Measures what adapters do while a model reads, by forward hooks that are removed afterwards.
 
 Counts stay on the device until they are asked for, so looking on costs no synchronisation. Only real tokens count, over
 everything that is read (the authors' library reports the last batch only, padding included). Of a module that one

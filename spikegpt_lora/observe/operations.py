@@ -1,4 +1,4 @@
-"""What reading costs: operations counted while a model runs, by NeuroBench's definitions, per real token.
+"""Counts a model's operations per real token while it runs, by NeuroBench's definitions.
 
     effective  pairs of a nonzero weight and a nonzero input, at every call of every nn.Linear; bias left out
     AC or MAC  a call's pairs are accumulations if its whole input holds only -1, 0 and 1, else multiply-accumulates
@@ -161,8 +161,7 @@ class _Counter:
                 yield module.register_forward_hook(partial(self._population, _short(name)))
 
     def _rows(self, x: Tensor) -> tuple[Tensor, int]:
-        """x as `(rows, features)`, 0 in the rows of no token, which thus neither count nor decide on AC or MAC; and how
-        many rows count."""
+        """x as `(rows, features)`, padding rows zeroed so that they add no operations; and how many rows count."""
         real = self.reader.real(x)
         rows = x[..., 0].numel() if real is None else int(self.reader.count(x))
         return (x.detach() if real is None else real).reshape(-1, x.shape[-1]), rows

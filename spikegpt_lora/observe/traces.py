@@ -1,4 +1,4 @@
-"""Looking on from outside: the spikes of a batch of sentences, and what the adapters did over a whole data set.
+"""Records the spikes of a batch of sentences, and what the adapters do over a whole data set.
 
 Both use forward hooks that are gone afterwards, also after an exception. Only real tokens count; padding never does.
 Populations are named by their module's path inside SpikeGPTModel: "emb" (the embedding's spikes), "blocks.0.lif1",

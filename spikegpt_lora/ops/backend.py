@@ -1,4 +1,4 @@
-"""The compiled kernels of `cuda/`: whether they run, and loading them. They are built on first use, see build.py.
+"""Chooses and loads the compiled kernels of `cuda/`; build.py builds them on first use.
 
 `python -m spikegpt_lora.ops` builds ahead of first use. Environment: `SPIKEGPT_LORA_BACKEND` says what
 backend="auto" means (auto, extension, reference); `TORCH_EXTENSIONS_DIR` where libraries are kept (default ~/.cache).

@@ -1,4 +1,4 @@
-"""Kneser-Ney n-gram model of a row of tokens: what counting alone predicts, beside a language model's perplexity.
+"""Kneser-Ney n-gram model of a row of tokens, the baseline of a language model's perplexity.
 
     P_n(w | h) = (c(hw) - D(c(hw))) / c(h) + gamma(h) P_{n-1}(w | h'),   P_0 = 1 / V,   h' = h without its first token
 

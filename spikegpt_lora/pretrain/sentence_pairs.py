@@ -1,4 +1,4 @@
-"""Which sentence comes next? A second task of pre-training, for sentence vectors that tell sentences apart.
+"""Next-sentence pairs: a second task of pre-training, for sentence vectors that classify better.
 
 Of P pairs of neighbouring sentences, each first one has to find its second one among all P, and the other way round
 (Logeswaran & Lee 2018, arXiv 1803.02893, with the loss of InfoNCE). Every sentence is read alone, from a fresh state,

@@ -1,4 +1,4 @@
-"""A small byte-pair-encoding tokenizer trained on the text at hand: of films, or of whatever a model is trained on.
+"""A small byte-pair-encoding tokenizer, trained on the text that its model is trained on.
 
 It reads running text and text that was split into words before (as Subj is) as the same tokens: "It's well-made..." and
 "it's well-made . . .". Everything happens inside the tokenizer, so its tokenizer.json needs no code of ours.

@@ -1,4 +1,4 @@
-"""What the values of a configuration must be."""
+"""Checks of a configuration's values: types and rules, every violation in one message."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""What the recipes' command lines have in common."""
+"""Shared parts of the recipes' command lines."""
 
 import argparse
 import logging

@@ -1,4 +1,4 @@
-"""What can go wrong, as one sentence: the rule, the value, the file, and the next step.
+"""Errors as one sentence: the rule, the value, the file, and the next step.
 
 `sentence` is the one place where an exception becomes what a user reads; `command_line.run` prints it. What it does not
 know is a defect, and it says so instead of showing where in our code it happened.

@@ -1,4 +1,4 @@
-"""Writing files so that they appear whole or not at all, whatever interrupts the writer; and folders of one writer."""
+"""Files that appear whole or not at all, whatever interrupts the writer; folders that one process writes at a time."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, or an answer within seconds that they are not to be had."""
+"""Files from the Hugging Face hub; fails within seconds where it cannot be reached."""
 
 import logging
 import threading

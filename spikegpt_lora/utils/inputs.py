@@ -1,4 +1,4 @@
-"""What a forward may be given: everything else is refused by name, because what is read wrongly gives finite numbers.
+"""Checks of a forward's arguments: unknown ones are refused by name, because misread input gives finite numbers.
 
 Arguments of stock code (peft, trl, transformers' generation) that mean nothing here pass as None, or as what changes
 nothing; those that would change the meaning of a batch do not.

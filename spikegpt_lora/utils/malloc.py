@@ -1,4 +1,4 @@
-"""One setting of the C library that a training loop on a CPU wants."""
+"""A setting of the C library's malloc that makes training on a CPU faster."""
 
 import ctypes
 import sys

@@ -1,4 +1,4 @@
-"""Saved models and tokenizers, read so that what is wrong with a file is said by name before anything is built from it.
+"""Reads saved models and tokenizers; names what is wrong with a file before anything is built from it.
 
 transformers fills what a file lacks with random numbers, and says so in a report that nobody has to read.
 """
