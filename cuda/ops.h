@@ -12,8 +12,8 @@
 #include <sstream>
 #include <tuple>
 
+#include "activations.h"
 #include "dropout.h"
-#include "gates.h"
 #include "lif.h"
 #include "token_shift.h"
 #include "wkv.h"
