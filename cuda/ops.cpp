@@ -66,8 +66,8 @@ TORCH_LIBRARY(spikegpt_lora, library) {
   library.def(
       "token_shift3_backward(Tensor x, Tensor? last, Tensor? mask, Tensor a, Tensor b, Tensor c, Tensor grad_a, "
       "Tensor grad_b, Tensor grad_c, Tensor grad_last, bool share_gradients) -> (Tensor, Tensor, Tensor)");
-  library.def("gate(Tensor r, Tensor y) -> Tensor");
-  library.def("gate_backward(Tensor r, Tensor y, Tensor grad) -> (Tensor, Tensor)");
+  library.def("sigmoid_gate(Tensor r, Tensor y) -> Tensor");
+  library.def("sigmoid_gate_backward(Tensor r, Tensor y, Tensor grad) -> (Tensor, Tensor)");
   library.def("squared_relu(Tensor k) -> Tensor");
   library.def("squared_relu_backward(Tensor k, Tensor grad) -> Tensor");
   library.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");

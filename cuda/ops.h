@@ -304,28 +304,28 @@ std::tuple<Tensor, Tensor, Tensor> token_shift3_backward(const Tensor& x, const 
   return shift_backward<Device, 3>(x, last, mask, {a, b, c}, {grad_a, grad_b, grad_c}, grad_last, share_gradients);
 }
 
-// ---- gates: any shape, number by number
+// ---- activations: any shape, number by number
 
 template <class Device>
-Tensor gate(const Tensor& r, const Tensor& y) {
-  check("gate: y", y, r.sizes(), r.scalar_type(), r);
+Tensor sigmoid_gate(const Tensor& r, const Tensor& y) {
+  check("sigmoid_gate: y", y, r.sizes(), r.scalar_type(), r);
   const Tensor r_ = r.contiguous(), y_ = y.contiguous();
   Tensor out = at::empty(r.sizes(), r.options());
-  DISPATCH(r, "gate", {
-    Device::template run<real>(1, 1, r.numel(), r, GateForward<scalar_t, real>{
+  DISPATCH(r, "sigmoid_gate", {
+    Device::template run<real>(1, 1, r.numel(), r, SigmoidGateForward<scalar_t, real>{
         r_.const_data_ptr<scalar_t>(), y_.const_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>()});
   });
   return out;
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> gate_backward(const Tensor& r, const Tensor& y, const Tensor& grad) {
-  check("gate: y", y, r.sizes(), r.scalar_type(), r);
-  check("gate: gradient", grad, r.sizes(), r.scalar_type(), r);
+std::tuple<Tensor, Tensor> sigmoid_gate_backward(const Tensor& r, const Tensor& y, const Tensor& grad) {
+  check("sigmoid_gate: y", y, r.sizes(), r.scalar_type(), r);
+  check("sigmoid_gate: gradient", grad, r.sizes(), r.scalar_type(), r);
   const Tensor r_ = r.contiguous(), y_ = y.contiguous(), g = grad.contiguous();
   Tensor grad_r = at::empty(r.sizes(), r.options()), grad_y = at::empty(r.sizes(), r.options());
-  DISPATCH(r, "gate_backward", {
-    Device::template run<real>(1, 1, r.numel(), r, GateBackward<scalar_t, real>{
+  DISPATCH(r, "sigmoid_gate_backward", {
+    Device::template run<real>(1, 1, r.numel(), r, SigmoidGateBackward<scalar_t, real>{
         r_.const_data_ptr<scalar_t>(), y_.const_data_ptr<scalar_t>(), g.const_data_ptr<scalar_t>(),
         grad_r.mutable_data_ptr<scalar_t>(), grad_y.mutable_data_ptr<scalar_t>()});
   });
@@ -382,8 +382,8 @@ void register_kernels(Library& library) {
   library.impl("token_shift2_backward", &token_shift2_backward<Device>);
   library.impl("token_shift3", &token_shift3<Device>);
   library.impl("token_shift3_backward", &token_shift3_backward<Device>);
-  library.impl("gate", &gate<Device>);
-  library.impl("gate_backward", &gate_backward<Device>);
+  library.impl("sigmoid_gate", &sigmoid_gate<Device>);
+  library.impl("sigmoid_gate_backward", &sigmoid_gate_backward<Device>);
   library.impl("squared_relu", &squared_relu<Device>);
   library.impl("dropout", &dropout<Device>);
   library.impl("squared_relu_backward", &squared_relu_backward<Device>);

@@ -175,7 +175,7 @@ def operator_calls():
     yield "lif", (x, None, None, 3.0, 0.5, None, False, 2.0, True)
     yield "token_shift2", (x, last, mask, w, u)
     yield "token_shift3", (x, None, None, w, u, share)
-    yield "gate", (x, y)
+    yield "sigmoid_gate", (x, y)
     yield "squared_relu", (wide,)
     yield "dropout", (wide, torch.tensor([7]), 0.3)
 
@@ -197,7 +197,7 @@ def test_opcheck(number):
         ("wkv", {5: torch.zeros(2, 4)}, "mask must be Bool"),
         ("lif", {1: torch.zeros(3)}, r"membrane must be \(2, 3\)"),
         ("token_shift2", {3: torch.zeros(4)}, r"share must be \(3,\)"),
-        ("gate", {1: torch.zeros(2, 4)}, r"y must be \(2, 4, 3\)"),
+        ("sigmoid_gate", {1: torch.zeros(2, 4)}, r"y must be \(2, 4, 3\)"),
     ],
 )
 def test_an_operator_names_what_does_not_fit_before_it_reads_it(name, arguments, message):
