@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from spikingjelly.activation_based import functional, monitor
 
 from spikegpt_lora import SpikeLoraConfig, SpikeTrace, record_spikes
+from spikegpt_lora.forward import run
 from spikegpt_lora.neurons.lif import LIF
-from spikegpt_lora.observe.traces import adapter_activity
+from spikegpt_lora.observe.adapters import observe_adapters
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.utils.errors import DamagedFile
 
@@ -300,6 +301,13 @@ def test_a_file_that_is_no_trace_is_refused(classifier, ids, tmp_path, damage):
 def test_a_model_without_spikegpt_is_refused():
     with pytest.raises(ValueError, match="Linear holds no SpikeGPTModel"):
         record_spikes(torch.nn.Linear(2, 2), {"input_ids": torch.ones(1, 2)})
+
+
+def adapter_activity(model, batches):
+    with observe_adapters(model) as seen:
+        for batch in batches:
+            run(model, batch)
+    return seen.activity()
 
 
 def test_activity_agrees_with_the_recorded_gates(classifier, ids):
