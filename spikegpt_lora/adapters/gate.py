@@ -3,8 +3,8 @@
 Its neurons are LIF neurons (see `neurons.lif.NeuronParameters`) with the current a = A x, r units.
 
 "pointwise" (SpikeLoRA's code, eq. 5): every token is a first step from rest, so unit j fires where
-a_j >= v_reset + tau (V_theta - v_reset). "token": the equations as they stand, along the sequence; v is at rest before
-its first token, and a masked step does not exist.
+a_j >= tau (V_theta - v_reset). "token": the equations as they stand, along the sequence; v is at rest before its first
+token, and a masked step does not exist.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..neurons.lif import LIF, NeuronParameters
+from ..neurons.lif import LIF, NeuronParameters, charge
 from ..neurons.neuron import neurons_of
 from . import sequence
 
@@ -137,8 +137,9 @@ class SpikeGate(LIF):
         self.v_threshold = float(state)
 
     def _first_step(self, a: Tensor) -> Tensor:
-        rest, wide = self.v_reset or 0.0, a.to(torch.promote_types(a.dtype, torch.float32))
-        return self.surrogate_function(rest + (wide - rest) / self.tau_now() - self.threshold_now()).to(a.dtype)
+        settings, wide = self.settings, a.to(torch.promote_types(a.dtype, torch.float32))
+        h = charge(wide, settings.rest, settings)
+        return self.surrogate_function(h - settings.v_threshold).to(a.dtype)
 
 
 def gates_of(model: nn.Module) -> Iterator[tuple[str, SpikeGate]]:

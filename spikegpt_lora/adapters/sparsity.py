@@ -193,7 +193,7 @@ def _quantile(gate: SpikeGate, runs: list, sparsity: float) -> float:
     values = torch.cat([(a if mask is None else a[mask]).flatten() for a, mask in runs]).double()
     rest, tau = gate.v_reset or 0.0, mean(gate.tau_now())
     at = values.kthvalue(min(len(values), 1 + round(sparsity * len(values)))).values
-    return max(rest, rest + (float(at) - rest) / tau)
+    return max(rest, rest + float(at) / tau)
 
 
 def _bisect(gate: SpikeGate, runs: list, sparsity: float) -> float:
