@@ -3,13 +3,15 @@
 Needs a C++ compiler; the tests marked gpu need a CUDA device and nvcc, and compare CUDA with the CPU's kernels.
 """
 
+from dataclasses import fields
+
 import pytest
 import torch
 from helpers import NEURONS, current, need_extension
 from test_wkv import inputs as wkv_inputs
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification
-from spikegpt_lora.neurons.lif import LIF
+from spikegpt_lora.neurons.lif import LIF, NeuronParameters
 from spikegpt_lora.ops.backend import default_backend
 from spikegpt_lora.ops.wkv import wkv, wkv_reference
 
@@ -134,6 +136,13 @@ def assert_equal_spikes_and_near_gradients(ours, theirs, dtype):
     half = dtype in (torch.bfloat16, torch.float16)
     assert torch.equal(ours[0], theirs[0])
     torch.testing.assert_close(ours[1:], theirs[1:], rtol=2e-2 if half else 1e-4, atol=1e-2 if half else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["lif", "lif_backward"])
+def test_the_settings_of_the_schemas_are_the_neurons_in_its_order(name):
+    need_extension()
+    names = [argument.name for argument in getattr(torch.ops.spikegpt_lora, name).default._schema.arguments]
+    assert names[3:9] == [field.name for field in fields(NeuronParameters)]
 
 
 @lif_cases
