@@ -99,6 +99,15 @@ def test_dead_and_saturated_neurons_are_counted_over_real_tokens():
     assert (trace.dead("emb"), trace.saturated("emb")) == (0.5, 0.25)
 
 
+def test_a_rate_counts_spikes_and_spikes_a_token_add_up_their_sizes():
+    spikes = np.zeros((1, 2, 4), np.int8)
+    spikes[0, 0] = [-128, 0, 2, 1]
+    words = np.full((1, 2), "a")
+    trace = SpikeTrace({"emb": spikes}, {}, np.array([2]), words, words, np.array([-1]))
+    assert (trace.firing_rate("emb"), trace.sparsity("emb")) == (3 / 8, 5 / 8)
+    assert trace.spikes_per_token("emb") == trace.spikes_per_token() == 131 / 2
+
+
 def test_tokens_and_words_stand_beside_the_spikes(classifier):
     tokenizer = train_tokenizer(["unhappy films don't end"] * 2, 37)
     tokenizer.padding_side = "left"
