@@ -44,17 +44,19 @@ struct Cpu {
 }  // namespace
 }  // namespace spikegpt
 
+// The fields of NeuronParameters (spikegpt_lora/neurons/lif.py), in its order.
+#define LIF_SETTINGS \
+  "float tau, float v_threshold, float? v_reset, bool decay_input, float surrogate_alpha, bool detach_reset"
+
 TORCH_LIBRARY(spikegpt_lora, library) {
   library.def("wkv(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor? mask) -> (Tensor, Tensor)");
   library.def(
       "wkv_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor? mask, Tensor grad_y, "
       "Tensor grad_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("lif(Tensor x, Tensor? membrane, Tensor? mask, " LIF_SETTINGS ") -> (Tensor, Tensor)");
   library.def(
-      "lif(Tensor x, Tensor? membrane, Tensor? mask, float tau, float v_threshold, float? v_reset, bool decay_input, "
-      "float alpha, bool detach_reset) -> (Tensor, Tensor)");
-  library.def(
-      "lif_backward(Tensor x, Tensor? membrane, Tensor? mask, float tau, float v_threshold, float? v_reset, "
-      "bool decay_input, float alpha, bool detach_reset, Tensor grad_spikes, Tensor grad_membrane) -> (Tensor, Tensor)");
+      "lif_backward(Tensor x, Tensor? membrane, Tensor? mask, " LIF_SETTINGS ", Tensor grad_spikes, "
+      "Tensor grad_membrane) -> (Tensor, Tensor)");
   library.def(
       "token_shift2(Tensor x, Tensor? last, Tensor? mask, Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)");
   library.def(
@@ -66,8 +68,8 @@ TORCH_LIBRARY(spikegpt_lora, library) {
   library.def(
       "token_shift3_backward(Tensor x, Tensor? last, Tensor? mask, Tensor a, Tensor b, Tensor c, Tensor grad_a, "
       "Tensor grad_b, Tensor grad_c, Tensor grad_last, bool share_gradients) -> (Tensor, Tensor, Tensor)");
-  library.def("gate(Tensor r, Tensor y) -> Tensor");
-  library.def("gate_backward(Tensor r, Tensor y, Tensor grad) -> (Tensor, Tensor)");
+  library.def("sigmoid_gate(Tensor r, Tensor y) -> Tensor");
+  library.def("sigmoid_gate_backward(Tensor r, Tensor y, Tensor grad) -> (Tensor, Tensor)");
   library.def("squared_relu(Tensor k) -> Tensor");
   library.def("squared_relu_backward(Tensor k, Tensor grad) -> Tensor");
   library.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");

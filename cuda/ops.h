@@ -12,8 +12,8 @@
 #include <sstream>
 #include <tuple>
 
+#include "activations.h"
 #include "dropout.h"
-#include "gates.h"
 #include "lif.h"
 #include "token_shift.h"
 #include "wkv.h"
@@ -139,17 +139,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wkv_backward(
 
 // ---- LIF
 
+// A neuron's settings, in the order of the schemas.
+struct LifSettings {
+  double tau, v_threshold;
+  std::optional<double> v_reset;
+  bool decay_input;
+  double surrogate_alpha;
+  bool detach_reset;
+
+  template <class real>
+  LifNeuron<real> neuron() const {
+    return {real(tau), real(v_threshold), real(v_reset.value_or(0.0)), real(surrogate_alpha),
+            decay_input, !v_reset.has_value(), detach_reset};
+  }
+};
+
 struct LifArguments {
   Tensor x;
   OptionalTensor membrane, mask;
-  double tau, threshold, alpha;
-  std::optional<double> reset;
-  bool decay_input, detach_reset;
+  LifSettings settings;
 
-  LifArguments(const Tensor& x, const OptionalTensor& membrane, const OptionalTensor& mask, double tau,
-               double threshold, std::optional<double> reset, bool decay_input, double alpha, bool detach_reset)
-      : tau(tau), threshold(threshold), alpha(alpha), reset(reset), decay_input(decay_input),
-        detach_reset(detach_reset) {
+  LifArguments(const Tensor& x, const OptionalTensor& membrane, const OptionalTensor& mask,
+               const LifSettings& settings)
+      : settings(settings) {
     check_sequence("LIF input", x);
     check("LIF membrane", membrane, {x.size(0), x.size(2)}, state_dtype(x), x);
     check("LIF mask", mask, {x.size(0), x.size(1)}, at::kBool, x);
@@ -158,46 +170,48 @@ struct LifArguments {
 
   template <class scalar, class real>
   LifInput<scalar, real> input() const {
-    const LifNeuron<real> neuron = {real(tau), real(threshold), real(reset.value_or(0.0)), real(alpha), decay_input,
-                                    !reset.has_value(), detach_reset};
-    return {{x.size(1), x.size(2), pointer<bool>(mask)}, neuron, x.const_data_ptr<scalar>(), pointer<real>(membrane)};
+    return {{x.size(1), x.size(2), pointer<bool>(mask)}, settings.neuron<real>(), x.const_data_ptr<scalar>(),
+            pointer<real>(membrane)};
+  }
+};
+
+// Operators take the settings one by one: `Settings` are the types of LifSettings' members.
+template <class Device, class... Settings>
+struct LifOperators {
+  static std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& membrane, const OptionalTensor& mask,
+                                            Settings... settings) {
+    const LifArguments arguments(x, membrane, mask, {settings...});
+    const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
+    Tensor spikes = at::empty({B, T, C}, x.options()), membrane_after = new_state(x, {B, C});
+    DISPATCH(x, "lif", {
+      Device::template run<real>(B, T, C, x, LifForward<scalar_t, real>{
+          arguments.input<scalar_t, real>(), spikes.mutable_data_ptr<scalar_t>(),
+          membrane_after.mutable_data_ptr<real>()});
+    });
+    return {spikes, membrane_after};
+  }
+
+  static std::tuple<Tensor, Tensor> backward(const Tensor& x, const OptionalTensor& membrane,
+                                             const OptionalTensor& mask, Settings... settings,
+                                             const Tensor& grad_spikes, const Tensor& grad_membrane_after) {
+    const LifArguments arguments(x, membrane, mask, {settings...});
+    const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
+    check("LIF: gradient of spikes", grad_spikes, {B, T, C}, x.scalar_type(), x);
+    check("LIF: gradient of membrane", grad_membrane_after, {B, C}, state_dtype(x), x);
+    const Tensor gs = grad_spikes.contiguous(), gm = grad_membrane_after.contiguous();
+    Tensor grad_x = at::empty({B, T, C}, x.options()), grad_membrane = new_state(x, {B, C});
+    DISPATCH(x, "lif_backward", {
+      using Kernel = LifBackward<scalar_t, real>;
+      Device::template run<real>(B, T, C, x, Kernel{
+          arguments.input<scalar_t, real>(), gs.const_data_ptr<scalar_t>(), gm.const_data_ptr<real>(),
+          grad_x.mutable_data_ptr<scalar_t>(), grad_membrane.mutable_data_ptr<real>()}, Kernel::scratch(T));
+    });
+    return {grad_x, grad_membrane};
   }
 };
 
 template <class Device>
-std::tuple<Tensor, Tensor> lif(const Tensor& x, const OptionalTensor& membrane, const OptionalTensor& mask, double tau,
-                               double threshold, std::optional<double> reset, bool decay_input, double alpha,
-                               bool detach_reset) {
-  const LifArguments arguments(x, membrane, mask, tau, threshold, reset, decay_input, alpha, detach_reset);
-  const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
-  Tensor spikes = at::empty({B, T, C}, x.options()), membrane_after = new_state(x, {B, C});
-  DISPATCH(x, "lif", {
-    Device::template run<real>(B, T, C, x, LifForward<scalar_t, real>{
-        arguments.input<scalar_t, real>(), spikes.mutable_data_ptr<scalar_t>(),
-        membrane_after.mutable_data_ptr<real>()});
-  });
-  return {spikes, membrane_after};
-}
-
-template <class Device>
-std::tuple<Tensor, Tensor> lif_backward(const Tensor& x, const OptionalTensor& membrane, const OptionalTensor& mask,
-                                        double tau, double threshold, std::optional<double> reset, bool decay_input,
-                                        double alpha, bool detach_reset, const Tensor& grad_spikes,
-                                        const Tensor& grad_membrane_after) {
-  const LifArguments arguments(x, membrane, mask, tau, threshold, reset, decay_input, alpha, detach_reset);
-  const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
-  check("LIF: gradient of spikes", grad_spikes, {B, T, C}, x.scalar_type(), x);
-  check("LIF: gradient of membrane", grad_membrane_after, {B, C}, state_dtype(x), x);
-  const Tensor gs = grad_spikes.contiguous(), gm = grad_membrane_after.contiguous();
-  Tensor grad_x = at::empty({B, T, C}, x.options()), grad_membrane = new_state(x, {B, C});
-  DISPATCH(x, "lif_backward", {
-    using Kernel = LifBackward<scalar_t, real>;
-    Device::template run<real>(B, T, C, x, Kernel{
-        arguments.input<scalar_t, real>(), gs.const_data_ptr<scalar_t>(), gm.const_data_ptr<real>(),
-        grad_x.mutable_data_ptr<scalar_t>(), grad_membrane.mutable_data_ptr<real>()}, Kernel::scratch(T));
-  });
-  return {grad_x, grad_membrane};
-}
+using Lif = LifOperators<Device, double, double, std::optional<double>, bool, double, bool>;
 
 // ---- token shift, for two or three linear layers
 
@@ -304,28 +318,28 @@ std::tuple<Tensor, Tensor, Tensor> token_shift3_backward(const Tensor& x, const 
   return shift_backward<Device, 3>(x, last, mask, {a, b, c}, {grad_a, grad_b, grad_c}, grad_last, share_gradients);
 }
 
-// ---- gates: any shape, number by number
+// ---- activations: any shape, number by number
 
 template <class Device>
-Tensor gate(const Tensor& r, const Tensor& y) {
-  check("gate: y", y, r.sizes(), r.scalar_type(), r);
+Tensor sigmoid_gate(const Tensor& r, const Tensor& y) {
+  check("sigmoid_gate: y", y, r.sizes(), r.scalar_type(), r);
   const Tensor r_ = r.contiguous(), y_ = y.contiguous();
   Tensor out = at::empty(r.sizes(), r.options());
-  DISPATCH(r, "gate", {
-    Device::template run<real>(1, 1, r.numel(), r, GateForward<scalar_t, real>{
+  DISPATCH(r, "sigmoid_gate", {
+    Device::template run<real>(1, 1, r.numel(), r, SigmoidGateForward<scalar_t, real>{
         r_.const_data_ptr<scalar_t>(), y_.const_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>()});
   });
   return out;
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> gate_backward(const Tensor& r, const Tensor& y, const Tensor& grad) {
-  check("gate: y", y, r.sizes(), r.scalar_type(), r);
-  check("gate: gradient", grad, r.sizes(), r.scalar_type(), r);
+std::tuple<Tensor, Tensor> sigmoid_gate_backward(const Tensor& r, const Tensor& y, const Tensor& grad) {
+  check("sigmoid_gate: y", y, r.sizes(), r.scalar_type(), r);
+  check("sigmoid_gate: gradient", grad, r.sizes(), r.scalar_type(), r);
   const Tensor r_ = r.contiguous(), y_ = y.contiguous(), g = grad.contiguous();
   Tensor grad_r = at::empty(r.sizes(), r.options()), grad_y = at::empty(r.sizes(), r.options());
-  DISPATCH(r, "gate_backward", {
-    Device::template run<real>(1, 1, r.numel(), r, GateBackward<scalar_t, real>{
+  DISPATCH(r, "sigmoid_gate_backward", {
+    Device::template run<real>(1, 1, r.numel(), r, SigmoidGateBackward<scalar_t, real>{
         r_.const_data_ptr<scalar_t>(), y_.const_data_ptr<scalar_t>(), g.const_data_ptr<scalar_t>(),
         grad_r.mutable_data_ptr<scalar_t>(), grad_y.mutable_data_ptr<scalar_t>()});
   });
@@ -376,14 +390,14 @@ template <class Device, class Library>
 void register_kernels(Library& library) {
   library.impl("wkv", &wkv<Device>);
   library.impl("wkv_backward", &wkv_backward<Device>);
-  library.impl("lif", &lif<Device>);
-  library.impl("lif_backward", &lif_backward<Device>);
+  library.impl("lif", &Lif<Device>::forward);
+  library.impl("lif_backward", &Lif<Device>::backward);
   library.impl("token_shift2", &token_shift2<Device>);
   library.impl("token_shift2_backward", &token_shift2_backward<Device>);
   library.impl("token_shift3", &token_shift3<Device>);
   library.impl("token_shift3_backward", &token_shift3_backward<Device>);
-  library.impl("gate", &gate<Device>);
-  library.impl("gate_backward", &gate_backward<Device>);
+  library.impl("sigmoid_gate", &sigmoid_gate<Device>);
+  library.impl("sigmoid_gate_backward", &sigmoid_gate_backward<Device>);
   library.impl("squared_relu", &squared_relu<Device>);
   library.impl("dropout", &dropout<Device>);
   library.impl("squared_relu_backward", &squared_relu_backward<Device>);

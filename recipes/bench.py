@@ -46,6 +46,7 @@ from spikegpt_lora import (
     wkv,
 )
 from spikegpt_lora.adapters.config import PRESETS
+from spikegpt_lora.forward import evaluating
 from spikegpt_lora.neurons.lif import LIF
 from spikegpt_lora.ops import build
 from spikegpt_lora.ops.backend import default_backend, load
@@ -315,10 +316,8 @@ class Training:
 
     def answer(self):
         """Inference on the same batch."""
-        training = self.model.training
-        with torch.inference_mode():
-            self.model.eval()(**self.inputs)
-        self.model.train(training)
+        with evaluating(self.model), torch.inference_mode():
+            self.model(**self.inputs)
 
     def floor(self, bf16: bool = False) -> Callable:
         with Recorder() as recorder:

@@ -3,11 +3,13 @@
 import inspect
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
+from .neurons.lif import NeuronParameters
 from .utils.checks import broken, kinds
 from .utils.errors import DamagedFile, first_line, read_json
 from .utils.saved import saved_shapes, some
@@ -37,12 +39,8 @@ class SpikeGPTConfig(PretrainedConfig):
         context_length: length the model was trained at. Information only: no length is refused.
         layer_norm_eps: epsilon of every LayerNorm.
         dropout: dropout probability after each block (upstream: 0.03), and only there.
-        lif_tau: membrane time constant in tokens, > 1.
-        lif_v_threshold: a neuron fires at membrane >= this value.
-        lif_v_reset: membrane after a spike; None subtracts the threshold instead (soft reset).
-        lif_decay_input: the input current is divided by tau too.
-        lif_detach_reset: no gradient through the reset.
-        lif_surrogate_alpha: sharpness of the ATan surrogate gradient, of the LIFs and of the embedding's spikes.
+        lif_tau, lif_v_threshold, lif_v_reset, lif_decay_input, lif_detach_reset, lif_surrogate_alpha: of the blocks'
+            neurons, see `neurons.lif.NeuronParameters`; the last one also of the embedding's spikes.
         pooling: what the classifier reads: "last" real token, "mean" over real tokens, or both ("last_mean").
         use_cache: return the state by default when not training (language model only).
 
@@ -86,6 +84,11 @@ class SpikeGPTConfig(PretrainedConfig):
             raise ValueError("SpikeGPTConfig: " + "; ".join(problems))
         super().__post_init__(**kwargs)
 
+    @property
+    def neuron(self) -> NeuronParameters:
+        """The settings of the blocks' neurons: every field lif_..."""
+        return NeuronParameters(**{one.name: getattr(self, f"lif_{one.name}") for one in fields(NeuronParameters)})
+
     @staticmethod
     def _unknown_keys(kwargs) -> list[str]:
         known = _KNOWN_TO_TRANSFORMERS | set(GenerationConfig().to_dict())
@@ -101,9 +104,7 @@ class SpikeGPTConfig(PretrainedConfig):
         rules += [
             ("dropout", "in [0, 1)", 0 <= self.dropout < 1),
             ("layer_norm_eps", "> 0", self.layer_norm_eps > 0),
-            ("lif_tau", "> 1", self.lif_tau > 1),
-            ("lif_v_threshold", "above lif_v_reset", self.lif_v_threshold > (self.lif_v_reset or 0.0)),
-            ("lif_surrogate_alpha", "> 0", self.lif_surrogate_alpha > 0),
+            *self.neuron.rules("lif_"),
             ("pooling", f"one of {', '.join(POOLINGS)}", self.pooling in POOLINGS),
         ]
         return broken(self, rules)

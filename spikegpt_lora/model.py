@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .config import SpikeGPTConfig, check_saved
+from .neurons.embedding import EmbeddingSpike
 from .neurons.lif import LIF
 from .ops.activations import sigmoid_gate, squared_relu
 from .ops.dropout import Dropout
@@ -159,8 +159,8 @@ class Block(GradientCheckpointingLayer):
         self.ln2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
         self.att = SRWKV(config, layer_id)
         self.ffn = SRFFN(config, layer_id)
-        self.lif1 = _lif(config)
-        self.lif2 = _lif(config)
+        self.lif1 = LIF(config.neuron)
+        self.lif2 = LIF(config.neuron)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x, state, mask=None):
@@ -174,17 +174,6 @@ class Block(GradientCheckpointingLayer):
         current, ffn_shift = self.ffn(self.ln2(x), ffn_shift, mask)
         spikes, ffn_membrane = self.lif2.step(current, ffn_membrane, mask)
         return self.dropout(x + spikes), (att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane)
-
-
-def _lif(config: SpikeGPTConfig) -> LIF:
-    return LIF(
-        tau=config.lif_tau,
-        v_threshold=config.lif_v_threshold,
-        v_reset=config.lif_v_reset,
-        decay_input=config.lif_decay_input,
-        detach_reset=config.lif_detach_reset,
-        surrogate_alpha=config.lif_surrogate_alpha,
-    )
 
 
 class SpikeGPTPreTrainedModel(PreTrainedModel):
@@ -290,7 +279,7 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
     def __init__(self, config: SpikeGPTConfig):
         super().__init__(config)
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.emb_spike = surrogate.ATan(config.lif_surrogate_alpha)  # a module, so that hooks see its spikes
+        self.emb_spike = EmbeddingSpike(config.lif_surrogate_alpha)
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_out = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
         self.post_init()
@@ -334,9 +323,7 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
-        x = self.emb_spike(x)
-        if mask is not None:
-            x = x * mask[..., None]
+        x, _ = self.emb_spike.step(x, mask=mask)
         hidden_states, new_states = [], []
         for i, block in enumerate(self.blocks):
             if output_hidden_states:  # else no layer's activations outlive it

@@ -266,8 +266,8 @@ SEAMS = [
     Seam("spikingjelly functional.lif_multi_step", "neurons/lif.py", "these nine, in this order",
          lambda: takes(functional.lif_multi_step, "x_seq", "v", "tau", "decay_input", "v_threshold", "v_reset",
                        "surrogate_function", "detach_reset", "store_v_seq")),
-    Seam("spikingjelly surrogate.ATan", "neurons/lif.py, export/graph.py", "has alpha and spiking",
-         lambda: (surrogate.ATan(1.5).alpha, surrogate.ATan(1.5).spiking) == (1.5, True)),
+    Seam("spikingjelly surrogate.ATan", "neurons/lif.py, neurons/embedding.py, export/graph.py",
+         "has alpha and spiking", lambda: (surrogate.ATan(1.5).alpha, surrogate.ATan(1.5).spiking) == (1.5, True)),
     Seam("spikingjelly neuron.LIFNode", "neurons/lif.py", "these settings, kept as attributes",
          lambda: all(hasattr(neuron.LIFNode(step_mode="m"), name) and has(neuron.LIFNode, name) for name in
                      ("tau", "decay_input", "v_threshold", "v_reset", "surrogate_function", "detach_reset"))),

@@ -2,12 +2,13 @@
 
 import logging
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import get_type_hints
 
 from peft import LoraConfig
 from peft.utils import PeftType
 
+from ..neurons.lif import NeuronParameters
 from ..utils.checks import check, kinds
 from .fingerprint import FORM
 from .gate import SpikeGate
@@ -130,16 +131,14 @@ class SpikeLoraConfig(LoraConfig):
         ]
 
     def _ranges(self) -> list[tuple[str, str, bool]]:
-        plain, rest = not self.use_spikelora, self.spikelora_v_reset or 0.0
+        plain, rest = not self.use_spikelora, self.neuron.rest
         learned, target = self.spikelora_learn, self.spikelora_target_sparsity
         return [
             ("r", ">= 1", self.r >= 1),
             ("lora_alpha", "> 0", self.lora_alpha > 0),
             ("alpha_pattern", "> 0 everywhere", all(alpha > 0 for alpha in self.alpha_pattern.values())),
             ("lora_dropout", "in [0, 1)", 0 <= self.lora_dropout < 1),
-            ("spikelora_tau", "> 1", self.spikelora_tau > 1),
-            ("spikelora_v_threshold", ">= spikelora_v_reset, at least 0", self.spikelora_v_threshold >= rest),
-            ("spikelora_surrogate_alpha", "> 0", self.spikelora_surrogate_alpha > 0),
+            *self.neuron.rules("spikelora_", fires_at_rest=True),
             ("spikelora_time", "'pointwise' or 'token'", self.spikelora_time in ("pointwise", "token")),
             ("spikelora_gate", "'graded' or 'binary'", self.spikelora_gate in ("graded", "binary")),
             ("spikelora_learn", f"one of {', '.join(LEARN)}", learned in LEARN),
@@ -181,6 +180,12 @@ class SpikeLoraConfig(LoraConfig):
             logger.warning("read an adapter %s (peft_type LORA) as SPIKELORA; saving it writes the new type", kind)
         return super().from_peft_type(**kwargs)
 
+    @property
+    def neuron(self) -> NeuronParameters:
+        """The settings of its gates' neurons; they always divide their input by tau."""
+        names = [one.name for one in fields(NeuronParameters) if one.name != "decay_input"]
+        return NeuronParameters(**{name: getattr(self, f"spikelora_{name}") for name in names})
+
     def gate(self, units: int, adapter: str) -> SpikeGate:
         """The gate of one module's adapter of rank `units`."""
         return SpikeGate(
@@ -188,13 +193,9 @@ class SpikeLoraConfig(LoraConfig):
             adapter,
             binary=self.spikelora_gate == "binary",
             time=self.spikelora_time,
-            tau=self.spikelora_tau,
-            v_threshold=self.spikelora_v_threshold,
-            v_reset=self.spikelora_v_reset,
-            surrogate_alpha=self.spikelora_surrogate_alpha,
-            detach_reset=self.spikelora_detach_reset,
             learn=self.spikelora_learn,
             per_rank=self.spikelora_per_rank,
+            settings=self.neuron,
         )
 
     def leaves_base_alone(self) -> bool:

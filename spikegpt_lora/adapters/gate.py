@@ -1,22 +1,24 @@
 """SN, the spiking gate of an adapter: which units of A x may pass, at which token.
 
-    charge   h[t] = v[t-1] + (a[t] - (v[t-1] - v_reset)) / tau          a = A x, r units
-    fire     s[t] = 1[h[t] >= V_theta]                                  backward: ATan surrogate
-    reset    v[t] = v_reset where s[t] = 1, else h[t]                   v_reset None: h[t] - s[t] V_theta
+Its neurons are LIF neurons (see `neurons.lif.NeuronParameters`) with the current a = A x, r units.
 
 "pointwise" (SpikeLoRA's code, eq. 5): every token is a first step from rest, so unit j fires where
-a_j >= v_reset + tau (V_theta - v_reset). "token": the equations as they stand, along the sequence; v is at rest before
-its first token, and a masked step does not exist.
+a_j >= tau (V_theta - v_reset). "token": the equations as they stand, along the sequence; v is at rest before its first
+token, and a masked step does not exist.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..neurons.lif import LIF
+from ..neurons.lif import LIF, NeuronParameters, charge
+from ..neurons.neuron import neurons_of
 from . import sequence
+
+DEFAULTS = NeuronParameters(v_threshold=0.1, detach_reset=True)
 
 
 class SpikeGate(LIF):
@@ -29,6 +31,7 @@ class SpikeGate(LIF):
         time: "pointwise" or "token".
         learn: "none", "threshold", "tau" or "both".
         per_rank: a threshold and a tau for each unit, not for all of them.
+        settings: of its neurons. changes: to them, by name.
     """
 
     def __init__(
@@ -37,21 +40,26 @@ class SpikeGate(LIF):
         adapter: str = "default",
         binary: bool = False,
         time: str = "pointwise",
-        tau: float = 2.0,
-        v_threshold: float = 0.1,
-        v_reset: float | None = 0.0,
-        surrogate_alpha: float = 2.0,
-        detach_reset: bool = True,
         learn: str = "none",
         per_rank: bool = False,
+        settings: NeuronParameters = DEFAULTS,
+        **changes,
     ):
-        super().__init__(tau, v_threshold, v_reset, True, detach_reset, surrogate_alpha)
+        super().__init__(settings, **changes)
         self.units, self.adapter, self.binary, self.time = units, adapter, binary, time
         size = units if per_rank else 1
         # softplus keeps a threshold above the reset value and a tau above 1, whatever the optimizer does.
-        rest = v_reset or 0.0
-        self.raw_threshold = _raw(v_threshold - rest, size) if learn in ("threshold", "both") else None
-        self.raw_tau = _raw(tau - 1.0, size) if learn in ("tau", "both") else None
+        above = self.v_threshold - (self.v_reset or 0.0)
+        self.raw_threshold = _raw(above, size) if learn in ("threshold", "both") else None
+        self.raw_tau = _raw(self.tau - 1.0, size) if learn in ("tau", "both") else None
+
+    @property
+    def graded(self) -> bool:
+        return not self.binary
+
+    @property
+    def from_rest(self) -> bool:
+        return self.time == "pointwise"
 
     @property
     def learns(self) -> bool:
@@ -75,13 +83,13 @@ class SpikeGate(LIF):
         """
         if self.store_v_seq:
             self.v_seq = self.membranes(a)
-        if self.time == "pointwise":
+        if self.from_rest:
             # Nothing couples tokens or units, so the kernel may see them as one row.
             return self._first_step(a) if self.learns else self._fire(a.reshape(1, 1, -1)).view_as(a)
         tokens = sequence.current()
         mask, membrane = tokens.of(self, a)
         if self.learns:
-            spikes, membranes = self._scan(a, membrane, mask)
+            spikes, membranes = self.scan(a, membrane, mask)
             membrane = membranes[:, -1]
         else:
             carry = [membrane]
@@ -89,19 +97,26 @@ class SpikeGate(LIF):
         tokens.after[self] = membrane
         return spikes
 
+    def step(self, x: Tensor, membrane: Tensor | None = None, mask: Tensor | None = None):
+        """As `Neuron.step`, outside a model's forward."""
+        told = sequence.Sequence([self], mask=mask, before={} if membrane is None else {self: membrane})
+        with sequence.bound(told):
+            spikes = self(x)
+        return (spikes if mask is None else spikes * mask[..., None]), told.after.get(self)
+
     def passed(self, a: Tensor) -> Tensor:
         """What goes to B: spike times activation, or of a binary gate the spike."""
         spikes = self(a)  # through __call__: observers see them
-        return spikes if self.binary else spikes * a
+        return spikes * a if self.graded else spikes
 
     @torch.no_grad()
     def membranes(self, a: Tensor) -> Tensor:
         """The membrane after each token, `(..., r)`, for the activations that `forward` takes; token by token, slow."""
-        if self.time == "pointwise":
+        if self.from_rest:
             flat = a.reshape(-1, 1, self.units)
-            return self._scan(flat, None, None)[1].view_as(a)
+            return self.scan(flat, None, None)[1].view_as(a)
         mask, membrane = sequence.current().of(self, a)
-        return self._scan(a, membrane, mask)[1]
+        return self.scan(a, membrane, mask)[1]
 
     def get_extra_state(self) -> Tensor:
         """V_theta, saved with the adapter: a controller or a calibration may have moved it."""
@@ -122,27 +137,14 @@ class SpikeGate(LIF):
         self.v_threshold = float(state)
 
     def _first_step(self, a: Tensor) -> Tensor:
-        rest, wide = self.v_reset or 0.0, a.to(torch.promote_types(a.dtype, torch.float32))
-        return self.surrogate_function(rest + (wide - rest) / self.tau_now() - self.threshold_now()).to(a.dtype)
+        settings, wide = self.settings, a.to(torch.promote_types(a.dtype, torch.float32))
+        h = charge(wide, settings.rest, settings)
+        return self.surrogate_function(h - settings.v_threshold).to(a.dtype)
 
-    def _scan(self, a: Tensor, v: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Spikes, and the membrane after each token, both `(B, T, r)`. In plain torch, token by token: the kernel takes
-        no tau or threshold that has a gradient."""
-        rest, wide = self.v_reset or 0.0, a.to(torch.promote_types(a.dtype, torch.float32))
-        v = torch.full_like(wide[:, 0], rest) if v is None else v.to(wide.dtype)
-        threshold, tau, spikes, membranes = self.threshold_now(), self.tau_now(), [], []
-        for t in range(a.shape[1]):
-            h = v + (wide[:, t] - (v - rest)) / tau
-            s = self.surrogate_function(h - threshold)
-            fired = s.detach() if self.detach_reset else s
-            after = h - fired * threshold if self.v_reset is None else (1 - fired) * h + fired * rest
-            if mask is not None:
-                real = mask[:, t, None]
-                s, after = s * real, torch.where(real, after, v)
-            v = after
-            spikes.append(s)
-            membranes.append(v)
-        return torch.stack(spikes, dim=1).to(a.dtype), torch.stack(membranes, dim=1)
+
+def gates_of(model: nn.Module) -> Iterator[tuple[str, SpikeGate]]:
+    """The gates of all adapters of `model`, with their paths in it."""
+    return ((name, neuron) for name, neuron in neurons_of(model) if isinstance(neuron, SpikeGate))
 
 
 def _raw(value: float, size: int) -> nn.Parameter:

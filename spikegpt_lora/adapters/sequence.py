@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from ..forward import bound_arguments, reader_of
+from ..forward import bound_arguments, token_model, tokens_of
 from ..model import SpikeGPTModel, SpikeGPTState
 from ..utils.inputs import real_tokens, require_one_text
 
@@ -107,25 +107,25 @@ def follow(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} reads two sequences in one forward: token time is for models that read one"
         )
-    reader = reader_of(model)
-    if _before not in reader._forward_pre_hooks.values():
-        reader.register_forward_pre_hook(_before, with_kwargs=True)
-        reader.register_forward_hook(_after, always_call=True)
+    inner = token_model(model)
+    if _before not in inner._forward_pre_hooks.values():
+        inner.register_forward_pre_hook(_before, with_kwargs=True)
+        inner.register_forward_hook(_after, always_call=True)
 
 
-def _before(reader: nn.Module, args, kwargs):
-    layers = [module for module in reader.modules() if hasattr(type(module), "active_gates")]
+def _before(model: nn.Module, args, kwargs):
+    layers = [module for module in model.modules() if hasattr(type(module), "active_gates")]
     gates = [gate for layer in layers for gate in layer.active_gates()]
-    sequence = Sequence([gate for gate in gates if gate.time == "token"], _current.get())
+    sequence = Sequence([gate for gate in gates if not gate.from_rest], _current.get())
     _current.set(sequence)  # first: `_after` takes it away whatever happens
     if sequence.gates:
-        given = bound_arguments(reader, args, kwargs)
-        sequence.mask = _mask(given, reader)
+        given = bound_arguments(model, args, kwargs)
+        sequence.mask = _mask(given, model)
         sequence.before = _membranes(given.get("state"), sequence.gates)
-        _checkpoint_with(reader)
+        _checkpoint_with(model)
 
 
-def _after(reader: nn.Module, args, output):
+def _after(model: nn.Module, args, output):
     sequence = _current.get()
     _current.set(sequence.outer)
     outputs = output if isinstance(output, tuple) else (getattr(output, "state", None),)
@@ -137,14 +137,13 @@ def _after(reader: nn.Module, args, output):
     state["adapters"] = torch.cat([sequence.after[gate] for gate in sequence.gates], dim=1)
 
 
-def _mask(given: Mapping, reader: nn.Module) -> Tensor | None:
+def _mask(given: Mapping, model: nn.Module) -> Tensor | None:
     """The mask of a full forward, bool `(B, T)`; raises on one that reads only a part of the sequence, or several, and
     where that cannot be seen."""
-    tokens = next((given[key] for key in ("input_ids", "inputs_embeds") if given.get(key) is not None), None)
-    if tokens is None:
+    if (tokens := tokens_of(given)) is None:
         raise ValueError("token time needs input_ids or inputs_embeds, to see which tokens there are")
     for name, value in given.items():
-        if not _holds_no_past(value) and not isinstance(reader, SpikeGPTModel):
+        if not _holds_no_past(value) and not isinstance(model, SpikeGPTModel):
             raise ValueError(
                 f"token time is for full-sequence forwards: {name} holds tokens whose membranes are not known. "
                 "Generate with use_cache=False"
@@ -152,7 +151,7 @@ def _mask(given: Mapping, reader: nn.Module) -> Tensor | None:
     mask = given.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError(f"token time needs an attention_mask (B, T), got {getattr(mask, 'shape', type(mask))}")
-    if not isinstance(reader, SpikeGPTModel):  # which looks for itself
+    if not isinstance(model, SpikeGPTModel):  # which looks for itself
         mask = real_tokens(mask, *tokens.shape[:2])
         require_one_text(given.get("position_ids"), mask)
     return None if mask is None else mask[:, -tokens.shape[1] :].bool()
@@ -180,9 +179,9 @@ def _membranes(state: SpikeGPTState | None, gates: list[nn.Module]) -> dict[nn.M
     return dict(zip(gates, held.split(sizes, dim=-1)))
 
 
-def _checkpoint_with(reader: nn.Module) -> None:
+def _checkpoint_with(model: nn.Module) -> None:
     """Let what transformers' layers checkpoint carry the current sequence along."""
-    for module in reader.modules():
+    for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not hasattr(checkpoint, "carries_sequence"):
             module._gradient_checkpointing_func = _carrying(checkpoint)

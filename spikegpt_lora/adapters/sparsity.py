@@ -5,7 +5,8 @@ saved with the adapter (`SpikeGate.get_extra_state`).
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -13,10 +14,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import TrainerCallback
 
-from ..forward import Reader
+from ..forward import RealTokens, hooked, run
 from ..utils.inputs import require_finite
-from . import sequence
-from .gate import SpikeGate, mean
+from .gate import SpikeGate, gates_of, mean
 
 logger = logging.getLogger(__name__)
 
@@ -54,25 +54,22 @@ class SparsityController:
             )
         self.silent: float | None = None  # share over all modules, of what the last step moved by
         self.seen: dict[SpikeGate, Tensor] = {}  # since the last step: silent values, sum of |membrane|, values
-        self.handles = []
+        self.tokens, self.looking = RealTokens(model), ExitStack()
 
     def __enter__(self) -> "SparsityController":
-        self.reader = Reader(self.model)
-        self.handles = [self.reader.attach()]
-        self.handles += [gate.register_forward_hook(partial(self._see, name)) for name, gate in self.gates.items()]
+        self.looking.enter_context(hooked(_hooks(self.tokens, self.gates, self._see)))
         return self
 
     def __exit__(self, *exception):
-        for handle in self.handles:
-            handle.remove()
+        self.looking.close()
 
     @torch.no_grad()
     def _see(self, name: str, gate: SpikeGate, inputs, spikes: Tensor):
-        if not gate.training or not self.reader.first(name) or (real := self.reader.real(spikes)) is None:
+        if not gate.training or not self.tokens.first(name) or (real := self.tokens.real(spikes)) is None:
             return
-        count = self.reader.count(spikes) * spikes.shape[-1]
-        membrane = self.reader.real(inputs[0]).abs() / gate.tau_now()
-        self.seen[gate] = self.seen.get(gate, 0) + torch.stack([count - real.sum(), membrane.sum(), count.double()])
+        count = self.tokens.count(spikes).double() * spikes.shape[-1]
+        membrane = self.tokens.real(inputs[0]).abs() / gate.tau_now()
+        self.seen[gate] = self.seen.get(gate, 0) + torch.stack([count - (real != 0).sum(), membrane.sum(), count])
 
     def step(self, progress: float = 1.0) -> None:
         """Move the thresholds by what was seen since the last call; call it after each optimizer step.
@@ -143,9 +140,7 @@ def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping], sparsity:
         raise ValueError(f"sparsity must be in (0, 1), got {sparsity}")
     recorded = _record(model, controllable(model), batches)
     for gate, runs in recorded.values():
-        gate.v_threshold = (
-            _quantile(gate, runs, sparsity) if gate.time == "pointwise" else _bisect(gate, runs, sparsity)
-        )
+        gate.v_threshold = _quantile(gate, runs, sparsity) if gate.from_rest else _bisect(gate, runs, sparsity)
     thresholds = {name: gate.v_threshold for name, (gate, _) in recorded.items()}
     low = [name for name, (gate, _) in recorded.items() if gate.v_threshold <= (gate.v_reset or 0.0)]
     if low:
@@ -159,10 +154,17 @@ def controllable(model: nn.Module) -> dict[str, SpikeGate]:
     Raises:
         ValueError: there are none.
     """
-    gates = {n: m for n, m in model.named_modules() if isinstance(m, SpikeGate) and m.raw_threshold is None}
+    gates = {name: gate for name, gate in gates_of(model) if gate.raw_threshold is None}
     if not gates:
         raise ValueError(f"{type(model).__name__} has no spiking adapter whose threshold is free (not learned)")
     return gates
+
+
+def _hooks(tokens: RealTokens, gates: dict[str, SpikeGate], see: Callable) -> Iterator:
+    """Lets `see(name, gate, inputs, spikes)` be called wherever one of `gates` is."""
+    yield tokens.attach()
+    for name, gate in gates.items():
+        yield gate.register_forward_hook(partial(see, name))
 
 
 def _configured_target(model: nn.Module) -> float | None:
@@ -172,23 +174,16 @@ def _configured_target(model: nn.Module) -> float | None:
 
 def _record(model: nn.Module, gates: dict[str, SpikeGate], batches: Iterable[Mapping]) -> dict:
     """Of each gate that saw tokens: itself, and the activations and mask of each batch."""
-    recorded, reader, training = {}, Reader(model), model.training
+    recorded, tokens = {}, RealTokens(model)
 
     def see(name, gate, inputs, output):
-        if reader.first(name) and reader.real(output) is not None:
+        if tokens.first(name) and tokens.real(output) is not None:
             require_finite({name: inputs[0]}, "what calibration reads")
-            recorded.setdefault(name, (gate, []))[1].append((inputs[0].detach(), reader.mask))
+            recorded.setdefault(name, (gate, []))[1].append((inputs[0].detach(), tokens.mask))
 
-    handles = [reader.attach(), *(gate.register_forward_hook(partial(see, name)) for name, gate in gates.items())]
-    try:
-        model.eval()
+    with hooked(_hooks(tokens, gates, see)):
         for batch in batches:
-            device = next(model.parameters()).device
-            model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+            run(model, batch, batch.keys() - {"labels"})
     if not recorded:
         raise ValueError("calibration needs at least one batch with a real token")
     return recorded
@@ -198,7 +193,7 @@ def _quantile(gate: SpikeGate, runs: list, sparsity: float) -> float:
     values = torch.cat([(a if mask is None else a[mask]).flatten() for a, mask in runs]).double()
     rest, tau = gate.v_reset or 0.0, mean(gate.tau_now())
     at = values.kthvalue(min(len(values), 1 + round(sparsity * len(values)))).values
-    return max(rest, rest + (float(at) - rest) / tau)
+    return max(rest, rest + float(at) / tau)
 
 
 def _bisect(gate: SpikeGate, runs: list, sparsity: float) -> float:
@@ -208,8 +203,8 @@ def _bisect(gate: SpikeGate, runs: list, sparsity: float) -> float:
         gate.v_threshold = (low + high) / 2
         silent, count = 0.0, 0
         for a, mask in runs:
-            with sequence.bound(sequence.Sequence([gate], mask=mask)):
-                spikes = gate(a) if mask is None else gate(a)[mask]
+            spikes, _ = gate.step(a, mask=mask)
+            spikes = spikes if mask is None else spikes[mask]
             silent, count = silent + float((spikes == 0).sum()), count + spikes.numel()
         low, high = (low, gate.v_threshold) if silent / count > sparsity else (gate.v_threshold, high)
     return (low + high) / 2

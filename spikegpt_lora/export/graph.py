@@ -14,16 +14,16 @@ from peft.utils import ModulesToSaveWrapper
 from spikingjelly.activation_based.surrogate import ATan
 from torch import nn
 
-from ..adapters import SpikeGate
 from ..model import SRFFN, SRWKV, Block, SpikeGPTForSequenceClassification
-from ..neurons.lif import LIF
+from ..neurons.neuron import Neuron
 from ..ops.dropout import Dropout
 from ..utils.files import whole_file, write_json
 
 SCHEMA = "spikegpt_lora/graph/1"
 # Modules without children that the graph has an operation for, or that do nothing once training is over.
 KNOWN = (
-    nn.Linear, nn.Embedding, nn.LayerNorm, LIF, ATan, nn.Identity, nn.Dropout, Dropout, nn.ModuleDict, nn.ParameterDict
+    nn.Linear, nn.Embedding, nn.LayerNorm, Neuron, ATan, nn.Identity, nn.Dropout, Dropout, nn.ModuleDict,
+    nn.ParameterDict,
 )  # fmt: skip
 
 
@@ -205,22 +205,13 @@ def _linear(graph: Graph, name: str, linear: nn.Module, x: str) -> str:
     return y
 
 
-def _gate(graph: Graph, name: str, gate: SpikeGate, a: str) -> str:
-    spikes = _lif(graph, name, gate, a, from_rest=gate.time == "pointwise")
-    return spikes if gate.binary else graph.add(f"{name}.graded", "multiply", [spikes, a])
+def _gate(graph: Graph, name: str, gate: Neuron, a: str) -> str:
+    spikes = _lif(graph, name, gate, a)
+    return graph.add(f"{name}.graded", "multiply", [spikes, a]) if gate.graded else spikes
 
 
-def _lif(graph: Graph, name: str, lif: LIF, current: str, from_rest: bool = False) -> str:
-    learned = isinstance(lif, SpikeGate)
-    tau, threshold = (lif.tau_now(), lif.threshold_now()) if learned else (lif.tau, lif.v_threshold)
-    if not lif.decay_input:
-        raise ValueError(f"{name} must divide its input by tau (lif_decay_input): the graph's neuron does")
-    reset = 0.0 if from_rest and lif.v_reset is None else lif.v_reset  # from rest, what a reset does is never seen
-    settings = {"tau": _number(tau), "v_threshold": _number(threshold), "v_reset": reset}
-    return graph.add(name, "lif", [current], **settings, from_rest=from_rest)
-
-
-def _number(value) -> float | list[float]:
-    """A setting as JSON: one number, or one a unit."""
-    values = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
-    return values[0] if len(values) == 1 else values
+def _lif(graph: Graph, name: str, neuron: Neuron, current: str) -> str:
+    try:
+        return graph.add(name, neuron.op, [current], **neuron.node())
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error

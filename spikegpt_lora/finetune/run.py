@@ -18,11 +18,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import ParallelMode
 
 from ..adapters import SparsityCallback, SpikeLoraConfig
 from ..adapters.config import PRESETS
+from ..forward import run
 from ..model import SpikeGPTConfig, SpikeGPTForSequenceClassification
-from ..observe.traces import adapter_activity
+from ..observe.adapters import observe_adapters
 from ..utils.errors import writing
 from ..utils.inputs import require_finite
 from ..utils.stopping import deferred
@@ -148,7 +150,7 @@ def finetune(
         if "test" in data:
             record |= _test(trainer, data["test"])
         else:
-            record["adapters"] = _activity(trainer, data["validation"])
+            record["adapters"] = _with_adapters(trainer, data["validation"])[1] if adapters_of(trainer.model) else None
     except FloatingPointError as error:
         shutil.rmtree(directory, ignore_errors=True)  # whoever went on from there would come here again
         raise FloatingPointError(
@@ -209,22 +211,30 @@ def _record(trainer: Trainer) -> dict:
 
 def _test(trainer: Trainer, rows: Dataset) -> dict:
     """Accuracy on `rows`, and what the adapters do there: the only time that the test labels are read."""
-    correct = _correct(trainer, rows)
+    correct, adapters = _with_adapters(trainer, rows)
     return {
         "test_accuracy": float(correct.mean()),
         "test_correct": "".join(str(int(right)) for right in correct),
-        "adapters": _activity(trainer, rows),
+        "adapters": adapters,
     }
 
 
-def _activity(trainer: Trainer, rows: Dataset) -> dict | None:
-    """What the adapters do on `rows`, and the accuracy there without them; None if there are none."""
-    batches = DataLoader(rows, trainer.args.eval_batch_size, collate_fn=trainer.data_collator)
-    activity = adapter_activity(trainer.model, batches)  # on several devices each reads it all: the counts are the same
-    if activity is None:
-        return None
+def _with_adapters(trainer: Trainer, rows: Dataset) -> tuple[np.ndarray, dict | None]:
+    """Which of `rows` are predicted right; and what the adapters do meanwhile, with the accuracy without them, None if
+    there are none."""
+    parts = trainer.args.parallel_mode != ParallelMode.NOT_PARALLEL  # no device predicts all rows: count on them apart
+    if parts:
+        correct = _correct(trainer, rows)
+    with observe_adapters(trainer.model) as seen:
+        if not parts:
+            correct = _correct(trainer, rows)
+        elif seen.adapted:
+            for batch in DataLoader(rows, trainer.args.eval_batch_size, collate_fn=trainer.data_collator):
+                run(trainer.model, batch)
+    if not seen.adapted:
+        return correct, None
     with adapters_off(trainer.model):
-        return {**vars(activity), "accuracy_without": float(_correct(trainer, rows).mean())}
+        return correct, {**vars(seen.activity()), "accuracy_without": float(_correct(trainer, rows).mean())}
 
 
 def _correct(trainer: Trainer, rows: Dataset) -> np.ndarray:
@@ -238,10 +248,14 @@ def _answers(logits: np.ndarray) -> np.ndarray:
     return logits.argmax(axis=-1)
 
 
+def adapters_of(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
 @contextmanager
 def adapters_off(model: nn.Module):
     """Within it, adapters add nothing; a trained `score` stays, which peft's own `disable_adapter` would take away."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = adapters_of(model)
     try:
         for layer in layers:
             layer.enable_adapters(False)

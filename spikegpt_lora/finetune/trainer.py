@@ -19,7 +19,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..adapters import SpikeGate
+from ..adapters.gate import gates_of
 from ..observe.adapters import observe_adapters
 from ..utils.errors import DamagedFile, read_json
 from ..utils.saved import safetensors_shapes
@@ -48,7 +48,7 @@ class PairedTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs):
         """Also logs eval_sparsity, the share of silent gate outputs."""
-        if not any(isinstance(module, SpikeGate) for module in self.model.modules()):
+        if not any(gates_of(self.model)):
             return super().evaluate(*args, **kwargs)
         with observe_adapters(self.model) as seen:
             metrics = super().evaluate(*args, **kwargs)

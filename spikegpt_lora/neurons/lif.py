@@ -1,13 +1,13 @@
 """Leaky integrate-and-fire (LIF) neurons over the tokens of a sentence, with the membrane in and out.
 
-    h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau      charge   (without the division of x if decay_input is False)
-    s[t] = 1[h[t] >= v_threshold]                          fire     (backward: ATan surrogate)
-    v[t] = h[t] where s[t] = 0, v_reset where s[t] = 1     reset    (v_reset None: h[t] - s[t] * v_threshold)
-
-The neuron is spikingjelly's `LIFNode`; this file adds the model's layout, the mask, the explicit membrane, and a kernel
-that does the same operations in one pass (`cuda/lif.h`: spikes equal bit for bit).
+The neuron (equations: `NeuronParameters`) is spikingjelly's `LIFNode`; this file adds the model's layout, the mask, the
+explicit membrane, settings that are learned, and a kernel that does the same operations in one pass (`cuda/lif.h`:
+spikes equal bit for bit).
 Source: SpikeGPT (Zhu, Zhao & Eshraghian 2023, section 3.2), upstream `src/model.py`.
 """
+
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -15,9 +15,59 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.backend import bind, use_extension
+from .neuron import Neuron
 
 
-class LIF(neuron.LIFNode):
+@dataclass(frozen=True)
+class NeuronParameters:
+    """The settings of a leaky integrate-and-fire neuron, handed over whole. Time is counted in tokens; currents and
+    membranes are numbers without a unit.
+
+        h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau      charge   (without the division of x if not decay_input)
+        s[t] = 1[h[t] >= v_threshold]                          fire
+        v[t] = h[t] where s[t] = 0, v_reset where s[t] = 1     reset    (v_reset None: h[t] - s[t] v_threshold)
+        ds/dh = alpha/2 / (1 + (pi/2 alpha (h - v_threshold))^2)        backward: ATan surrogate
+
+    tau: membrane time constant in tokens, > 1.
+    v_threshold: V_theta, the membrane at which a neuron fires.
+    v_reset: the membrane after a spike, and at rest; None: a spike subtracts the threshold ("soft reset"), rest is 0.
+    decay_input: the input current x is divided by tau too.
+    surrogate_alpha: alpha, sharpness of the surrogate gradient, > 0.
+    detach_reset: no gradient through the s of the reset.
+
+    Where tau and v_threshold are learned they are tensors, `(1,)` or `(C,)`. The fields stand in the order of the
+    operators' schemas (`cuda/ops.cpp`).
+    """
+
+    tau: float | Tensor = 2.0
+    v_threshold: float | Tensor = 1.0
+    v_reset: float | None = 0.0
+    decay_input: bool = True
+    surrogate_alpha: float = 2.0
+    detach_reset: bool = False
+
+    @property
+    def rest(self) -> float:
+        """The membrane before the first token."""
+        return self.v_reset or 0.0
+
+    def rules(self, prefix: str = "", fires_at_rest: bool = False) -> list[tuple[str, str, bool]]:
+        """What the settings must be, in the form of `utils.checks`; `prefix` stands before their names.
+
+        Args:
+            fires_at_rest: the threshold may be as low as the membrane at rest.
+        """
+        above = (f"above {prefix}v_reset", self.v_threshold > self.rest)
+        if fires_at_rest:
+            above = (f">= {prefix}v_reset, at least 0", self.v_threshold >= self.rest)
+        return [
+            (f"{prefix}tau", "> 1", self.tau > 1),
+            (f"{prefix}v_threshold", *above),
+            (f"{prefix}surrogate_alpha", "> 0", self.surrogate_alpha > 0),
+        ]
+
+
+class LIF(Neuron, neuron.LIFNode):
     """spikingjelly's `LIFNode` on `(B, T, C)` input whose membrane never outlives a call, unless that is asked for.
 
     `forward` returns the spikes alone, so spikingjelly's monitors and plain forward hooks see what they expect;
@@ -28,38 +78,59 @@ class LIF(neuron.LIFNode):
     last one, for monitors; detached (`step` returns the one with a gradient), computed a second time in plain torch,
     and read by no later call. `functional.reset_net` forgets them. Where none is stored, `v` and `v_seq` are an
     AttributeError that says so.
+
+    Args:
+        settings: kept as the attributes that spikingjelly has them in.
+        changes: to the settings, by name.
     """
 
-    def __init__(
-        self,
-        tau: float = 2.0,
-        v_threshold: float = 1.0,
-        v_reset: float | None = 0.0,
-        decay_input: bool = True,
-        detach_reset: bool = False,
-        surrogate_alpha: float = 2.0,
-    ):
+    op = "lif"
+
+    def __init__(self, settings: NeuronParameters = NeuronParameters(), **changes):
+        settings = replace(settings, **changes)
         super().__init__(
-            tau=float(tau),
-            decay_input=decay_input,
-            v_threshold=float(v_threshold),
-            v_reset=None if v_reset is None else float(v_reset),
-            surrogate_function=surrogate.ATan(surrogate_alpha),
-            detach_reset=detach_reset,
+            tau=float(settings.tau),
+            decay_input=settings.decay_input,
+            v_threshold=float(settings.v_threshold),
+            v_reset=None if settings.v_reset is None else float(settings.v_reset),
+            surrogate_function=surrogate.ATan(settings.surrogate_alpha),
+            detach_reset=settings.detach_reset,
             step_mode="m",
         )
 
+    @property
+    def settings(self) -> NeuronParameters:
+        """As they are now; of a neuron that learns some, those with their gradient."""
+        return NeuronParameters(
+            tau=self.tau_now(),
+            v_threshold=self.threshold_now(),
+            v_reset=self.v_reset,
+            decay_input=self.decay_input,
+            surrogate_alpha=getattr(self.surrogate_function, "alpha", math.nan),  # another than ATan may have none
+            detach_reset=self.detach_reset,
+        )
+
+    def threshold_now(self) -> float | Tensor:
+        """V_theta, `(1,)` or `(C,)` where it is learned."""
+        return self.v_threshold
+
+    def tau_now(self) -> float | Tensor:
+        """tau in tokens, `(1,)` or `(C,)` where it is learned."""
+        return self.tau
+
+    def node(self) -> dict:
+        settings = self.settings
+        if not settings.decay_input:
+            raise ValueError("must divide its input by tau (lif_decay_input): the graph's neuron does")
+        return {
+            "tau": _number(settings.tau),
+            "v_threshold": _number(settings.v_threshold),
+            "v_reset": settings.rest if self.from_rest else settings.v_reset,  # from rest, no reset is ever seen
+            "from_rest": self.from_rest,
+        } | super().node()
+
     def step(self, x: Tensor, membrane: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run the neuron over a stretch of tokens.
-
-        Args:
-            x: input current `(B, T, C)`, floating point.
-            membrane: `(B, C)`, the membrane after the previous stretch; None means at rest.
-            mask: bool `(B, T)`; where False the time step does not exist: no spike, membrane carried, no gradient.
-
-        Returns:
-            spikes `(B, T, C)` in x's dtype, membrane `(B, C)` after the last real step (float32, or float64 for
-            float64 input).
+        """As `Neuron.step`.
 
         Raises:
             ValueError: x is not `(B, T, C)` with T >= 1, or membrane or mask does not fit it.
@@ -74,7 +145,8 @@ class LIF(neuron.LIFNode):
         membrane = carry[0] if carry else None
         spikes = self._fire(x, carry, mask)
         if self.store_v_seq:
-            self.v_seq = self._membranes(x, membrane, mask)
+            with torch.no_grad():
+                self.v_seq = self.scan(x, membrane, mask)[1]
         return spikes
 
     def _fire(self, x, carry=None, mask=None):
@@ -112,13 +184,24 @@ class LIF(neuron.LIFNode):
     def detach(self):
         """Nothing to do: what is stored has no gradient."""
 
-    @torch.no_grad()
-    def _membranes(self, x, membrane, mask):
-        """The membrane after each token `(B, T, C)`; a masked one leaves it as it was."""
-        real = mask if mask is not None else x.new_ones(x.shape[:2], dtype=torch.bool)
-        order, before = _real_first(real), self._membrane_before(x, membrane)
-        after = torch.cat([before[None], self._run(_take(x, order), before, store_v_seq=True)[2]])  # (T + 1, B, C)
-        return after[real.cumsum(dim=1), torch.arange(len(x), device=x.device)[:, None]]
+    def scan(self, x: Tensor, membrane: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Spikes, and the membrane after each token, both `(B, T, C)`. In plain torch, token by token: for settings
+        that are learned (the kernel takes none that has a gradient) and for whoever wants every membrane."""
+        settings, wide = self.settings, x.to(torch.promote_types(x.dtype, torch.float32))
+        v, threshold = self._membrane_before(x, membrane), settings.v_threshold
+        spikes, membranes = [], []
+        for t in range(x.shape[1]):
+            h = charge(wide[:, t], v, settings)
+            s = self.surrogate_function(h - threshold)
+            fired = s.detach() if settings.detach_reset else s
+            after = h - fired * threshold if settings.v_reset is None else (1 - fired) * h + fired * settings.rest
+            if mask is not None:
+                real = mask[:, t, None]
+                s, after = s * real, torch.where(real, after, v)
+            v = after
+            spikes.append(s)
+            membranes.append(v)
+        return torch.stack(spikes, dim=1).to(x.dtype), torch.stack(membranes, dim=1)
 
     def _has_kernel(self) -> bool:
         return type(self.surrogate_function) is surrogate.ATan and self.surrogate_function.spiking
@@ -126,17 +209,7 @@ class LIF(neuron.LIFNode):
     def _run_kernel(self, x, membrane, mask):
         if membrane is not None:
             membrane = membrane.to(torch.promote_types(x.dtype, torch.float32))
-        return torch.ops.spikegpt_lora.lif(
-            x,
-            membrane,
-            mask,
-            self.tau,
-            self.v_threshold,
-            self.v_reset,
-            self.decay_input,
-            self.surrogate_function.alpha,
-            self.detach_reset,
-        )
+        return torch.ops.spikegpt_lora.lif(x, membrane, mask, *vars(self.settings).values())
 
     def _membrane_before(self, x, membrane):
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -145,7 +218,7 @@ class LIF(neuron.LIFNode):
         return membrane.to(dtype)
 
     def _run_real_steps(self, x, membrane, mask):
-        order = _real_first(mask)
+        order = real_steps_first(mask)
         spikes, _, trace = self._run(_take(x, order), membrane, store_v_seq=True)
         count = mask.sum(dim=1)  # (B,)
         rows = torch.arange(len(count), device=x.device)
@@ -167,7 +240,13 @@ class LIF(neuron.LIFNode):
         return spikes.transpose(0, 1), membrane, trace
 
 
-def _real_first(mask: Tensor) -> Tensor:
+def charge(x: Tensor, v: Tensor | float, settings: NeuronParameters) -> Tensor:
+    """The membrane h before the neuron may fire, for the membrane v after the last token."""
+    leak = v - settings.rest
+    return v + (x - leak) / settings.tau if settings.decay_input else v - leak / settings.tau + x
+
+
+def real_steps_first(mask: Tensor) -> Tensor:
     """The order `(B, T)` that moves the real steps to the front, where the ones behind them cannot disturb them."""
     return mask.logical_not().long().argsort(dim=1, stable=True)
 
@@ -187,6 +266,12 @@ def _check_shapes(x, membrane, mask):
         raise ValueError(f"LIF mask must be bool {(B, T)}, got {mask.dtype} {tuple(mask.shape)}")
 
 
+def _number(value: float | Tensor) -> float | list[float]:
+    """A setting as JSON: one number, or one a unit."""
+    values = torch.as_tensor(value, dtype=torch.float64).flatten().tolist()
+    return values[0] if len(values) == 1 else values
+
+
 @bind
 def _bind():
     def fake(x, *settings):
@@ -202,7 +287,7 @@ def _bind():
         grad_x, grad_membrane = torch.ops.spikegpt_lora.lif_backward(
             x, membrane, mask, *ctx.settings, grad_spikes, grad_membrane
         )
-        return grad_x, None if membrane is None else grad_membrane, *[None] * 7
+        return grad_x, None if membrane is None else grad_membrane, *[None] * (1 + len(ctx.settings))
 
     torch.library.register_fake("spikegpt_lora::lif", fake)
     torch.library.register_fake("spikegpt_lora::lif_backward", fake)

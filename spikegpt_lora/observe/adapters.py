@@ -15,8 +15,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..adapters.gate import SpikeGate, mean
-from ..forward import Reader
+from ..adapters.gate import SpikeGate, gates_of, mean
+from ..forward import RealTokens, hooked
 
 
 @dataclass
@@ -27,7 +27,7 @@ class AdapterActivity:
     spiking gates. contribution: norm of what the adapters add over the norm of W0 x, both over all adapted modules and
     real tokens; None where W0 x is 0.
     modules: by module name the same three, threshold and tau (their mean where they were learned by rank), membrane
-        (mean after each token) and firing, the spikes a token of each rank unit.
+        (mean after each token) and firing, the spikes a token (sum of their sizes) of each rank unit.
     left_out: modules whose input is no row of tokens (a pooler's, say), which were not counted.
     """
 
@@ -42,14 +42,14 @@ class AdapterObserver:
     """Counts, while `observe_adapters` is active; see `activity`."""
 
     def __init__(self, model: nn.Module, membranes: bool = False):
-        self.reader, self.membranes = Reader(model), membranes
-        self.adapted = {n: m for n, m in self.reader.model.named_modules() if isinstance(m, BaseTunerLayer)}
-        self.gates = {n: m for n, m in self.reader.model.named_modules() if isinstance(m, SpikeGate)}
+        self.tokens, self.membranes = RealTokens(model), membranes
+        self.adapted = {n: m for n, m in self.tokens.model.named_modules() if isinstance(m, BaseTunerLayer)}
+        self.gates = dict(gates_of(self.tokens.model))
         self.counts = defaultdict(lambda: defaultdict(int))  # module or gate -> what -> sum over real tokens
         self.before: dict[str, Tensor] = {}  # W0 x of modules at work
 
     def hooks(self):
-        yield self.reader.attach()
+        yield self.tokens.attach()
         for name, module in self.adapted.items():
             yield module.get_base_layer().register_forward_hook(partial(self._frozen, name))
             yield module.register_forward_hook(partial(self._adapted, name))
@@ -58,20 +58,22 @@ class AdapterObserver:
 
     def _frozen(self, name, module, inputs, output):
         self.before.pop(name, None)
-        if self.reader.first(name) and (real := self.reader.real(output)) is not None:
+        if self.tokens.first(name) and (real := self.tokens.real(output)) is not None:
             self.before[name] = real
 
     def _adapted(self, name, module, inputs, output):
         before = self.before.pop(name, None)
         if before is not None:
-            added = (self.reader.real(output) - before).square().sum()
+            added = (self.tokens.real(output) - before).square().sum()
             self._add(name, added=added, frozen=before.square().sum())
 
     def _gate(self, name, gate, inputs, output):
-        if self.reader.first(name) and (real := self.reader.real(output)) is not None:
-            self._add(name, fired=real.flatten(0, -2).sum(0), tokens=self.reader.count(output))
+        if self.tokens.first(name) and (real := self.tokens.real(output)) is not None:
+            spikes = real.flatten(0, -2)
+            sums = {"fired": (spikes != 0).double().sum(0), "spikes": spikes.abs().sum(0)}
+            self._add(name, **sums, tokens=self.tokens.count(output))
             if self.membranes:
-                self._add(name, membrane=self.reader.real(gate.membranes(inputs[0])).sum())
+                self._add(name, membrane=self.tokens.real(gate.membranes(inputs[0])).sum())
 
     def _add(self, name: str, **sums: Tensor):
         for what, value in sums.items():
@@ -102,13 +104,13 @@ class AdapterObserver:
 
 
 def _of_gate(gate: SpikeGate, counts: dict) -> dict:
-    firing = counts["fired"] / counts["tokens"]
+    rate = counts["fired"] / counts["tokens"]
     measured = {
-        "sparsity": 1 - float(firing.mean()),
-        "dead_ranks": float((firing == 0).double().mean()),
+        "sparsity": 1 - float(rate.mean()),
+        "dead_ranks": float((rate == 0).double().mean()),
         "threshold": mean(gate.threshold_now()),
         "tau": mean(gate.tau_now()),
-        "firing": firing.tolist(),
+        "firing": (counts["spikes"] / counts["tokens"]).tolist(),
     }
     return measured | (
         {"membrane": float(counts["membrane"].mean() / counts["tokens"])} if "membrane" in counts else {}
@@ -129,9 +131,5 @@ def observe_adapters(model: nn.Module, membranes: bool = False) -> Iterator[Adap
         membranes: gather mean membranes too, which costs a second pass through each gate, token by token.
     """
     observer = AdapterObserver(model, membranes)
-    handles = list(observer.hooks())
-    try:
+    with hooked(observer.hooks()):
         yield observer
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,15 +14,14 @@ Source: NeuroBench (arXiv 2304.04640) and its package 2.3.0, to whose numbers th
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..forward import Reader
-from ..neurons.lif import LIF
+from ..forward import RealTokens, hooked, run
+from ..neurons.neuron import neurons_of
 
 # pJ an operation in 45 nm at 0.9 V: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC
 # 2014. A MAC is the sum of its multiply and its add, so int8's accumulator is taken as 8 bit wide; with a 32-bit one
@@ -62,7 +61,7 @@ class LayerCount:
 
 @dataclass
 class PopulationCount:
-    """Outputs of one population of LIF neurons (an adapter's gate is one) over all real tokens, and how many were 0."""
+    """Outputs of one population of neurons (an adapter's gate is one) over all real tokens, and how many were 0."""
 
     outputs: int
     zeros: int
@@ -79,7 +78,8 @@ class Operations:
     tokens, sentences: real tokens and rows of the batches.
     layers: every nn.Linear that was called, by name: "blocks.0.att.key" is W0, "blocks.0.att.key.lora_A.default" the A
         of its adapter "default".
-    populations: every LIF that was called, by name: "blocks.0.lif1", "blocks.0.att.key.lora_gate.default".
+    populations: every neuron that integrates a current and was called, by name: "blocks.0.lif1",
+        "blocks.0.att.key.lora_gate.default".
     connection_sparsity: share of zero weights in all nn.Linear of the model; None without any.
     footprint: bytes of all parameters and buffers, as they are in memory.
     left_out: modules with weight matrices that are not counted (convolutions, recurrent layers, AdaLoRA's adapters):
@@ -129,14 +129,10 @@ def count_operations(model: nn.Module, batches: Iterable[Mapping]) -> Operations
         ValueError: no real token in `batches`, or a weight that is packed (4 bit), so that its zeros are not known.
     """
     counter = _Counter(model)
-    with _evaluating(model), torch.no_grad(), ExitStack() as stack:
-        for handle in counter.hooks():
-            stack.callback(handle.remove)
-        device = next(model.parameters(), torch.empty(0)).device
+    with hooked(counter.hooks()):
         for batch in batches:
             given = {key: value for key, value in batch.items() if key != "labels"}
-            given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
-            model(**given)
+            run(model, given, given)
             counter.end_of(given)
     return counter.operations()
 
@@ -145,25 +141,26 @@ class _Counter:
     """Sums over calls, exact in integers, by the names that `Operations` uses."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.reader = model, Reader(model)
-        self.tokens = self.sentences = 0
+        self.model, self.tokens = model, RealTokens(model)
+        self.read = self.sentences = 0  # real tokens, rows
         self.shapes: dict[str, tuple[int, int]] = {}
         self.layers: dict[str, Counter] = defaultdict(Counter)
         self.populations: dict[str, Counter] = defaultdict(Counter)
 
     def hooks(self):
-        yield self.reader.attach()
+        yield self.tokens.attach()
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear):
                 hook = partial(self._linear, _short(name), _nonzeros_of_columns(name, module))
                 yield module.register_forward_hook(hook, with_kwargs=True)
-            elif isinstance(module, LIF):
-                yield module.register_forward_hook(partial(self._population, _short(name)))
+        for name, neuron in neurons_of(self.model):
+            if neuron.has_current:  # a look-up costs nothing
+                yield neuron.register_forward_hook(partial(self._population, _short(name)))
 
     def _rows(self, x: Tensor) -> tuple[Tensor, int]:
         """x as `(rows, features)`, padding rows zeroed so that they add no operations; and how many rows count."""
-        real = self.reader.real(x)
-        rows = x[..., 0].numel() if real is None else int(self.reader.count(x))
+        real = self.tokens.real(x)
+        rows = x[..., 0].numel() if real is None else int(self.tokens.count(x))
         return (x.detach() if real is None else real).reshape(-1, x.shape[-1]), rows
 
     def _linear(self, name, weights, linear, args, kwargs, output):
@@ -181,20 +178,20 @@ class _Counter:
 
     def end_of(self, batch: dict):
         """The model has read `batch`."""
-        mask = self.reader.mask
-        if mask is None:  # no tokens as the reader knows them
+        mask = self.tokens.mask
+        if mask is None:  # no tokens as SpikeGPT reads them
             first = next(value for value in batch.values() if isinstance(value, Tensor))
             mask = torch.ones(first.shape[:-1])
-        self.tokens += int(mask.sum())
+        self.read += int(mask.sum())
         self.sentences += len(mask)
 
     def operations(self) -> Operations:
-        if not self.tokens:
+        if not self.read:
             raise ValueError("nothing was counted: let the model read at least one batch with a real token")
         linears = [module.weight for module in self.model.modules() if isinstance(module, nn.Linear)]
         weights, held = sum(weight.numel() for weight in linears), [*self.model.parameters(), *self.model.buffers()]
         return Operations(
-            tokens=self.tokens,
+            tokens=self.read,
             sentences=self.sentences,
             layers={name: self._layer(name, sums) for name, sums in self.layers.items() if sums["rows"]},
             populations={name: PopulationCount(**sums) for name, sums in self.populations.items() if sums["outputs"]},
@@ -208,24 +205,12 @@ class _Counter:
         return LayerCount(
             inputs=inputs,
             outputs=outputs,
-            dense_macs=sums["rows"] * inputs * outputs / self.tokens,
-            effective_macs=sums["macs"] / self.tokens,
-            effective_acs=sums["acs"] / self.tokens,
+            dense_macs=sums["rows"] * inputs * outputs / self.read,
+            effective_macs=sums["macs"] / self.read,
+            effective_acs=sums["acs"] / self.read,
             input_density=sums["active"] / (sums["rows"] * inputs),
             binary_input=sums["macs_calls"] == 0,
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    """Evaluation mode; afterwards every module, not just the whole, is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _nonzeros_of_columns(name: str, linear: nn.Linear) -> Tensor:

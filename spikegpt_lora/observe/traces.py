@@ -1,12 +1,13 @@
-"""Records the spikes of a batch of sentences, and what the adapters do over a whole data set.
+"""Records the spikes of a batch of sentences, by forward hooks that are gone afterwards.
 
-Both use forward hooks that are gone afterwards, also after an exception. Only real tokens count; padding never does.
+Only real tokens count; padding never does. Spikes are whole numbers: a rate is the share of them that are not 0, spikes
+a token are their sizes added up.
 Populations are named by their module's path inside SpikeGPTModel: "emb" (the embedding's spikes), "blocks.0.lif1",
 "blocks.0.lif2", and for an adapter's gate "blocks.0.att.key.lora_gate.default" (adapter name last).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,26 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapters import SpikeGate
+from ..forward import READ, hooked, real_first, run, tokens_of
 from ..model import SpikeGPTModel
-from ..neurons.lif import LIF
+from ..neurons.neuron import Neuron, neurons_of
 from ..utils.errors import DamagedFile
 from ..utils.files import whole_file
 from ..utils.npz import read_npz
-from .adapters import AdapterActivity, observe_adapters
 
 EMBEDDING = "emb"
 GROUPS = ("spikes", "values", "currents", "membranes")  # of a trace: arrays (B, T, C) by population
 ALONE = ("lengths", "tokens", "words", "labels", "note")  # the other arrays of its file
-READ = ("input_ids", "attention_mask", "inputs_embeds")  # of a batch
 GATE = ".lora_gate."  # in the name of an adapter's population, between its module and its adapter
+read = run  # the name that export and its recipe know it by
 
 
 @dataclass
 class SpikeTrace:
     """Spikes of B sentences, left-aligned; T is the longest one's length in tokens, zeros behind the others.
 
-    spikes: population name -> int8 `(B, T, C)`, spikes per time step (0 or 1 today; the dtype has room for levels).
+    spikes: population name -> int8 `(B, T, C)`, at each time step one of the neuron's levels, 0 where it is silent.
     values: graded populations only, name -> float32 `(B, T, C)`, what is passed on: spike times activation.
     lengths: int64 `(B,)`, tokens per sentence.
     tokens, words: str `(B, T)`, the token at each time step and the word it is part of.
@@ -55,8 +55,9 @@ class SpikeTrace:
     membranes: dict[str, np.ndarray] = field(default_factory=dict)
 
     def firing_rate(self, population: str) -> float:
-        """Spikes per neuron and real token."""
-        return float(self.spikes[population].sum() / (self.lengths.sum() * self.spikes[population].shape[-1]))
+        """Share of (neuron, real token) pairs with a spike, of whatever size, in [0, 1]."""
+        spikes = self.spikes[population]
+        return float(np.count_nonzero(spikes) / (self.lengths.sum() * spikes.shape[-1]))
 
     def sparsity(self, population: str) -> float:
         """Share of (neuron, real token) pairs without a spike, in [0, 1]."""
@@ -73,9 +74,9 @@ class SpikeTrace:
         return float(((self.spikes[population] != 0) | beyond).all(axis=(0, 1)).mean())
 
     def spikes_per_token(self, population: str | None = None) -> float:
-        """Spikes per real token, of one population or of all."""
+        """Spikes per real token, of one population or of all; a spike of size 2, or -2, counts as two."""
         populations = self.spikes.values() if population is None else [self.spikes[population]]
-        return float(sum(int(spikes.sum()) for spikes in populations) / self.lengths.sum())
+        return float(sum(int(np.abs(s, dtype=np.int16).sum()) for s in populations) / self.lengths.sum())
 
     @property
     def _ends(self):
@@ -150,12 +151,12 @@ def record_spikes(
         ValueError: the model holds no SpikeGPT, `batch` is none or has no real token, its labels are not one a
             sentence, or a spike is no integer in [-128, 127].
     """
-    neurons = _spiking(_base_model(model))
+    neurons = _populations(_base_model(model))
     _require_batch(batch)
     recorded: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
-    with _storing([module for _, module in neurons if membranes and isinstance(module, LIF)]):
-        with _hooks((module, _remember(recorded, name, currents, membranes)) for name, module in neurons):
-            read(model, batch)
+    hooks = (neuron.register_forward_hook(_remember(recorded, name, currents, membranes)) for name, neuron in neurons)
+    with _storing([neuron for _, neuron in neurons if membranes and neuron.has_membrane]), hooked(hooks):
+        run(model, batch)
 
     mask, front = real_first(batch)
     tokens, words = _tokens_and_words(batch, tokenizer, mask, front)
@@ -172,20 +173,20 @@ def record_spikes(
 def _remember(recorded: dict[str, dict[str, Tensor]], name: str, currents: bool, membranes: bool) -> Callable:
     """A forward hook that notes what population `name` does in `recorded`, by group."""
 
-    def hook(module, inputs, output):
+    def hook(neuron, inputs, output):
         recorded["spikes"][name] = output
-        if _graded(module):
+        if neuron.graded:
             recorded["values"][name] = output * inputs[0]
-        if currents and isinstance(module, LIF):
+        if currents and neuron.has_current:
             recorded["currents"][name] = inputs[0]
-        if membranes and isinstance(module, LIF):
-            recorded["membranes"][name] = module.v_seq
+        if membranes and neuron.has_membrane:
+            recorded["membranes"][name] = neuron.v_seq
 
     return hook
 
 
 @contextmanager
-def _storing(neurons: list[LIF]):
+def _storing(neurons: list[Neuron]):
     """Within it `neurons` store their membranes; afterwards they hold none."""
     before = [neuron.store_v_seq for neuron in neurons]
     try:
@@ -206,8 +207,7 @@ def _require_batch(batch: Mapping) -> None:
                 f"{key} of a batch to record must be a tensor, got {type(value).__name__}: a tokenizer makes them with "
                 "return_tensors='pt'"
             )
-    tokens = given.get("input_ids", given.get("inputs_embeds"))
-    if tokens is None:
+    if (tokens := tokens_of(given)) is None:
         got = ", ".join(map(str, batch)) or "nothing" if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"a batch to record must be a mapping with input_ids or inputs_embeds, got {got}")
     if tokens.dim() < 2 or 0 in tokens.shape[:2] or not given.get("attention_mask", torch.ones(1)).any():
@@ -228,23 +228,6 @@ def _as_int8(spikes: Tensor) -> np.ndarray:
     return spikes.to(torch.int8).numpy()
 
 
-def adapter_activity(model: nn.Module, batches: Iterable[Mapping]) -> AdapterActivity | None:
-    """Observe the active adapters while `model` reads `batches`; None if it has no adapters.
-
-    Counts are summed over all batches, so a batch's size or padding does not weigh; see `adapters.observe_adapters`,
-    which looks on while somebody else runs the model.
-
-    Raises:
-        ValueError: no real token in `batches`.
-    """
-    with observe_adapters(model) as observer:
-        if not observer.adapted:
-            return None
-        for batch in batches:
-            read(model, batch)
-    return observer.activity()
-
-
 def _base_model(model: nn.Module) -> SpikeGPTModel:
     for module in model.modules():
         if isinstance(module, SpikeGPTModel):
@@ -252,42 +235,8 @@ def _base_model(model: nn.Module) -> SpikeGPTModel:
     raise ValueError(f"{type(model).__name__} holds no SpikeGPTModel to record")
 
 
-def _spiking(base: SpikeGPTModel) -> list[tuple[str, nn.Module]]:
-    neurons = [(name, module) for name, module in base.named_modules() if isinstance(module, LIF)]
-    return [(EMBEDDING, base.emb_spike)] + neurons
-
-
-def _graded(module: nn.Module) -> bool:
-    return isinstance(module, SpikeGate) and not module.binary
-
-
-@contextmanager
-def _hooks(wanted: Iterable[tuple[nn.Module, Callable]]):
-    handles = [module.register_forward_hook(hook) for module, hook in wanted]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def read(model: nn.Module, batch: Mapping):
-    """What `model` gives for `batch`, in evaluation mode; afterwards its mode is what it was."""
-    device, training = next(model.parameters()).device, model.training
-    inputs = {key: batch[key].to(device) for key in READ if key in batch}
-    model.eval()
-    try:
-        return model(**inputs)
-    finally:
-        model.train(training)
-
-
-def real_first(batch: Mapping) -> tuple[Tensor, Tensor]:
-    """Where `batch` has real tokens, bool `(B, T)`, and the places `(B, longest)` that put them first; on the CPU."""
-    tensor = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    mask = batch["attention_mask"].bool().cpu() if "attention_mask" in batch else torch.ones(tensor.shape[:2]).bool()
-    return mask, mask.logical_not().long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
+def _populations(base: SpikeGPTModel) -> list[tuple[str, Neuron]]:
+    return [(EMBEDDING if neuron is base.emb_spike else name, neuron) for name, neuron in neurons_of(base)]
 
 
 def _tokens_and_words(batch, tokenizer, mask: Tensor, front: Tensor) -> tuple[np.ndarray, np.ndarray]:

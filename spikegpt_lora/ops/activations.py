@@ -13,7 +13,7 @@ from .backend import bind, use_extension
 def sigmoid_gate(r: Tensor, y: Tensor, backend: str = "auto") -> Tensor:
     """sigmoid(r) * y for r and y of one shape; `backend` as in `wkv`."""
     if r.dtype == y.dtype and r.shape == y.shape and use_extension(backend, r.device):
-        return torch.ops.spikegpt_lora.gate(r, y)
+        return torch.ops.spikegpt_lora.sigmoid_gate(r, y)
     return torch.sigmoid(r) * y
 
 
@@ -33,7 +33,7 @@ def _bind():
         *inputs, grad = tensors
         return tuple(x.new_empty(x.shape) for x in inputs) if len(inputs) > 1 else inputs[0].new_empty(inputs[0].shape)
 
-    for name in ("gate", "squared_relu"):
+    for name in ("sigmoid_gate", "squared_relu"):
         run = getattr(torch.ops.spikegpt_lora, f"{name}_backward")
 
         @once_differentiable

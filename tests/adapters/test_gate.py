@@ -78,7 +78,7 @@ def test_stretches_give_what_the_whole_gives(backend, learn):
 
 
 @pytest.mark.parametrize("time", ["pointwise", "token"])
-@pytest.mark.parametrize("v_reset", [0.0, None])
+@pytest.mark.parametrize("v_reset", [0.0, -0.2, None])
 def test_a_gate_that_learns_starts_as_one_that_does_not(time, v_reset):
     a, settings = activations(2, 9, 4), SETTINGS | {"time": time, "v_reset": v_reset}
     results = []

@@ -33,7 +33,7 @@ def sparsities(model):
 
 
 @pytest.mark.parametrize("time", ["pointwise", "token"])
-@pytest.mark.parametrize("v_reset", [0.0, None])
+@pytest.mark.parametrize("v_reset", [0.0, -0.2, None])
 @pytest.mark.parametrize("sparsity", [0.8, 0.95])
 def test_calibration_makes_every_module_as_silent_as_asked(time, v_reset, sparsity):
     model = adapted(spikelora_time=time, spikelora_v_reset=v_reset).train()

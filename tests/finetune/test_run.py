@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, TrainerCallback
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, load_task
 from spikegpt_lora.finetune import trainer
 from spikegpt_lora.finetune.options import METHODS, FinetuneOptions
 from spikegpt_lora.finetune.run import adapt, adapters_off, finetune, tokenize
 from spikegpt_lora.finetune.trainer import PaddingAsText, SeededLengthSampler, SeededSampler
+from spikegpt_lora.forward import run
+from spikegpt_lora.observe.adapters import observe_adapters
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.utils import errors
 
@@ -173,6 +176,34 @@ def test_with_adapters_off_only_score_is_trained(mini):
 def test_padding_as_text_has_no_mask_left(mini):
     batch = PaddingAsText(mini[1])([{"input_ids": [3, 4]}, {"input_ids": [3, 4, 5, 6]}])
     assert batch["input_ids"].tolist() == [[3, 4, 0, 0], [3, 4, 5, 6]] and bool(batch["attention_mask"].all())
+
+
+@pytest.mark.parametrize("method, times", [("full", 1), ("lora", 2), ("spikelora", 2)])
+def test_an_adapters_test_split_is_read_twice_with_and_without_it(method, times, mini, tmp_path):
+    data, tokenizer = mini
+    model, read = adapt(fresh(tokenizer), method, OPTIONS, 0), []
+    model.register_forward_pre_hook(lambda module, _, given: read.append(given["input_ids"]), with_kwargs=True)
+    finetune(model, method, data, tokenizer, tmp_path, 0, OPTIONS)
+    trained, validated = OPTIONS.epochs * len(data["train"]), OPTIONS.epochs * len(data["validation"])
+    assert sum(map(len, read)) == trained + validated + times * len(data["test"])
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_what_adapters_do_is_counted_over_the_test_split(padding, mini, tmp_path):
+    data, tokenizer = mini
+    options = replace(OPTIONS, epochs=1, read_padding=padding)
+    model = adapt(fresh(tokenizer), "spikelora", options, 0)
+    model, record = finetune(model, "spikelora", data, tokenizer, tmp_path, 0, options)
+    collate = PaddingAsText(tokenizer) if padding else DataCollatorWithPadding(tokenizer)
+    with observe_adapters(model) as seen:
+        for rows in DataLoader(data["test"], 2 * options.batch_size, collate_fn=collate):
+            run(model, rows)
+    expected = vars(seen.activity())
+    assert record["adapters"].pop("contribution") == pytest.approx(expected.pop("contribution"), rel=1e-12)
+    assert record["adapters"].keys() - expected.keys() == {"accuracy_without"}
+    for name, module in expected["modules"].items():
+        assert record["adapters"]["modules"][name]["firing"] == module["firing"]
+    assert record["adapters"]["sparsity"] == expected["sparsity"]
 
 
 def test_options_out_of_range_are_listed_together():

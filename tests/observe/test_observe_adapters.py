@@ -8,6 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
+from spikegpt_lora.adapters import SpikeGate
 from spikegpt_lora.observe.adapters import observe_adapters
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -80,6 +81,18 @@ def seen_once(model, given=None):
     with observe_adapters(model) as seen:
         model(**(given or batch()))
     return seen.activity()
+
+
+def test_a_larger_spike_fires_once_and_counts_as_many():
+    model = adapted()
+    one = seen_once(model)
+    for module in model.modules():
+        if isinstance(module, SpikeGate):
+            module.register_forward_hook(lambda gate, inputs, spikes: -2 * spikes)
+    other = seen_once(model)
+    name, module = next(iter(one.modules.items()))
+    assert other.modules[name]["sparsity"] == module["sparsity"] and 0 < module["sparsity"] < 1
+    assert other.modules[name]["firing"] == [2 * spikes for spikes in module["firing"]]
 
 
 def test_plain_lora_has_a_contribution_and_no_spikes():

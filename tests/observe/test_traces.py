@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from spikingjelly.activation_based import functional, monitor
 
 from spikegpt_lora import SpikeLoraConfig, SpikeTrace, record_spikes
+from spikegpt_lora.forward import run
 from spikegpt_lora.neurons.lif import LIF
-from spikegpt_lora.observe.traces import adapter_activity
+from spikegpt_lora.observe.adapters import observe_adapters
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.utils.errors import DamagedFile
 
@@ -96,6 +97,15 @@ def test_dead_and_saturated_neurons_are_counted_over_real_tokens():
     words = np.full((2, 3), "a")
     trace = SpikeTrace({"emb": spikes}, {}, np.array([2, 3]), words, words, np.array([-1, -1]))
     assert (trace.dead("emb"), trace.saturated("emb")) == (0.5, 0.25)
+
+
+def test_a_rate_counts_spikes_and_spikes_a_token_add_up_their_sizes():
+    spikes = np.zeros((1, 2, 4), np.int8)
+    spikes[0, 0] = [-128, 0, 2, 1]
+    words = np.full((1, 2), "a")
+    trace = SpikeTrace({"emb": spikes}, {}, np.array([2]), words, words, np.array([-1]))
+    assert (trace.firing_rate("emb"), trace.sparsity("emb")) == (3 / 8, 5 / 8)
+    assert trace.spikes_per_token("emb") == trace.spikes_per_token() == 131 / 2
 
 
 def test_tokens_and_words_stand_beside_the_spikes(classifier):
@@ -300,6 +310,13 @@ def test_a_file_that_is_no_trace_is_refused(classifier, ids, tmp_path, damage):
 def test_a_model_without_spikegpt_is_refused():
     with pytest.raises(ValueError, match="Linear holds no SpikeGPTModel"):
         record_spikes(torch.nn.Linear(2, 2), {"input_ids": torch.ones(1, 2)})
+
+
+def adapter_activity(model, batches):
+    with observe_adapters(model) as seen:
+        for batch in batches:
+            run(model, batch)
+    return seen.activity()
 
 
 def test_activity_agrees_with_the_recorded_gates(classifier, ids):

@@ -3,13 +3,15 @@
 Needs a C++ compiler; the tests marked gpu need a CUDA device and nvcc, and compare CUDA with the CPU's kernels.
 """
 
+from dataclasses import fields
+
 import pytest
 import torch
 from helpers import NEURONS, current, need_extension
 from test_wkv import inputs as wkv_inputs
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification
-from spikegpt_lora.neurons.lif import LIF
+from spikegpt_lora.neurons.lif import LIF, NeuronParameters
 from spikegpt_lora.ops.backend import default_backend
 from spikegpt_lora.ops.wkv import wkv, wkv_reference
 
@@ -136,6 +138,13 @@ def assert_equal_spikes_and_near_gradients(ours, theirs, dtype):
     torch.testing.assert_close(ours[1:], theirs[1:], rtol=2e-2 if half else 1e-4, atol=1e-2 if half else 1e-5)
 
 
+@pytest.mark.parametrize("name", ["lif", "lif_backward"])
+def test_the_settings_of_the_schemas_are_the_neurons_in_its_order(name):
+    need_extension()
+    names = [argument.name for argument in getattr(torch.ops.spikegpt_lora, name).default._schema.arguments]
+    assert names[3:9] == [field.name for field in fields(NeuronParameters)]
+
+
 @lif_cases
 def test_lif_equals_spikingjelly_in_spikes_membrane_and_gradients(settings, dtype, shape):
     need_extension()
@@ -175,7 +184,7 @@ def operator_calls():
     yield "lif", (x, None, None, 3.0, 0.5, None, False, 2.0, True)
     yield "token_shift2", (x, last, mask, w, u)
     yield "token_shift3", (x, None, None, w, u, share)
-    yield "gate", (x, y)
+    yield "sigmoid_gate", (x, y)
     yield "squared_relu", (wide,)
     yield "dropout", (wide, torch.tensor([7]), 0.3)
 
@@ -197,7 +206,7 @@ def test_opcheck(number):
         ("wkv", {5: torch.zeros(2, 4)}, "mask must be Bool"),
         ("lif", {1: torch.zeros(3)}, r"membrane must be \(2, 3\)"),
         ("token_shift2", {3: torch.zeros(4)}, r"share must be \(3,\)"),
-        ("gate", {1: torch.zeros(2, 4)}, r"y must be \(2, 4, 3\)"),
+        ("sigmoid_gate", {1: torch.zeros(2, 4)}, r"y must be \(2, 4, 3\)"),
     ],
 )
 def test_an_operator_names_what_does_not_fit_before_it_reads_it(name, arguments, message):

@@ -6,7 +6,7 @@
 namespace spikegpt {
 
 template <class scalar, class real>
-struct GateForward {
+struct SigmoidGateForward {
   const scalar *r, *y;
   scalar* out;
 
@@ -21,7 +21,7 @@ struct GateForward {
 };
 
 template <class scalar, class real>
-struct GateBackward {
+struct SigmoidGateBackward {
   const scalar *r, *y, *grad;
   scalar *grad_r, *grad_y;
 
