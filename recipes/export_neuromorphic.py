@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from spikegpt_lora import SpikeGPTForSequenceClassification, load_task
 from spikegpt_lora.checkpoint import load_adapter, load_model, load_tokenizer
+from spikegpt_lora.convert.weights import WEIGHTS
 from spikegpt_lora.export import Bundle, check_bundle, export_bundle
-from spikegpt_lora.export.__main__ import summary as checked_summary
-from spikegpt_lora.export.bundle import by_length
-from spikegpt_lora.export.check import write_results
 from spikegpt_lora.export.pictures import draw_all
-from spikegpt_lora.export.write import WEIGHTS, aligned, batch_of, unlike
+from spikegpt_lora.export.sentences import aligned, batch_of, by_length
+from spikegpt_lora.export.summary import summary as checked_summary
+from spikegpt_lora.export.summary import write_results
+from spikegpt_lora.export.write import unlike
 from spikegpt_lora.observe.traces import GATE, read
 from spikegpt_lora.report.markdown import table
 from spikegpt_lora.utils import command_line, errors, files

@@ -15,6 +15,7 @@ from ..utils.npz import read_npz
 from . import graph
 from .events import EVENT
 from .interpreter import Program
+from .sentences import by_length
 from .shapes import read_weights, sizes_of
 from .untrusted import reading, require, require_plain_hdf5, room
 
@@ -214,12 +215,6 @@ def _require_array(path: Path, name: str, array: np.ndarray, kinds: tuple, shape
 
 def _within(values: np.ndarray, first: int, end) -> bool:
     return bool(((values >= first) & (values < end)).all())
-
-
-def by_length(lengths: np.ndarray, size: int = 32) -> Iterator[np.ndarray]:
-    """Sentences in groups of `size` and of like length, as row numbers."""
-    order = np.argsort(lengths, kind="stable")
-    yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
 def own_hash(folder: Path) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..utils.files import write_json, write_text
 from . import islands
 from .bundle import (
     MANIFEST,
@@ -32,10 +31,6 @@ from .recount import check_costs
 from .reruns import check_interpreter, check_simulators
 from .write import WEIGHTS, statements
 
-NOT_PROVEN = (
-    "That means: its files are whole and agree with one another. It says nothing about which model they are of, nor "
-    "about labels, texts and class names as such: for those compare manifest.json.sha256 with the author's."
-)
 LARGEST = 1 << 34  # bytes of a file: a sparse one is read for hours
 SINCE = ("classes", "labelled", "right")  # statements that manifests of the first version do not make
 
@@ -67,19 +62,6 @@ def check_bundle(folder, progress=lambda rounds, text: rounds) -> dict:
         measured = {name: found.part(name, part, bundle, found) for name, part in parts.items()}
         results |= {name: result for name, result in measured.items() if result is not None}
     return results | {"problems": found.problems, "passed": not found.problems}
-
-
-def require_outside(folder: str | Path, bundle: str | Path) -> None:
-    """Raise ValueError if `folder` is the bundle or lies in it."""
-    folder, bundle = Path(folder).resolve(), Path(bundle).resolve()
-    if bundle in (folder, *folder.parents):
-        raise ValueError(f"{folder} lies in the bundle, which a check only reads: name a folder beside it")
-
-
-def write_results(results: dict, text: str, folder: str | Path) -> None:
-    """check.json and, as a user reads them, check.txt into `folder`."""
-    write_json(Path(folder) / "check.json", results)
-    write_text(Path(folder) / "check.txt", text + "\n")
 
 
 def _check_files(bundle: Bundle, found: Findings) -> None:

@@ -15,6 +15,7 @@ from spikingjelly.activation_based.surrogate import ATan
 from torch import nn
 
 from ..adapters import SpikeGate
+from ..convert.weights import quantize
 from ..model import SRFFN, SRWKV, Block, SpikeGPTForSequenceClassification
 from ..neurons.lif import LIF
 from ..ops.dropout import Dropout
@@ -59,16 +60,6 @@ class Graph:
                 stored[name] = weight
         with whole_file(folder / "weights.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **stored)
-
-
-def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
-    """A matrix as int8 in [-127, 127] times a power of two, the smallest that lets its largest value in.
-
-    Products with such numbers are exact in float32, and a power of two is a shift on a chip.
-    """
-    largest = float(np.abs(weight).max())
-    scale = np.float32(2.0 ** np.ceil(np.log2(largest / 127.0))) if largest else np.float32(1)
-    return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale
 
 
 def graph_of(model: nn.Module) -> Graph:

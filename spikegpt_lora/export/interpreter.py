@@ -1,7 +1,6 @@
 """Runs an exported SpikeGPT with numpy alone: token by token, the state explicit, many sentences at once.
 
-    python interpreter.py BUNDLE                   the bundle's sentences again, compared with what was recorded
-    python interpreter.py BUNDLE --event-driven    the same in the form that adds at spikes and never multiplies W by x
+    python interpreter.py BUNDLE    the bundle's sentences again, compared with what was recorded
 
     logits, seen = Program(folder).run(ids, lengths, watch=["blocks.0.lif1"])
 
@@ -160,141 +159,13 @@ def _keep(reading, new, old):
     return np.where(reading[:, None], new, old)
 
 
-class EventDriven(Program):
-    """The same function with additions at spikes in place of every product W LN(x).
-
-    x is a sum of binary spikes: the embedding's (through ln0) and those of the LIFs before. So with LN(x) = g (x - mu)
-    / sigma + b and the token shift's shares m, what a linear layer gives is
-
-        W (m LN(x_t) + (1-m) LN(x_t-1)) = now(x_t) + then(x_t-1)      now(x) = (S - mu W m g 1) / sigma + W m b
-
-    where S = W m g x grows by one column of W m g for each spike. All layers that read one LN share its events. What
-    stays a product reads no spikes: att.output (sigmoid times WKV), ffn.value (squared ReLU, zeros are skipped), and B
-    of a graded gate, one column times one value a spike.
-
-    Args:
-        shortest: get each population's part of S in the shortest of three ways: add where there are spikes; subtract
-            from the sum of all columns where there are none; change the last token's part where spikes changed.
-
-    additions: so far, by (what reads, what spikes), counted where they are made. products: so far, by layer. rescaling:
-    additions and products that turn sums into what layers give, whatever spikes.
-    """
-
-    def __init__(self, folder, dtype=np.float32, shortest=False):
-        super().__init__(folder, dtype)
-        self.shortest, self.totals, self.additions, self.products = shortest, {}, {}, {}
-        self.rescaling = {"additions": 0, "products": 0}
-        self.by_name = {node["name"]: node for node in self.nodes}
-        self.readers = {}  # name of a layer norm -> the linear layers that read mixes of it: layer, share, weight
-        for node in self.nodes:
-            source = self.by_name.get(node["inputs"][0])
-            if node["op"] == "linear" and source is not None and source["op"] == "mix":
-                self.readers.setdefault(source["inputs"][0], []).append(
-                    (node["name"], source["weight"], node["weight"])
-                )
-        self.forms = {name: self._form(name) for name in self.readers}
-
-    def _form(self, norm):
-        """Of one layer norm: rows for `now` and `then` of all its readers, as columns to add, and what is constant."""
-        node, ln0 = self.by_name[norm], self.by_name["ln0"]
-        shares = [(self.weights[weight], self.weights[share]) for _, share, weight in self.readers[norm]]
-        stacked = np.concatenate([w * share for w, share in shares] + [w * (1 - share) for w, share in shares])
-        form = {"constant": self._constants(node, stacked.T)}
-        form["columns"] = np.ascontiguousarray((stacked * self.weights[node["weight"]]).T)
-        # ln0 is a layer norm like the others, of emb alone.
-        form["ln0 constant"] = self._constants(ln0, form["columns"])
-        form["ln0 columns"] = form["columns"] * self.weights[ln0["weight"]][:, None]
-        return form
-
-    def _constants(self, norm, columns):
-        """What a layer norm's gain and bias give through `columns` `(C, rows)`."""
-        return self.weights[norm["weight"]] @ columns, self.weights[norm["bias"]] @ columns
-
-    def step(self, token, before, after):
-        values, events = {"token": token}, {}  # events: name of a residual sum -> the populations that it is made of
-        for node in self.nodes:
-            name, source, inputs = node["name"], node["inputs"][0], [values.get(i) for i in node["inputs"]]
-            if name in self.forms:
-                self._norm(node, events[source], values, before, after)
-            elif node["op"] == "linear" and self.by_name[source]["op"] == "mix":
-                continue  # done by _norm, with all the layers that read the same events
-            elif node["op"] == "linear":
-                values[name] = self._product(node, inputs[0])
-            elif node["op"] not in ("delay", "mix"):  # these two are carried by the sums
-                value = getattr(self, node["op"])(node, inputs, before.get(name), after)
-                values[name] = self.forced.get(name, value)
-            if name == "ln0":
-                events[name] = []
-            elif node["op"] == "add" and source in events:
-                events[name] = [*events[source], node["inputs"][1]]
-        return values
-
-    def _norm(self, node, populations, values, before, after):
-        """What all readers of this layer norm get, from its statistics and the sums at spikes."""
-        name, form = node["name"], self.forms[node["name"]]
-        embedding = self.by_name["ln0"]["inputs"][0]
-        sums = self._sum(name, embedding, form["ln0 columns"], values, before, after)
-        sums = self._normed(self.by_name["ln0"], sums, form["ln0 constant"], values)
-        for population in populations:
-            sums = sums + self._sum(name, population, form["columns"], values, before, after)
-            self._rescaled(sums, additions=1)
-        now, then = np.split(self._normed(node, sums, form["constant"], values), 2, axis=1)
-        after[name] = then
-        total = now + before.get(name, 0)
-        self._rescaled(now, additions=1)
-        ends = np.cumsum([len(self.weights[weight]) for _, _, weight in self.readers[name]])
-        for (layer, _, _), part in zip(self.readers[name], np.split(total, ends[:-1], axis=1)):
-            values[layer] = part
-
-    def _normed(self, norm, sums, constant, values):
-        mu, sigma = self._statistics(norm, values[norm["inputs"][0]])
-        self._rescaled(sums, additions=2, products=2)
-        return (sums - mu * constant[0]) / sigma + constant[1]
-
-    def _rescaled(self, sums, **operations):
-        for kind, each in operations.items():
-            self.rescaling[kind] += each * sums.shape[1] * int(np.sum(self.reading))
-
-    def _sum(self, norm, population, columns, values, before, after):
-        """The sum of the columns `(C, rows)` where the population `(B, C)` spikes, `(B, rows)`."""
-        spikes, key = values[population] > 0, (norm, population)
-        if self.shortest and key not in self.totals:
-            self.totals[key] = columns.sum(axis=0)
-        sums, made = np.zeros((len(spikes), columns.shape[1]), self.dtype), 0
-        for row in np.flatnonzero(self.reading):
-            now, ways = spikes[row], [(spikes[row], spikes[row] & False, 0)]
-            if self.shortest:
-                ways.append((now & False, ~now, self.totals[key]))
-            if self.shortest and key in before:
-                last = before[norm, population, "spikes"][row]
-                ways.append((now & ~last, last & ~now, before[key][row]))
-            plus, minus, start = min(ways, key=lambda way: way[0].sum() + way[1].sum())
-            sums[row] = start + columns[plus].sum(axis=0) - columns[minus].sum(axis=0)
-            made += int(plus.sum() + minus.sum()) * columns.shape[1]
-        self.additions[key] = self.additions.get(key, 0) + made
-        if self.shortest:
-            after[key], after[norm, population, "spikes"] = sums, spikes
-        return sums
-
-    def _product(self, node, x):
-        """W x where x is real, or B of a gate: one column times one value for each that is not 0."""
-        weight, source = self.weights[node["weight"]], node["inputs"][0]
-        made = int(np.count_nonzero(x[self.reading])) * len(weight)
-        counted, key = (self.additions, (node["name"], source)) if self.by_name[source]["op"] == "lif" else (
-            self.products, node["name"]
-        )  # fmt: skip
-        counted[key] = counted.get(key, 0) + made
-        return x @ weight.T
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--event-driven", action="store_true")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
     args = parser.parse_args()
     try:
-        program = (EventDriven if args.event_driven else Program)(args.bundle, args.dtype)
+        program = Program(args.bundle, args.dtype)
         with np.load(args.bundle / "sentences.npz") as given:
             ids, lengths, recorded = (given[name] for name in ("ids", "lengths", "logits"))
     except (OSError, ValueError, KeyError) as error:
@@ -306,11 +177,6 @@ def main():
         f"{agree} of {len(logits)} predictions as recorded; largest difference of a logit "
         f"{np.abs(logits - recorded).max():.2e}"
     )
-    if args.event_driven:
-        made = [sum(one.values()) for one in (program.additions, program.products, program.rescaling)]
-        print(
-            "a token: {:,.0f} additions, {:,.0f} products, {:,.0f} to rescale".format(*(np.array(made) / lengths.sum()))
-        )
     return 0 if agree == len(logits) else 1
 
 

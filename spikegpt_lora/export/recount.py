@@ -16,8 +16,9 @@ import numpy as np
 from ..observe.operations import LayerCount, Operations, PopulationCount, as_json
 from . import event_driven
 from .bundle import Bundle
+from .event_driven import EventDriven
 from .findings import Findings
-from .interpreter import EventDriven, Program
+from .interpreter import Program
 
 NEAR = 1e-2  # largest relative difference
 NEXT_TO_0 = 1e-6  # of the largest value that a matrix reads

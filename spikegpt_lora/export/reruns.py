@@ -6,12 +6,12 @@ Interpreter: with the recorded spikes it gives the recorded currents. From token
 Simulators: run the islands on the recorded currents; every spike must be the recorded one. Islands with weights get
     what the matrix reads and do the product themselves; a neuron whose first difference lies within MARGIN of the
     threshold is counted as rounding. Before, each simulator has to get an island wrong that is wrong on purpose
-    (`islands.control`).
+    (`simulators.control`).
 """
 
 import numpy as np
 
-from . import islands
+from . import islands, simulators
 from .bundle import Bundle
 from .findings import Findings
 from .graph import weights_before
@@ -81,8 +81,8 @@ def _judge(bundle: Bundle, row: int, name: str, step: int, unit: int, counts: di
 
 
 def check_simulators(bundle: Bundle, found: Findings) -> dict:
-    here = islands.installed()
-    results = {name: "not installed" for name in islands.SIMULATORS}
+    here = simulators.installed()
+    results = {name: "not installed" for name in simulators.SIMULATORS}
     results |= {name: _start(name, version, found) for name, version in here.items()}
     parts = {node["name"]: weights_before(bundle.nodes, node) for node in bundle.neurons}
     for rows, T in found.progress(list(bundle.rows()), "simulators") if here else []:
@@ -103,7 +103,7 @@ def check_simulators(bundle: Bundle, found: Findings) -> dict:
 
 
 def _start(simulator: str, version: str, found: Findings) -> dict:
-    control = islands.control(simulator)
+    control = simulators.control(simulator)
     if control["wrong"] or not control["wrong_on_purpose"]:
         found.add(f"{simulator}: this check cannot tell right from wrong with it ({control})")
     return {"version": version, "control": control, "left_out": {}} | {
@@ -124,9 +124,9 @@ def _replay(bundle: Bundle, simulator: str, node: dict, rows, T: int, read, coun
     name, trace, real = node["name"], bundle.traces[node["name"]], bundle.real[rows, :T, None]
     current = trace["current"][rows, :T]
     graph = bundle.islands[f"{name}.nir" if read is None else f"{name}.weights.nir"]
-    spikes = islands.replay(simulator, graph, current if read is None else read, node["from_rest"])
+    spikes = simulators.replay(simulator, graph, current if read is None else read, node["from_rest"])
     different = (spikes != trace["spikes"][rows, :T]) & real
-    margin = MARGIN if read is not None else islands.blind(simulator, node)
+    margin = MARGIN if read is not None else simulators.blind(simulator, node)
     if margin is not None and different.any():
         rounded = _rounded(node, current, different, margin)
         counts["rounding"] += int(rounded.sum())

@@ -22,12 +22,11 @@ from pathlib import Path
 
 import nir
 import numpy as np
-import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..convert.weights import WEIGHTS, prepared
 from ..observe.operations import as_json, count_operations
-from ..observe.traces import SpikeTrace, read, real_first, record_spikes
+from ..observe.traces import SpikeTrace, read, record_spikes
 from ..utils.files import UNFINISHED, whole_file, write_json, write_text
 from . import islands
 from .bundle import (
@@ -35,17 +34,16 @@ from .bundle import (
     MANIFEST,
     SCHEMA,
     Bundle,
-    by_length,
     own_hash,
     sha256,
 )
 from .event_driven import measure
 from .events import save_events
-from .graph import Graph, graph_of, quantize, weights_before
+from .graph import Graph, graph_of, weights_before
 from .interpreter import Program
+from .sentences import aligned, batch_of, by_length
 
 PACKAGES = ("spikegpt_lora", "torch", "spikingjelly", "nir", "numpy")
-WEIGHTS = ("float32", "int8")
 
 
 def export_bundle(
@@ -171,39 +169,6 @@ def unlike(bundle: Bundle, model: nn.Module, batch: Mapping, weights: str, event
     return next((name for name, different in differ.items() if different), None)
 
 
-def prepared(model: nn.Module, weights: str = "float32") -> nn.Module:
-    """A copy in evaluation mode whose weights are exactly what the bundle holds: an adapter's scaling in its B, and
-    with "int8" every matrix on its grid.
-
-    Raises:
-        ValueError: parameters that are not float32.
-    """
-    other = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
-    if other:
-        raise ValueError(
-            f"a bundle holds float32, and LIF membranes kept in {', '.join(sorted(other))} are rounded at every step: "
-            "call model.float() first, and see that its accuracy is still what you want"
-        )
-    model = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                for adapter, b in module.lora_B.items():
-                    b.weight.mul_(module.scaling[adapter])
-                    module.scaling[adapter] = 1.0
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and weights == "int8":
-                grid, scale = quantize(module.weight.cpu().numpy())
-                module.weight.copy_(torch.from_numpy(grid * scale))
-    return model
-
-
-def aligned(batch: Mapping) -> tuple[np.ndarray, np.ndarray]:
-    """input_ids `(B, T)` with the real tokens in front and 0 behind, and lengths `(B,)`."""
-    mask, front = real_first(batch)
-    return (batch["input_ids"].cpu() * mask).gather(1, front).numpy(), mask.sum(1).numpy()
-
-
 def _save_traces(trace: SpikeTrace, path: Path) -> None:
     nodes = {}
     for name, spikes in trace.spikes.items():
@@ -281,13 +246,6 @@ def compare_in_float64(model: nn.Module, batch: Mapping, program: Program, text:
         "different_predictions": answers,
         "largest_logit_difference": apart,
     }
-
-
-def batch_of(ids: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> dict[str, torch.Tensor]:
-    """Some of the sentences of `aligned` as a model takes them, cut to the longest of them."""
-    T = int(lengths[rows].max())
-    mask = torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]
-    return {"input_ids": torch.from_numpy(ids[rows, :T]), "attention_mask": mask.long()}
 
 
 def seal(folder: Path, manifest: dict, hashes: dict[str, str]) -> None:

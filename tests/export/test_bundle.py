@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from test_interpreter import model_with, sentences
 
 from spikegpt_lora.adapters import SpikeAdaLoraConfig, SpikeGate
+from spikegpt_lora.convert.weights import prepared, quantize
 from spikegpt_lora.export import (
     AddressEventDataset,
     Bundle,
@@ -22,13 +23,15 @@ from spikegpt_lora.export import (
     check_bundle,
     export_bundle,
     islands,
+    simulators,
     to_tonic,
 )
 from spikegpt_lora.export.__main__ import main
-from spikegpt_lora.export.graph import graph_of, quantize
+from spikegpt_lora.export.graph import graph_of
 from spikegpt_lora.export.interpreter import Program
 from spikegpt_lora.export.reruns import unable
-from spikegpt_lora.export.write import aligned, hashes_of, prepared, seal
+from spikegpt_lora.export.sentences import aligned
+from spikegpt_lora.export.write import hashes_of, seal
 from spikegpt_lora.utils.files import UNFINISHED
 
 ADAPTED = ["none", "lora", "graded", "binary", "token"]
@@ -65,7 +68,7 @@ def reseal(folder):
 
 @pytest.mark.parametrize(("adapter", "weights"), [*((one, "float32") for one in ADAPTED), ("graded", "int8")])
 def test_a_bundle_is_right_in_every_mode(adapter, weights, tmp_path):
-    for name in islands.SIMULATORS.values():
+    for name in simulators.SIMULATORS.values():
         pytest.importorskip(name)
     folder = export_bundle(small(adapter), batch_of(), tmp_path / "bundle", weights=weights)
     results = check_bundle(folder)
@@ -99,14 +102,14 @@ def test_results_are_never_written_into_the_bundle(inside, copy, monkeypatch, ca
 
 
 def test_thresholds_of_each_rank_are_left_out_by_name_where_a_simulator_takes_only_one(tmp_path):
-    for package in islands.SIMULATORS.values():
+    for package in simulators.SIMULATORS.values():
         pytest.importorskip(package)
     model = small("token")
     gate = next(module for module in model.modules() if isinstance(module, SpikeGate))
     thresholds = torch.linspace(0.5, 1.5, 4, dtype=torch.float64)
     gate.threshold_now = lambda: thresholds
     node = next(n for n in graph_of(model).nodes if n["op"] == "lif" and isinstance(n["v_threshold"], list))
-    reasons = {simulator: unable(simulator, node) for simulator in islands.SIMULATORS}
+    reasons = {simulator: unable(simulator, node) for simulator in simulators.SIMULATORS}
     one = "it takes one v_threshold a population"
     assert reasons == {"snnTorch": one, "Norse": None, "spikingjelly": one}
     assert unable("spikingjelly", node | {"tau": 1.0, "v_threshold": 1.0}) == "it takes no tau of 1"
@@ -128,24 +131,26 @@ def test_the_shortest_form_adds_less_and_nothing_is_lost_between_layers(graded):
     }
 
 
-@pytest.mark.parametrize("simulator", islands.SIMULATORS)
+@pytest.mark.parametrize("simulator", simulators.SIMULATORS)
 def test_the_control_island_fails_only_with_a_threshold_that_is_wrong_on_purpose(simulator):
-    pytest.importorskip(islands.SIMULATORS[simulator])
-    control = islands.control(simulator)
+    pytest.importorskip(simulators.SIMULATORS[simulator])
+    control = simulators.control(simulator)
     assert control["ties"] > 10 and control["wrong"] == 0 and control["wrong_on_purpose"] > 10
 
 
 def test_spikingjelly_fires_at_the_files_threshold_and_the_others_above_it():
-    for package in islands.SIMULATORS.values():
+    for package in simulators.SIMULATORS.values():
         pytest.importorskip(package)
     node = {"name": "one", "tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "from_rest": False}
     below = np.nextafter(np.float32(1), np.float32(0))  # where a file's threshold lies: the model does not fire there
     current = np.full((1, 1, 1), 2 * below)
-    fired = {simulator: islands.replay(simulator, islands.island(node, 1), current) for simulator in islands.SIMULATORS}
-    assert {simulator: bool(spikes.all()) for simulator, spikes in fired.items()} == {
-        simulator: simulator in islands.FIRE_AT for simulator in islands.SIMULATORS
+    fired = {
+        simulator: simulators.replay(simulator, islands.island(node, 1), current) for simulator in simulators.SIMULATORS
     }
-    assert islands.blind("spikingjelly", node) == 1 - below and islands.blind("Norse", node) is None
+    assert {simulator: bool(spikes.all()) for simulator, spikes in fired.items()} == {
+        simulator: simulator in simulators.FIRE_AT for simulator in simulators.SIMULATORS
+    }
+    assert simulators.blind("spikingjelly", node) == 1 - below and simulators.blind("Norse", node) is None
 
 
 def test_one_byte_anywhere_is_found(copy):
@@ -177,7 +182,7 @@ def test_a_spike_altered_with_its_hash_is_named_by_every_part_of_the_check(copy)
     problems = check_bundle(copy)["problems"]
     where = f"population {name}, sample {sample}, step {step}, neuron {unit}"
     kinds = ["traces.h5: spikes are not", "events.npz and traces.h5", "interpreter:"]
-    kinds += [f"{simulator}, island:" for simulator in islands.installed()]
+    kinds += [f"{simulator}, island:" for simulator in simulators.installed()]
     for kind in kinds:
         assert any(line.startswith(kind) and where in line for line in problems), (kind, problems)
 

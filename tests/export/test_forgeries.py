@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from test_bundle import batch_of, edit, export_bundle, put, reseal, rewrite, small
 
-from spikegpt_lora.export import islands
+from spikegpt_lora.export import simulators
 from spikegpt_lora.export.__main__ import main
 from spikegpt_lora.export.bundle import own_hash
-from spikegpt_lora.export.check import NOT_PROVEN
+from spikegpt_lora.export.summary import NOT_PROVEN
 
 LIF = "/nodes/blocks.0.lif1/observables"
 NESTED = "[" * 100_000 + "]" * 100_000
@@ -28,7 +28,7 @@ def right(tmp_path_factory):
 
 @pytest.fixture
 def copy(right, tmp_path, monkeypatch):
-    monkeypatch.setattr(islands, "installed", dict)  # no simulator: what they find is found by the other parts too
+    monkeypatch.setattr(simulators, "installed", dict)  # no simulator: what they find is found by the other parts too
     return shutil.copytree(right, tmp_path / "bundle")
 
 

@@ -14,8 +14,9 @@ from torch import nn
 
 import spikegpt_lora.export.interpreter
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig, record_spikes
+from spikegpt_lora.export.event_driven import EventDriven
 from spikegpt_lora.export.graph import graph_of
-from spikegpt_lora.export.interpreter import EventDriven, Program
+from spikegpt_lora.export.interpreter import Program
 
 ADAPTERS = {
     "none": None,
