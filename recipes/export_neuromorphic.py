@@ -28,10 +28,10 @@ from spikegpt_lora.checkpoint import load_adapter, load_model, load_tokenizer
 from spikegpt_lora.convert.weights import WEIGHTS
 from spikegpt_lora.export import Bundle, check_bundle, export_bundle
 from spikegpt_lora.export.pictures import draw_all
-from spikegpt_lora.export.sentences import aligned, batch_of, by_length
+from spikegpt_lora.export.sentences import batch_of, by_length, left_aligned
 from spikegpt_lora.export.summary import summary as checked_summary
 from spikegpt_lora.export.summary import write_results
-from spikegpt_lora.export.write import unlike
+from spikegpt_lora.export.write import first_difference
 from spikegpt_lora.observe.traces import GATE, read
 from spikegpt_lora.report.markdown import table
 from spikegpt_lora.utils import command_line, errors, files
@@ -99,7 +99,7 @@ def bundle_of(args, model, batch, tokenizer, folder: Path) -> Bundle:
     elsewhere = "give another --output-dir, or delete it"
     try:
         bundle = Bundle(folder)
-        other = unlike(bundle, model, batch, args.weights, args.event_driven)
+        other = first_difference(bundle, model, batch, args.weights, args.event_driven)
     except ValueError as error:
         raise ValueError(f"{folder} cannot be gone on with ({error}): {elsewhere}") from error
     if other:
@@ -196,7 +196,7 @@ def micro(energy: float | None) -> str:
 def accuracy(model, bundle: Bundle, tokenizer, texts: list[str], labels: list[int], max_length: int) -> dict:
     """The whole test split, read by the model as it was and by the interpreter with the bundle's weights."""
     batch, right = encode(tokenizer, texts, labels, max_length), [0, 0, 0]
-    (ids, lengths), wanted = aligned(batch), np.array(labels)
+    (ids, lengths), wanted = left_aligned(batch), np.array(labels)
     for rows in bar(list(by_length(lengths, 64)), "accuracy"):
         part = batch_of(ids, lengths, rows)
         theirs = read(model, part).logits.numpy().argmax(axis=1)

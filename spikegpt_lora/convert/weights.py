@@ -20,7 +20,7 @@ def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
     return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale
 
 
-def prepared(model: nn.Module, weights: str = "float32") -> nn.Module:
+def quantized_copy(model: nn.Module, weights: str = "float32") -> nn.Module:
     """A copy in evaluation mode whose weights are exactly what the bundle holds: an adapter's scaling in its B, and
     with "int8" every matrix on its grid.
 

@@ -168,7 +168,8 @@ def _check_events(bundle: Bundle, found: Findings) -> None:
 def _check_islands(bundle: Bundle, found: Findings) -> None:
     left = set(bundle.islands)
     for node in bundle.neurons:
-        graphs = islands.of(node, bundle.sizes[node["name"]], weights_before(bundle.nodes, node), bundle.weights)
+        parts = weights_before(bundle.nodes, node)
+        graphs = islands.islands_for(node, bundle.sizes[node["name"]], parts, bundle.weights)
         for file, graph in graphs.items():
             if file not in left:
                 found.add(f"islands/{file} is missing")

@@ -6,7 +6,7 @@ This column stands beside the operations as executed and is never added to them.
     products            what reads no spikes: att.output, ffn.value (zeros skipped), B of graded gates
     rescaling           additions and products, no event decides about them: mean and deviation of the layer norms, now
                         for every row of the matrices behind them (as executed they are for every channel, and not
-                        counted), and adding up what populations, now and then give
+                        counted), and adding up what populations, current and previous give
     weight_reads        of 32 bit: every addition and product reads one value of a matrix or, rescaling, of a vector;
                         a dense product reads each weight once a token, so with a batch of one this compares
     arithmetic_energy   pJ: "fp32"; "int8" would be with columns rounded to int8, which are W times the gains of a layer
@@ -25,7 +25,8 @@ class EventDriven(Program):
     x is a sum of binary spikes: the embedding's (through ln0) and those of the LIFs before. So with LN(x) = g (x - mu)
     / sigma + b and the token shift's shares m, what a linear layer gives is
 
-        W (m LN(x_t) + (1-m) LN(x_t-1)) = now(x_t) + then(x_t-1)      now(x) = (S - mu W m g 1) / sigma + W m b
+        W (m LN(x_t) + (1-m) LN(x_t-1)) = current(x_t) + previous(x_t-1)
+        current(x) = (S - mu W m g 1) / sigma + W m b
 
     where S = W m g x grows by one column of W m g for each spike. All layers that read one LN share its events. What
     stays a product reads no spikes: att.output (sigmoid times WKV), ffn.value (squared ReLU, zeros are skipped), and B
@@ -54,7 +55,7 @@ class EventDriven(Program):
         self.forms = {name: self._form(name) for name in self.readers}
 
     def _form(self, norm):
-        """Of one layer norm: rows for `now` and `then` of all its readers, as columns to add, and what is constant."""
+        """Rows of `current` and `previous` for all readers of a layer norm, as columns to add, and what is constant."""
         node, ln0 = self.by_name[norm], self.by_name["ln0"]
         shares = [(self.weights[weight], self.weights[share]) for _, share, weight in self.readers[norm]]
         stacked = np.concatenate([w * share for w, share in shares] + [w * (1 - share) for w, share in shares])
@@ -81,7 +82,7 @@ class EventDriven(Program):
                 values[name] = self._product(node, inputs[0])
             elif node["op"] not in ("delay", "mix"):  # these two are carried by the sums
                 value = getattr(self, node["op"])(node, inputs, before.get(name), after)
-                values[name] = self.forced.get(name, value)
+                values[name] = self.teacher_forced.get(name, value)
             if name == "ln0":
                 events[name] = []
             elif node["op"] == "add" and source in events:
@@ -97,10 +98,10 @@ class EventDriven(Program):
         for population in populations:
             sums = sums + self._sum(name, population, form["columns"], values, before, after)
             self._rescaled(sums, additions=1)
-        now, then = np.split(self._normed(node, sums, form["constant"], values), 2, axis=1)
-        after[name] = then
-        total = now + before.get(name, 0)
-        self._rescaled(now, additions=1)
+        current, previous = np.split(self._normed(node, sums, form["constant"], values), 2, axis=1)
+        after[name] = previous
+        total = current + before.get(name, 0)
+        self._rescaled(current, additions=1)
         ends = np.cumsum([len(self.weights[weight]) for _, _, weight in self.readers[name]])
         for (layer, _, _), part in zip(self.readers[name], np.split(total, ends[:-1], axis=1)):
             values[layer] = part
@@ -121,12 +122,12 @@ class EventDriven(Program):
             self.totals[key] = columns.sum(axis=0)
         sums, made = np.zeros((len(spikes), columns.shape[1]), self.dtype), 0
         for row in np.flatnonzero(self.reading):
-            now, ways = spikes[row], [(spikes[row], spikes[row] & False, 0)]
+            current, ways = spikes[row], [(spikes[row], spikes[row] & False, 0)]
             if self.shortest:
-                ways.append((now & False, ~now, self.totals[key]))
+                ways.append((current & False, ~current, self.totals[key]))
             if self.shortest and key in before:
                 last = before[norm, population, "spikes"][row]
-                ways.append((now & ~last, last & ~now, before[key][row]))
+                ways.append((current & ~last, last & ~current, before[key][row]))
             plus, minus, start = min(ways, key=lambda way: way[0].sum() + way[1].sum())
             sums[row] = start + columns[plus].sum(axis=0) - columns[minus].sum(axis=0)
             made += int(plus.sum() + minus.sum()) * columns.shape[1]

@@ -50,12 +50,13 @@ class Program:
         weight = stored[name].astype(self.dtype)
         return weight * stored[f"{name}/scale"].astype(self.dtype) if f"{name}/scale" in stored.files else weight
 
-    def run(self, ids, lengths, watch=(), forced=None):
+    def run(self, ids, lengths, watch=(), teacher_forced=None):
         """Read sentences ids `(B, T)`, of `lengths` `(B,)` tokens each from the left.
 
         Args:
-            watch: names of nodes. forced: of some nodes the values `(B, T, n)` that the nodes behind them get, in place
-                of what was computed ("teacher forcing": recorded spikes, so that a difference cannot spread).
+            watch: names of nodes.
+            teacher_forced: of some nodes the values `(B, T, n)` that the nodes behind them get, in place of what was
+                computed: recorded spikes, so that a difference cannot spread.
 
         Returns:
             logits `(B, labels)`, and of each node in `watch` its values `(B, T, n)`, 0 behind a sentence's end.
@@ -64,7 +65,7 @@ class Program:
         for t in range(ids.shape[1]):
             before, state = state, {}
             self.reading = reading = t < np.asarray(lengths)  # of each sentence, whether it still goes on
-            self.forced = {name: values[:, t].astype(self.dtype) for name, values in (forced or {}).items()}
+            self.teacher_forced = {name: x[:, t].astype(self.dtype) for name, x in (teacher_forced or {}).items()}
             values = self.step(ids[:, t], before, state)
             state = {name: _keep(reading, new, before.get(name)) for name, new in state.items()}
             for name in watch:
@@ -77,7 +78,7 @@ class Program:
         for node in self.nodes:
             inputs = [values[name] for name in node["inputs"]]
             value = getattr(self, node["op"])(node, inputs, before.get(node["name"]), after)
-            values[node["name"]] = self.forced.get(node["name"], value)
+            values[node["name"]] = self.teacher_forced.get(node["name"], value)
         return values
 
     def classify(self, state):

@@ -59,7 +59,9 @@ def lowered(node: dict) -> np.ndarray:
     return np.nextafter(np.float32(node["v_threshold"]), np.float32(-np.inf))
 
 
-def of(node: dict, units: int, parts: list[tuple[str, str]], weights: dict[str, np.ndarray]) -> dict[str, nir.NIRGraph]:
+def islands_for(
+    node: dict, units: int, parts: list[tuple[str, str]], weights: dict[str, np.ndarray]
+) -> dict[str, nir.NIRGraph]:
     """A population's islands by file name: its neurons alone, and with the matrices before them where there are any.
 
     Args:

@@ -71,9 +71,9 @@ def _count(bundle: Bundle) -> tuple[dict[str, Counter], dict[str, Counter]]:
     watch = {node["inputs"][0] for node in matrices.values()}
     nonzero = {name: (bundle.weights[node["weight"]] != 0).sum(axis=0) for name, node in matrices.items()}
     for rows, T in bundle.rows():
-        forced = {name: trace["spikes"][rows, :T] for name, trace in bundle.traces.items()}
+        teacher_forced = {name: trace["spikes"][rows, :T] for name, trace in bundle.traces.items()}
         ids, lengths = bundle.sentences["ids"][rows, :T], bundle.sentences["lengths"][rows]
-        _, seen = program.run(ids, lengths, watch, forced)
+        _, seen = program.run(ids, lengths, watch, teacher_forced)
         for name, node in matrices.items():
             x = seen[node["inputs"][0]]
             x = np.abs(_pooled(x, lengths, pool["kind"]) if node is pool else x[bundle.real[rows, :T]])

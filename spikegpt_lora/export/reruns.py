@@ -6,7 +6,7 @@ Interpreter: with the recorded spikes it gives the recorded currents. From token
 Simulators: run the islands on the recorded currents; every spike must be the recorded one. Islands with weights get
     what the matrix reads and do the product themselves; a neuron whose first difference lies within MARGIN of the
     threshold is counted as rounding. Before, each simulator has to get an island wrong that is wrong on purpose
-    (`simulators.control`).
+    (`simulators.self_test`).
 """
 
 import numpy as np
@@ -26,12 +26,12 @@ def check_interpreter(bundle: Bundle, found: Findings) -> dict:
     counts |= {"farthest_first_flip": 0.0, "different_predictions": 0}
     for rows, T in found.progress(list(bundle.rows()), "interpreter"):
         ids, lengths, real = sentences["ids"][rows, :T], sentences["lengths"][rows], bundle.real[rows, :T, None]
-        logits, forced = _forced(bundle, rows, T, [node["inputs"][0] for node in bundle.neurons])
+        logits, teacher_forced = _teacher_forced(bundle, rows, T, [node["inputs"][0] for node in bundle.neurons])
         for i in np.flatnonzero(~_close(logits, sentences["logits"][rows]).all(axis=1)):
             found.add(f"interpreter: other logits than recorded for sample {rows[i]}")
         for node in bundle.neurons:
             recorded = bundle.traces[node["name"]]["current"][rows, :T]
-            apart = ~_close(forced[node["inputs"][0]], recorded) & real
+            apart = ~_close(teacher_forced[node["inputs"][0]], recorded) & real
             found.first("interpreter: another current than recorded", node["name"], apart, rows)
         logits, seen = bundle.program.run(ids, lengths, list(bundle.trace.spikes))
         answers = logits.argmax(axis=1) != sentences["logits"][rows].argmax(axis=1)
@@ -48,7 +48,7 @@ def _close(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
     return np.abs(ours - recorded) <= CLOSE * max(1.0, float(np.sqrt(np.square(recorded, dtype=np.float64).mean())))
 
 
-def _forced(bundle: Bundle, rows: np.ndarray, T: int, names) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _teacher_forced(bundle: Bundle, rows: np.ndarray, T: int, names) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits, and values of nodes `(b, T, n)`, where the recorded spikes stand in for the interpreter's own."""
     recorded = {name: trace["spikes"][rows, :T] for name, trace in bundle.traces.items()}
     ids, lengths = bundle.sentences["ids"][rows, :T], bundle.sentences["lengths"][rows]
@@ -86,7 +86,7 @@ def check_simulators(bundle: Bundle, found: Findings) -> dict:
     results |= {name: _start(name, version, found) for name, version in here.items()}
     parts = {node["name"]: weights_before(bundle.nodes, node) for node in bundle.neurons}
     for rows, T in found.progress(list(bundle.rows()), "simulators") if here else []:
-        _, reads = _forced(bundle, rows, T, [name for reads in parts.values() for name, _ in reads])
+        _, reads = _teacher_forced(bundle, rows, T, [name for reads in parts.values() for name, _ in reads])
         for node in bundle.neurons:
             for simulator in here:
                 if reason := unable(simulator, node):
@@ -103,7 +103,7 @@ def check_simulators(bundle: Bundle, found: Findings) -> dict:
 
 
 def _start(simulator: str, version: str, found: Findings) -> dict:
-    control = simulators.control(simulator)
+    control = simulators.self_test(simulator)
     if control["wrong"] or not control["wrong_on_purpose"]:
         found.add(f"{simulator}: this check cannot tell right from wrong with it ({control})")
     return {"version": version, "control": control, "left_out": {}} | {

@@ -85,7 +85,7 @@ def blind(simulator: str, node: dict) -> np.ndarray | None:
     return np.float32(node["v_threshold"]) - lowered(node) if simulator in FIRE_AT else None
 
 
-def control(simulator: str) -> dict:
+def self_test(simulator: str) -> dict:
     """Whether a wrong island would be seen: int8 weights that make membranes end exactly on the threshold.
 
     Returns:

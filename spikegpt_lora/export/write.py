@@ -24,7 +24,7 @@ import nir
 import numpy as np
 from torch import nn
 
-from ..convert.weights import WEIGHTS, prepared
+from ..convert.weights import WEIGHTS, quantized_copy
 from ..observe.operations import as_json, count_operations
 from ..observe.traces import SpikeTrace, read, record_spikes
 from ..utils.files import UNFINISHED, whole_file, write_json, write_text
@@ -41,7 +41,7 @@ from .event_driven import measure
 from .events import save_events
 from .graph import Graph, graph_of, weights_before
 from .interpreter import Program
-from .sentences import aligned, batch_of, by_length
+from .sentences import batch_of, by_length, left_aligned
 
 PACKAGES = ("spikegpt_lora", "torch", "spikingjelly", "nir", "numpy")
 
@@ -79,7 +79,7 @@ def export_bundle(
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     graph_of(model)  # refuses by name what the rest would stumble over
-    model = prepared(model, weights)
+    model = quantized_copy(model, weights)
     graph = graph_of(model)
     neurons = [node for node in graph.nodes if node["op"] == "lif"]
     if reasons := [reason for node in neurons for reason in islands.refusals(node)]:
@@ -108,7 +108,7 @@ def _require_sentences(trace: SpikeTrace, classes: int) -> None:
 def _write(folder: Path, model, graph: Graph, batch, trace: SpikeTrace, weights, event_driven, progress) -> None:
     """Every file of a bundle into `folder`, the manifest last."""
     graph.save(folder, int8=weights == "int8")
-    (ids, lengths), logits = aligned(batch), read(model, batch).logits.cpu().numpy()
+    (ids, lengths), logits = left_aligned(batch), read(model, batch).logits.cpu().numpy()
     texts = {"labels": trace.labels, "tokens": trace.tokens, "words": trace.words}
     with whole_file(folder / "sentences.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, ids=ids, logits=logits, lengths=lengths, **texts)
@@ -118,7 +118,7 @@ def _write(folder: Path, model, graph: Graph, batch, trace: SpikeTrace, weights,
     for node in graph.nodes:
         if node["op"] == "lif":
             units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
-            for file, island in islands.of(node, units, parts, graph.weights).items():
+            for file, island in islands.islands_for(node, units, parts, graph.weights).items():
                 nir.write(str(folder / "islands" / file), island)
     compare = partial(compare_in_float64, model, batch, progress=progress)
     compared, cost = compare(Program(folder, np.float64), "interpreter"), {}
@@ -133,7 +133,7 @@ def _write(folder: Path, model, graph: Graph, batch, trace: SpikeTrace, weights,
         **statements(trace, graph.nodes, graph.labels, logits),
         "checks": {"exported": compared},
     }
-    seal(folder, manifest, hashes_of(folder))
+    write_manifest(folder, manifest)
 
 
 def statements(trace: SpikeTrace, nodes: list[dict], classes: list[str], logits: np.ndarray) -> dict:
@@ -150,9 +150,9 @@ def statements(trace: SpikeTrace, nodes: list[dict], classes: list[str], logits:
     }
 
 
-def unlike(bundle: Bundle, model: nn.Module, batch: Mapping, weights: str, event_driven: bool) -> str | None:
+def first_difference(bundle: Bundle, model: nn.Module, batch: Mapping, weights: str, event_driven: bool) -> str | None:
     """What a bundle has that `export_bundle` with these arguments would write otherwise; None if nothing."""
-    graph, (ids, lengths) = graph_of(prepared(model, weights)), aligned(batch)
+    graph, (ids, lengths) = graph_of(quantized_copy(model, weights)), left_aligned(batch)
     given = batch["labels"].cpu().numpy() if "labels" in batch else np.full(len(ids), -1)
     same_weights = graph.weights.keys() == bundle.weights.keys() and all(
         np.array_equal(bundle.weights[name], weight) for name, weight in graph.weights.items()
@@ -222,7 +222,7 @@ def compare_in_float64(model: nn.Module, batch: Mapping, program: Program, text:
     Raises:
         ValueError: spikes or logits differ.
     """
-    double, (ids, lengths) = copy.deepcopy(model).double(), aligned(batch)
+    double, (ids, lengths) = copy.deepcopy(model).double(), left_aligned(batch)
     steps, wrong, apart, answers = 0, 0, 0.0, 0
     for rows in progress(list(by_length(lengths)), text):
         part = batch_of(ids, lengths, rows)
@@ -248,13 +248,9 @@ def compare_in_float64(model: nn.Module, batch: Mapping, program: Program, text:
     }
 
 
-def seal(folder: Path, manifest: dict, hashes: dict[str, str]) -> None:
-    """Write the manifest with the other files' hashes, and its own beside it."""
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Write the manifest with the hash of every other file by its path in the bundle, and its own beside it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in MANIFEST)
+    hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
     write_json(folder / "manifest.json", manifest | {"sha256": hashes})
     write_text(folder / "manifest.json.sha256", own_hash(folder))
-
-
-def hashes_of(folder: Path) -> dict[str, str]:
-    """sha256 of every file but the manifest, by its path in the bundle."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in MANIFEST)
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}

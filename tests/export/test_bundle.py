@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from test_interpreter import model_with, sentences
 
 from spikegpt_lora.adapters import SpikeAdaLoraConfig, SpikeGate
-from spikegpt_lora.convert.weights import prepared, quantize
+from spikegpt_lora.convert.weights import quantize, quantized_copy
 from spikegpt_lora.export import (
     AddressEventDataset,
     Bundle,
@@ -30,8 +30,8 @@ from spikegpt_lora.export.__main__ import main
 from spikegpt_lora.export.graph import graph_of
 from spikegpt_lora.export.interpreter import Program
 from spikegpt_lora.export.reruns import unable
-from spikegpt_lora.export.sentences import aligned
-from spikegpt_lora.export.write import hashes_of, seal
+from spikegpt_lora.export.sentences import left_aligned
+from spikegpt_lora.export.write import write_manifest
 from spikegpt_lora.utils.files import UNFINISHED
 
 ADAPTED = ["none", "lora", "graded", "binary", "token"]
@@ -63,7 +63,7 @@ def copy(graded, tmp_path):
 
 def reseal(folder):
     """The hashes of what lies there now: a forger's."""
-    seal(folder, json.loads((folder / "manifest.json").read_text()), hashes_of(folder))
+    write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
 
 
 @pytest.mark.parametrize(("adapter", "weights"), [*((one, "float32") for one in ADAPTED), ("graded", "int8")])
@@ -134,7 +134,7 @@ def test_the_shortest_form_adds_less_and_nothing_is_lost_between_layers(graded):
 @pytest.mark.parametrize("simulator", simulators.SIMULATORS)
 def test_the_control_island_fails_only_with_a_threshold_that_is_wrong_on_purpose(simulator):
     pytest.importorskip(simulators.SIMULATORS[simulator])
-    control = simulators.control(simulator)
+    control = simulators.self_test(simulator)
     assert control["ties"] > 10 and control["wrong"] == 0 and control["wrong_on_purpose"] > 10
 
 
@@ -360,10 +360,10 @@ def test_a_scaling_that_is_no_power_of_two_is_in_the_weight(tmp_path):
     for module in model.modules():
         if hasattr(module, "scaling"):
             module.scaling["default"] = 1.3
-    graph = graph_of(prepared(model))
+    graph = graph_of(quantized_copy(model))
     graph.save(tmp_path)
     batch = batch_of()
-    logits, _ = Program(tmp_path, np.float64).run(*aligned(batch))
+    logits, _ = Program(tmp_path, np.float64).run(*left_aligned(batch))
     wanted = model.double()(batch["input_ids"], batch["attention_mask"]).logits.detach().numpy()
     assert np.abs(logits - wanted).max() < 1e-5
 
