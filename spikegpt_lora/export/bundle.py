@@ -1,6 +1,5 @@
 """A bundle as it lies in a folder: its files read as ones that nobody vouches for."""
 
-import hashlib
 import stat
 from collections.abc import Iterator
 from functools import cached_property
@@ -20,19 +19,8 @@ from .shapes import read_weights, sizes_of
 from .untrusted import reading, require, require_plain_hdf5, room
 
 SCHEMA = "spikegpt_lora/bundle/1"
-MANIFEST = ("manifest.json", "manifest.json.sha256")
 PARTS = ("cost.json", "events.npz", "graph.json", "sentences.npz", "traces.h5", "weights.npz")  # beside islands/*.nir
 LARGEST_JSON = 1 << 24  # bytes
-CONVENTIONS = {
-    "time step": "one token: dt = 1e-4 s in .nir files, 1 in traces.h5",
-    "tau": "in tokens; in .nir files times 1e-4 s",
-    "order": "charge, fire, reset",
-    "charge": "h = v + (x - (v - v_reset)) / tau",
-    "fire": "h >= v_threshold; in .nir files h > the float32 below it",
-    "reset": "v = v_reset where it fired, else h",
-    "start": "v = v_reset before a sentence's first token; populations with from_rest: before every token",
-    "arrays": "sentences left-aligned, zeros behind their ends",
-}
 
 
 class Bundle:
@@ -215,16 +203,3 @@ def _require_array(path: Path, name: str, array: np.ndarray, kinds: tuple, shape
 
 def _within(values: np.ndarray, first: int, end) -> bool:
     return bool(((values >= first) & (values < end)).all())
-
-
-def own_hash(folder: Path) -> str:
-    """What manifest.json.sha256 holds."""
-    return f"{sha256(folder / 'manifest.json')}  manifest.json\n"
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

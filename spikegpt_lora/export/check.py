@@ -16,20 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ..convert.weights import WEIGHTS
 from . import islands
-from .bundle import (
-    MANIFEST,
-    PARTS,
-    Bundle,
-    own_hash,
-    sha256,
-)
+from .bundle import PARTS, Bundle
 from .events import events_of
 from .findings import Findings
 from .graph import weights_before
+from .manifest import MANIFEST, own_hash, sha256, statements
 from .recount import check_costs
 from .reruns import check_interpreter, check_simulators
-from .write import WEIGHTS, statements
 
 LARGEST = 1 << 34  # bytes of a file: a sparse one is read for hours
 SINCE = ("classes", "labelled", "right")  # statements that manifests of the first version do not make

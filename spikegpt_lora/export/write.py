@@ -13,7 +13,6 @@
 `bundle.py` reads it. `check.py` needs nothing of the model to find out whether a bundle is what it says.
 """
 
-import copy
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -27,21 +26,16 @@ from torch import nn
 from ..convert.weights import WEIGHTS, quantized_copy
 from ..observe.operations import as_json, count_operations
 from ..observe.traces import SpikeTrace, read, record_spikes
-from ..utils.files import UNFINISHED, whole_file, write_json, write_text
+from ..utils.files import UNFINISHED, whole_file, write_json
 from . import islands
-from .bundle import (
-    CONVENTIONS,
-    MANIFEST,
-    SCHEMA,
-    Bundle,
-    own_hash,
-    sha256,
-)
+from .bundle import SCHEMA, Bundle
 from .event_driven import measure
 from .events import save_events
 from .graph import Graph, graph_of, weights_before
 from .interpreter import Program
-from .sentences import batch_of, by_length, left_aligned
+from .manifest import statements, write_manifest
+from .sentences import left_aligned
+from .verify import compare_in_float64
 
 PACKAGES = ("spikegpt_lora", "torch", "spikingjelly", "nir", "numpy")
 
@@ -136,20 +130,6 @@ def _write(folder: Path, model, graph: Graph, batch, trace: SpikeTrace, weights,
     write_manifest(folder, manifest)
 
 
-def statements(trace: SpikeTrace, nodes: list[dict], classes: list[str], logits: np.ndarray) -> dict:
-    """What the manifest says that graph and traces say too."""
-    return {
-        "sentences": len(trace.lengths),
-        "tokens": int(trace.lengths.sum()),
-        "classes": classes,
-        "labelled": int((trace.labels >= 0).sum()),
-        "right": int((trace.labels == logits.argmax(axis=1)).sum()),
-        "conventions": CONVENTIONS,
-        "populations": [population(trace, name, nodes) for name in trace.spikes],
-        "host": _host(nodes),
-    }
-
-
 def first_difference(bundle: Bundle, model: nn.Module, batch: Mapping, weights: str, event_driven: bool) -> str | None:
     """What a bundle has that `export_bundle` with these arguments would write otherwise; None if nothing."""
     graph, (ids, lengths) = graph_of(quantized_copy(model, weights)), left_aligned(batch)
@@ -178,79 +158,3 @@ def _save_traces(trace: SpikeTrace, path: Path) -> None:
         nodes[name] = nir.NIRNodeData(seen)
     with whole_file(path) as temporary:
         nir.write_data(temporary, nir.NIRGraphData(nodes))
-
-
-def population(trace: SpikeTrace, name: str, nodes: list[dict]) -> dict:
-    """What the manifest says of one population."""
-    node = next((node for node in nodes if node["name"] == name), None)
-    neurons = node is not None and node["op"] == "lif"
-    files = [f"islands/{name}.nir"] if neurons else []
-    if neurons and weights_before(nodes, node):
-        files.append(f"islands/{name}.weights.nir")
-    return {
-        "name": name,
-        "n": trace.spikes[name].shape[-1],
-        "kind": "graded" if name in trace.values else "binary",
-        "from_rest": node["from_rest"] if neurons else True,
-        "islands": files,
-        "firing_rate": trace.firing_rate(name),
-        "spikes_per_token": trace.spikes_per_token(name),
-    }
-
-
-def _host(nodes: list[dict]) -> dict:
-    """The operations that are in no island, by kind."""
-    neurons = [node for node in nodes if node["op"] == "lif"]
-    inside = {weight for node in neurons for _, weight in weights_before(nodes, node)}
-    operations: dict[str, list[str]] = {}
-    for node in nodes:
-        if node["op"] != "lif" and node.get("weight") not in inside:
-            operations.setdefault(node["op"], []).append(node["name"])
-    return {
-        "operations": operations,
-        "why": "NIR has no LayerNorm, exponential, division or product of two signals, and simulators no delay; "
-        "graph.json has all of it, in order, and interpreter.py runs it",
-    }
-
-
-def compare_in_float64(model: nn.Module, batch: Mapping, program: Program, text: str, progress) -> dict:
-    """A program of the interpreter against the model in float64, where both have no rounding to speak of.
-
-    Returns:
-        sentences, tokens, neuron steps, spikes and predictions that differ, and the largest difference of a logit.
-
-    Raises:
-        ValueError: spikes or logits differ.
-    """
-    double, (ids, lengths) = copy.deepcopy(model).double(), left_aligned(batch)
-    steps, wrong, apart, answers = 0, 0, 0.0, 0
-    for rows in progress(list(by_length(lengths)), text):
-        part = batch_of(ids, lengths, rows)
-        trace, theirs = record_spikes(double, part), read(double, part).logits.cpu().numpy()
-        ours, seen = program.run(part["input_ids"].numpy(), lengths[rows], list(trace.spikes))
-        wrong += sum(int((seen[name] != trace.spikes[name]).sum()) for name in trace.spikes)
-        steps += int(lengths[rows].sum()) * sum(spikes.shape[-1] for spikes in trace.spikes.values())
-        apart = max(apart, float(np.abs(ours - theirs).max()))
-        answers += int((ours.argmax(axis=1) != theirs.argmax(axis=1)).sum())
-    if wrong or not apart < 1e-6:
-        raise ValueError(
-            f"the {text} does not compute what the model does: {wrong} of {steps} spikes differ, logits by up to "
-            f"{apart:.1e}. Something in this model is unlike SpikeGPT with plain adapters; please report it"
-        )
-    return {
-        "dtype": "float64",
-        "sentences": len(ids),
-        "tokens": int(lengths.sum()),
-        "steps": steps,
-        "different_spikes": wrong,
-        "different_predictions": answers,
-        "largest_logit_difference": apart,
-    }
-
-
-def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write the manifest with the hash of every other file by its path in the bundle, and its own beside it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in MANIFEST)
-    hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-    write_json(folder / "manifest.json", manifest | {"sha256": hashes})
-    write_text(folder / "manifest.json.sha256", own_hash(folder))

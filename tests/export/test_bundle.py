@@ -29,9 +29,9 @@ from spikegpt_lora.export import (
 from spikegpt_lora.export.__main__ import main
 from spikegpt_lora.export.graph import graph_of
 from spikegpt_lora.export.interpreter import Program
+from spikegpt_lora.export.manifest import write_manifest
 from spikegpt_lora.export.reruns import unable
 from spikegpt_lora.export.sentences import left_aligned
-from spikegpt_lora.export.write import write_manifest
 from spikegpt_lora.utils.files import UNFINISHED
 
 ADAPTED = ["none", "lora", "graded", "binary", "token"]
