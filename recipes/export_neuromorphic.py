@@ -175,11 +175,10 @@ def costs(bundle: Bundle) -> str:
         ["dense int8 MACs, for comparison", [done["dense_macs"]], energy["dense_int8"], None],
     ]
     if form := cost.get("event_driven"):
-        for name, one in (("event-driven form", form), ("the shortest of three ways", form["shortest"])):
-            counts = [one["additions"], one["products"], sum(one["rescaling"].values())]
-            what = f"{name}: additions, products, rescaling"
-            rows.append([what, counts, one["arithmetic_energy"]["fp32"], one["memory_energy"]])
-        rows.append(["of these additions, the embedding's", [form["shortest"]["embedding_additions"]], None, None])
+        counts = [form["additions"], form["products"], sum(form["rescaling"].values())]
+        what = "event-driven form: additions, products, rescaling"
+        rows.append([what, counts, form["arithmetic_energy"]["fp32"], form["memory_energy"]])
+        rows.append(["of these additions, the embedding's", [form["embedding_additions"]], None, None])
     cells = []
     for name, counts, arithmetic, memory in rows:
         places = [None, None] if memory is None else [memory["sram_1_mib"], memory["dram"]]

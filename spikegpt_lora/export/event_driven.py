@@ -1,6 +1,6 @@
-"""What a model would cost in the event-driven form of `interpreter.EventDriven`: counted while it runs, in float64.
+"""The event-driven form of a bundle: additions at spikes in place of products, and what they cost, counted as it runs.
 
-This column stands beside the operations as executed and is never added to them. Counts are per real token:
+The cost column stands beside the operations as executed and is never added to them. Counts are per real token:
 
     additions           columns of matrices added where neurons spiked, one for each of their rows
     products            what reads no spikes: att.output, ffn.value (zeros skipped), B of graded gates
@@ -32,19 +32,16 @@ class EventDriven(Program):
     stays a product reads no spikes: att.output (sigmoid times WKV), ffn.value (squared ReLU, zeros are skipped), and B
     of a graded gate, one column times one value a spike.
 
-    Args:
-        shortest: get each population's part of S in the shortest of three ways: add where there are spikes; subtract
-            from the sum of all columns where there are none; change the last token's part where spikes changed.
-
     additions: so far, by (what reads, what spikes), counted where they are made. products: so far, by layer. rescaling:
     additions and products that turn sums into what layers give, whatever spikes.
     """
 
-    def __init__(self, folder, dtype=np.float32, shortest=False):
+    def __init__(self, folder, dtype=np.float32):
         super().__init__(folder, dtype)
-        self.shortest, self.totals, self.additions, self.products = shortest, {}, {}, {}
+        self.additions, self.products = {}, {}
         self.rescaling = {"additions": 0, "products": 0}
         self.by_name = {node["name"]: node for node in self.nodes}
+        self.embedding = self.by_name["ln0"]["inputs"][0]  # the population that ln0 reads
         self.readers = {}  # name of a layer norm -> the linear layers that read mixes of it: layer, share, weight
         for node in self.nodes:
             source = self.by_name.get(node["inputs"][0])
@@ -92,11 +89,10 @@ class EventDriven(Program):
     def _norm(self, node, populations, values, before, after):
         """What all readers of this layer norm get, from its statistics and the sums at spikes."""
         name, form = node["name"], self.forms[node["name"]]
-        embedding = self.by_name["ln0"]["inputs"][0]
-        sums = self._sum(name, embedding, form["ln0 columns"], values, before, after)
+        sums = self._sum(name, self.embedding, form["ln0 columns"], values)
         sums = self._normed(self.by_name["ln0"], sums, form["ln0 constant"], values)
         for population in populations:
-            sums = sums + self._sum(name, population, form["columns"], values, before, after)
+            sums = sums + self._sum(name, population, form["columns"], values)
             self._rescaled(sums, additions=1)
         current, previous = np.split(self._normed(node, sums, form["constant"], values), 2, axis=1)
         after[name] = previous
@@ -115,25 +111,14 @@ class EventDriven(Program):
         for kind, each in operations.items():
             self.rescaling[kind] += each * sums.shape[1] * int(np.sum(self.reading))
 
-    def _sum(self, norm, population, columns, values, before, after):
+    def _sum(self, norm, population, columns, values):
         """The sum of the columns `(C, rows)` where the population `(B, C)` spikes, `(B, rows)`."""
         spikes, key = values[population] > 0, (norm, population)
-        if self.shortest and key not in self.totals:
-            self.totals[key] = columns.sum(axis=0)
-        sums, made = np.zeros((len(spikes), columns.shape[1]), self.dtype), 0
+        sums = np.zeros((len(spikes), columns.shape[1]), self.dtype)
         for row in np.flatnonzero(self.reading):
-            current, ways = spikes[row], [(spikes[row], spikes[row] & False, 0)]
-            if self.shortest:
-                ways.append((current & False, ~current, self.totals[key]))
-            if self.shortest and key in before:
-                last = before[norm, population, "spikes"][row]
-                ways.append((current & ~last, last & ~current, before[key][row]))
-            plus, minus, start = min(ways, key=lambda way: way[0].sum() + way[1].sum())
-            sums[row] = start + columns[plus].sum(axis=0) - columns[minus].sum(axis=0)
-            made += int(plus.sum() + minus.sum()) * columns.shape[1]
+            sums[row] = columns[spikes[row]].sum(axis=0)
+        made = int(spikes[self.reading].sum()) * columns.shape[1]
         self.additions[key] = self.additions.get(key, 0) + made
-        if self.shortest:
-            after[key], after[norm, population, "spikes"] = sums, spikes
         return sums
 
     def _product(self, node, x):
@@ -150,7 +135,6 @@ class EventDriven(Program):
 def counts(program: EventDriven, tokens: int) -> dict:
     """What `program` did in `tokens` tokens, by layer and in total."""
     layers = {name: {"additions": 0.0, "products": made / tokens} for name, made in program.products.items()}
-    embedding = program.by_name["ln0"]["inputs"][0]
     for (reader, _), made in program.additions.items():
         for name, share in _shares(program, reader):
             layers.setdefault(name, {"additions": 0.0, "products": 0.0})["additions"] += share * made / tokens
@@ -162,7 +146,8 @@ def counts(program: EventDriven, tokens: int) -> dict:
         "additions": additions,
         "products": products,
         "rescaling": rescaling,
-        "embedding_additions": sum(made for (_, of), made in program.additions.items() if of == embedding) / tokens,
+        "embedding_additions": sum(made for (_, of), made in program.additions.items() if of == program.embedding)
+        / tokens,
         "layers": layers,
         "weight_reads": reads,
         "memory_energy": memory_energy(reads),
@@ -181,32 +166,6 @@ def _shares(program: EventDriven, reader: str) -> list[tuple[str, float]]:
     return [(name, size / sum(rows.values())) for name, size in rows.items()]
 
 
-def table(program: EventDriven) -> dict:
-    """The way round the embedding's additions: one row for each token of the vocabulary, in place of its spikes.
-
-    Returns:
-        values: in the table, float32 each. reads: of them a token, in place of `embedding_additions`.
-    """
-    embedding = program.weights[program.by_name[program.by_name["ln0"]["inputs"][0]]["weight"]]
-    rows = sum(form["columns"].shape[1] for form in program.forms.values())
-    return {"values": len(embedding) * rows, "reads": rows}
-
-
-def measure(folder, compare) -> dict:
-    """The event-driven form of a bundle, and what makes it smaller.
-
-    Args:
-        compare: runs a program on the bundle's sentences beside the model, and returns how they compare.
-    """
-    plain, shortest = EventDriven(folder, np.float64), EventDriven(folder, np.float64, shortest=True)
-    compared = compare(plain, "event-driven form"), compare(shortest, "event-driven form, shortest")
-    tokens = compared[0]["tokens"]
-    small = counts(shortest, tokens)
-    del small["layers"]
-    small["kept"] = sum(len(total) for total in shortest.totals.values())  # sums read and written again every token
-    return {
-        **counts(plain, tokens),
-        "compared": compared[0],
-        "shortest": small | {"compared": compared[1]},
-        "table": table(plain),
-    }
+def measure(program: EventDriven, compared: dict) -> dict:
+    """What `program` did while it was compared with the model (`verify.compare`), and how they compared."""
+    return {**counts(program, compared["tokens"]), "compared": compared}

@@ -28,6 +28,9 @@ def summary(results: dict) -> str:
     lines = []
     if "files" in results:
         lines.append(f"files: {results['files']} with the right hashes")
+    if "costs" in results:
+        parts = " and ".join(results["costs"]["not_recomputed"])
+        lines.append(f"costs: {parts} of an earlier version, no longer recomputed: nothing is known of them")
     if "neurons" in results:
         lines.append("neurons: {steps:,} steps of {populations} populations recomputed".format(**results["neurons"]))
     if "interpreter" in results:

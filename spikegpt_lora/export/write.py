@@ -29,7 +29,7 @@ from ..observe.traces import SpikeTrace, read, record_spikes
 from ..utils.files import UNFINISHED, whole_file, write_json
 from . import islands
 from .bundle import SCHEMA, Bundle
-from .event_driven import measure
+from .event_driven import EventDriven, measure
 from .events import save_events
 from .graph import Graph, graph_of, weights_before
 from .interpreter import Program
@@ -118,7 +118,8 @@ def _write(folder: Path, model, graph: Graph, batch, trace: SpikeTrace, weights,
     compared, cost = compare(Program(folder, np.float64), "interpreter"), {}
     cost["as_executed"] = as_json(count_operations(model, [batch]))
     if event_driven:
-        cost["event_driven"] = measure(folder, compare)
+        program = EventDriven(folder, np.float64)
+        cost["event_driven"] = measure(program, compare(program, "event-driven form"))
     write_json(folder / "cost.json", cost)
     manifest = {
         "schema": SCHEMA,
