@@ -25,6 +25,7 @@ from .graph import weights_before
 from .manifest import MANIFEST, own_hash, sha256, statements
 from .recount import check_costs
 from .reruns import check_interpreter, check_simulators
+from .simulators import run_neurons
 
 LARGEST = 1 << 34  # bytes of a file: a sparse one is read for hours
 SINCE = ("classes", "labelled", "right")  # statements that manifests of the first version do not make
@@ -142,7 +143,7 @@ def _check_neurons(bundle: Bundle, found: Findings) -> dict:
     steps = 0
     for node in bundle.neurons:
         trace = bundle.traces[node["name"]]
-        _, spikes = islands.charge(node, trace["current"])
+        _, spikes = run_neurons(node, trace["current"])
         different = (spikes != trace["spikes"]) & bundle.real[..., None]
         found.first("traces.h5: spikes are not what the currents give", node["name"], different)
         steps += int(bundle.real.sum()) * spikes.shape[-1]

@@ -78,8 +78,7 @@ class EventDriven(Program):
             elif node["op"] == "linear":
                 values[name] = self._product(node, inputs[0])
             elif node["op"] not in ("delay", "mix"):  # these two are carried by the sums
-                value = getattr(self, node["op"])(node, inputs, before.get(name), after)
-                values[name] = self.teacher_forced.get(name, value)
+                values[name] = self.value(node, inputs, before, after)
             if name == "ln0":
                 events[name] = []
             elif node["op"] == "add" and source in events:

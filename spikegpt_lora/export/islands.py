@@ -89,22 +89,3 @@ def _equal(one, other) -> bool:
         return isinstance(one, dict) and one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in other)
     one = one.decode() if isinstance(one, bytes) else one
     return np.array_equal(np.asarray(one), np.asarray(other))
-
-
-def charge(node: dict, current: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Membrane before the reset and spikes, `(B, T, n)` both, of a "lif" with these currents: the definition, in numpy.
-
-    In the currents' dtype, with the operations in the model's order.
-    """
-    kind = current.dtype.type
-    tau, threshold = (np.asarray(node[key]).astype(current.dtype) for key in ("tau", "v_threshold"))
-    rest = kind(node["v_reset"] or 0)
-    h, spikes = np.empty_like(current), np.empty(current.shape, bool)
-    v = np.full_like(current[:, 0], rest)
-    for t in range(current.shape[1]):
-        h[:, t] = v + (current[:, t] - (v - rest)) / tau
-        spikes[:, t] = h[:, t] >= threshold
-        v = h[:, t] - spikes[:, t] * threshold if node["v_reset"] is None else np.where(spikes[:, t], rest, h[:, t])
-        if node["from_rest"]:
-            v = np.full_like(v, rest)
-    return h, spikes

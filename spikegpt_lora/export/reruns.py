@@ -11,10 +11,11 @@ Simulators: run the islands on the recorded currents; every spike must be the re
 
 import numpy as np
 
-from . import islands, simulators
+from . import simulators
 from .bundle import Bundle
 from .findings import Findings
 from .graph import weights_before
+from .simulators import run_neurons
 
 MARGIN = 1e-5  # of a membrane from its threshold
 CLOSE = 1e-4  # of currents and logits in float32 by two ways, in units of their root mean square, 1 at least
@@ -72,7 +73,7 @@ def _judge(bundle: Bundle, row: int, name: str, step: int, unit: int, counts: di
     if node is None:
         found.add(where)
         return
-    h, _ = islands.charge(node, bundle.traces[name]["current"][row : row + 1])
+    h, _ = run_neurons(node, bundle.traces[name]["current"][row : row + 1])
     distance = abs(float(h[0, step, unit]) - float(np.broadcast_to(np.float32(node["v_threshold"]), h.shape[-1])[unit]))
     counts["sentences_with_a_flip"] += 1
     counts["farthest_first_flip"] = max(counts["farthest_first_flip"], distance)
@@ -139,7 +140,7 @@ def _replay(bundle: Bundle, simulator: str, node: dict, rows, T: int, read, coun
 
 def _rounded(node: dict, current: np.ndarray, different: np.ndarray, margin) -> np.ndarray:
     """Of the differences `(b, t, n)`, those of neurons whose first one lies within `margin` of the threshold."""
-    h, _ = islands.charge(node, current)
+    h, _ = run_neurons(node, current)
     near = np.abs(h - np.float32(node["v_threshold"])) <= margin
     if node["from_rest"]:
         return different & near

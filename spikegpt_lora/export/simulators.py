@@ -9,7 +9,8 @@ import nir
 import numpy as np
 import torch
 
-from .islands import DT, charge, island, lowered
+from .interpreter import NEURONS
+from .islands import DT, island, lowered
 
 SIMULATORS = {"snnTorch": "snntorch", "Norse": "norse", "spikingjelly": "spikingjelly"}  # and their packages
 IMPORTER = "nirtorch"  # which all of them need to read NIR files
@@ -85,6 +86,16 @@ def blind(simulator: str, node: dict) -> np.ndarray | None:
     return np.float32(node["v_threshold"]) - lowered(node) if simulator in FIRE_AT else None
 
 
+def run_neurons(node: dict, currents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Membranes before the reset, and spikes (int8), both `(B, T, n)`, of a population with these currents `(B, T, n)`:
+    the interpreter's own neurons, in the currents' dtype."""
+    h, spikes = np.empty_like(currents), np.empty(currents.shape, np.int8)
+    v = rest = np.full_like(currents[:, 0], node["v_reset"] or 0)
+    for t in range(currents.shape[1]):
+        h[:, t], spikes[:, t], v = NEURONS[node["op"]](node, currents[:, t], rest if node["from_rest"] else v)
+    return h, spikes
+
+
 def self_test(simulator: str) -> dict:
     """Whether a wrong island would be seen: int8 weights that make membranes end exactly on the threshold.
 
@@ -94,10 +105,10 @@ def self_test(simulator: str) -> dict:
         the file's, one float32 higher.
     """
     generator = np.random.default_rng(0)
-    node = {"name": "control", "tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "from_rest": False}
+    node = {"name": "control", "op": "lif", "tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "from_rest": False}
     weight = generator.integers(-40, 60, (48, 24)).astype(np.float32) / 64
     events = (generator.random((32, 24, 24)) < 0.3).astype(np.float32)
-    h, spikes = charge(node, events.astype(np.float64) @ weight.T.astype(np.float64))
+    h, spikes = run_neurons(node, events.astype(np.float64) @ weight.T.astype(np.float64))
     one = np.float32(1)
     on_purpose = np.nextafter(one, 2 * one) if simulator in FIRE_AT else one
     wrong = [
