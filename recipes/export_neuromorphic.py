@@ -25,13 +25,17 @@ from tqdm import tqdm
 
 from spikegpt_lora import SpikeGPTForSequenceClassification, load_task
 from spikegpt_lora.checkpoint import load_adapter, load_model, load_tokenizer
-from spikegpt_lora.convert.weights import WEIGHTS
-from spikegpt_lora.export import Bundle, check_bundle, export_bundle
-from spikegpt_lora.export.pictures import draw_all
-from spikegpt_lora.export.sentences import batch_of, by_length, left_aligned
-from spikegpt_lora.export.summary import summary as checked_summary
-from spikegpt_lora.export.summary import write_results
-from spikegpt_lora.export.write import first_difference
+from spikegpt_lora.export import (
+    WEIGHTS,
+    Bundle,
+    batches_by_length,
+    check_bundle,
+    draw_all,
+    export_bundle,
+    first_difference,
+    summary,
+    write_results,
+)
 from spikegpt_lora.observe.traces import GATE, read
 from spikegpt_lora.report.markdown import table
 from spikegpt_lora.utils import command_line, errors, files
@@ -73,7 +77,7 @@ def export(args) -> int:
     with files.locked(out):
         bundle = bundle_of(args, model, batch, tokenizer, out / "bundle")
         results = check_bundle(bundle.folder, bar)
-        checked = checked_summary(results)
+        checked = summary(results)
         write_results(results, checked, out)
         parts = [f"# {args.model}, {args.weights}", checked]
         if results["passed"]:
@@ -194,12 +198,11 @@ def micro(energy: float | None) -> str:
 
 def accuracy(model, bundle: Bundle, tokenizer, texts: list[str], labels: list[int], max_length: int) -> dict:
     """The whole test split, read by the model as it was and by the interpreter with the bundle's weights."""
-    batch, right = encode(tokenizer, texts, labels, max_length), [0, 0, 0]
-    (ids, lengths), wanted = left_aligned(batch), np.array(labels)
-    for rows in bar(list(by_length(lengths, 64)), "accuracy"):
-        part = batch_of(ids, lengths, rows)
+    batch, right, wanted = encode(tokenizer, texts, labels, max_length), [0, 0, 0], np.array(labels)
+    for rows, part in bar(batches_by_length(batch, 64), "accuracy"):
+        ids, lengths = part["input_ids"].numpy(), part["attention_mask"].sum(1).numpy()
         theirs = read(model, part).logits.numpy().argmax(axis=1)
-        ours = bundle.program.run(part["input_ids"].numpy(), lengths[rows])[0].argmax(axis=1)
+        ours = bundle.program.run(ids, lengths)[0].argmax(axis=1)
         for i, correct in enumerate((theirs == wanted[rows], ours == wanted[rows], ours == theirs)):
             right[i] += int(correct.sum())
     shares = {name: 100 * n / len(wanted) for name, n in zip(("model", "bundle", "same"), right)}

@@ -27,8 +27,8 @@ def quantized_copy(model: nn.Module, weights: str = "float32") -> nn.Module:
     Raises:
         ValueError: parameters that are not float32.
     """
-    other = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
-    if other:
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    if other := {str(dtype).removeprefix("torch.") for dtype in floating} - {"float32"}:
         raise ValueError(
             f"a bundle holds float32, and LIF membranes kept in {', '.join(sorted(other))} are rounded at every step: "
             "call model.float() first, and see that its accuracy is still what you want"
@@ -36,12 +36,12 @@ def quantized_copy(model: nn.Module, weights: str = "float32") -> nn.Module:
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and isinstance(module.lora_B, nn.ModuleDict):  # AdaLoRA's is none
                 for adapter, b in module.lora_B.items():
                     b.weight.mul_(module.scaling[adapter])
                     module.scaling[adapter] = 1.0
         for module in model.modules():
-            if isinstance(module, nn.Linear) and weights == "int8":
+            if type(module) is nn.Linear and weights == "int8":
                 grid, scale = quantize(module.weight.cpu().numpy())
                 module.weight.copy_(torch.from_numpy(grid * scale))
     return model

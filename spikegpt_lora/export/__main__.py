@@ -17,7 +17,7 @@ from .bundle import Bundle
 from .check import check_bundle
 from .event_driven import EventDriven, counts
 from .interpreter import reread
-from .summary import require_outside, summary, write_results
+from .results import require_outside, summary, write_results
 
 
 def main() -> int:

@@ -163,8 +163,3 @@ def _shares(program: EventDriven, reader: str) -> list[tuple[str, float]]:
         return [(reader, 1.0)]
     rows = {name: len(program.weights[weight]) for name, _, weight in program.readers[reader]}
     return [(name, size / sum(rows.values())) for name, size in rows.items()]
-
-
-def measure(program: EventDriven, compared: dict) -> dict:
-    """What `program` did while it was compared with the model (`verify.compare`), and how they compared."""
-    return {**counts(program, compared["tokens"]), "compared": compared}

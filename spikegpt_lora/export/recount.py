@@ -118,7 +118,7 @@ def _operations(bundle: Bundle, counts: dict[str, Counter]) -> Operations:
 
 
 def _event_driven(bundle: Bundle, counts: dict[str, Counter], stored) -> dict:
-    """What `event_driven.measure` gives, but for how the form compared with the model."""
+    """What `event_driven.counts` gives, and as stored how the form compared with the model."""
     program, tokens, events = EventDriven(bundle.folder, np.float32), int(bundle.real.sum()), {}
     spikes = {name: int(trace["spikes"].sum()) for name, trace in bundle.traces.items()}
     for node in bundle.nodes:

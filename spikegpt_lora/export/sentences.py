@@ -20,8 +20,18 @@ def by_length(lengths: np.ndarray, size: int = 32) -> Iterator[np.ndarray]:
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
-def batch_of(ids: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> dict[str, torch.Tensor]:
-    """Some of the sentences of `left_aligned` as a model takes them, cut to the longest of them."""
-    T = int(lengths[rows].max())
-    mask = torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]
-    return {"input_ids": torch.from_numpy(ids[rows, :T]), "attention_mask": mask.long()}
+def batches_by_length(batch: Mapping, size: int = 32) -> list[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+    """Sentences in groups of like length, as row numbers and as a model takes them: left-aligned, cut to the longest.
+
+    Args:
+        batch: input_ids `(B, T)`, attention_mask. size: of a group, at most.
+
+    Returns:
+        of each group rows `(b,)`, and input_ids and attention_mask `(b, longest)`.
+    """
+    (ids, lengths), groups = left_aligned(batch), []
+    for rows in by_length(lengths, size):
+        T = int(lengths[rows].max())
+        mask = torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]
+        groups.append((rows, {"input_ids": torch.from_numpy(ids[rows, :T]), "attention_mask": mask.long()}))
+    return groups

@@ -14,8 +14,8 @@
 """
 
 import shutil
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,17 +25,17 @@ from torch import nn
 
 from ..convert.weights import WEIGHTS, quantized_copy
 from ..observe.operations import as_json, count_operations
-from ..observe.traces import SpikeTrace, read, record_spikes
+from ..observe.traces import SpikeTrace, record_spikes
 from ..utils.files import UNFINISHED, whole_file, write_json
 from . import islands
 from .bundle import SCHEMA, Bundle
-from .event_driven import EventDriven, measure
+from .event_driven import EventDriven, counts
 from .events import save_events
 from .graph import Graph, graph_of, weights_before
 from .interpreter import Program
 from .manifest import statements, write_manifest
 from .sentences import left_aligned
-from .verify import compare_in_float64
+from .verify import compare, record_in_float64
 
 PACKAGES = ("spikegpt_lora", "torch", "spikingjelly", "nir", "numpy")
 
@@ -72,7 +72,6 @@ def export_bundle(
         raise FileExistsError(f"{directory} exists: give another folder for the bundle, or delete it")
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    graph_of(model)  # refuses by name what the rest would stumble over
     model = quantized_copy(model, weights)
     graph = graph_of(model)
     neurons = [node for node in graph.nodes if node["op"] == "lif"]
@@ -80,15 +79,17 @@ def export_bundle(
         raise ValueError("simulators would not run this model's neurons exactly:\n" + "\n".join(reasons))
     trace = record_spikes(model, batch, tokenizer, currents=True)
     _require_sentences(trace, len(graph.labels))
-    unfinished = directory.with_name(f"{UNFINISHED}{directory.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
-    unfinished.mkdir(parents=True)
-    try:
-        _write(unfinished, model, graph, batch, trace, weights, event_driven, progress)
-        unfinished.rename(directory)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
+    cost = {"as_executed": as_json(count_operations(model, [batch]))}
+    with _whole_folder(directory) as folder:
+        _write(folder, graph, trace, batch, weights)
+        recorded = record_in_float64(model.double(), batch, progress)  # the copy is ours
+        compared = compare(Program(folder, np.float64), recorded, "interpreter", progress)
+        if event_driven:
+            program = EventDriven(folder, np.float64)
+            also = compare(program, recorded, "event-driven form", progress)
+            cost["event_driven"] = {**counts(program, also["tokens"]), "compared": also}
+        write_json(folder / "cost.json", cost)
+        write_manifest(folder, _manifest(trace, graph, weights) | {"checks": {"exported": compared}})
     return directory
 
 
@@ -99,13 +100,26 @@ def _require_sentences(trace: SpikeTrace, classes: int) -> None:
         raise ValueError(f"labels must be whole numbers below {classes}, the classes, got {trace.labels.max()}")
 
 
-def _write(folder: Path, model, graph: Graph, batch, trace: SpikeTrace, weights, event_driven, progress) -> None:
-    """Every file of a bundle into `folder`, the manifest last."""
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`, which it becomes at the end; on an exception it is removed."""
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+
+
+def _write(folder: Path, graph: Graph, trace: SpikeTrace, batch: Mapping, weights: str) -> None:
+    """Every file of a bundle that is known without a second reading."""
     graph.save(folder, int8=weights == "int8")
-    (ids, lengths), logits = left_aligned(batch), read(model, batch).logits.cpu().numpy()
-    texts = {"labels": trace.labels, "tokens": trace.tokens, "words": trace.words}
+    arrays = {name: getattr(trace, name) for name in ("logits", "lengths", "labels", "tokens", "words")}
     with whole_file(folder / "sentences.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, ids=ids, logits=logits, lengths=lengths, **texts)
+        np.savez_compressed(file, ids=left_aligned(batch)[0], **arrays)
     _save_traces(trace, folder / "traces.h5")
     save_events(trace, folder / "events.npz")
     (folder / "islands").mkdir()
@@ -114,21 +128,15 @@ def _write(folder: Path, model, graph: Graph, batch, trace: SpikeTrace, weights,
             units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
             for file, island in islands.islands_for(node, units, parts, graph.weights).items():
                 nir.write(str(folder / "islands" / file), island)
-    compare = partial(compare_in_float64, model, batch, progress=progress)
-    compared, cost = compare(Program(folder, np.float64), "interpreter"), {}
-    cost["as_executed"] = as_json(count_operations(model, [batch]))
-    if event_driven:
-        program = EventDriven(folder, np.float64)
-        cost["event_driven"] = measure(program, compare(program, "event-driven form"))
-    write_json(folder / "cost.json", cost)
-    manifest = {
+
+
+def _manifest(trace: SpikeTrace, graph: Graph, weights: str) -> dict:
+    return {
         "schema": SCHEMA,
         "versions": {name: version(name) for name in PACKAGES},
         "weights": weights,
-        **statements(trace, graph.nodes, graph.labels, logits),
-        "checks": {"exported": compared},
+        **statements(trace, graph.nodes, graph.labels, trace.logits),
     }
-    write_manifest(folder, manifest)
 
 
 def first_difference(bundle: Bundle, model: nn.Module, batch: Mapping, weights: str, event_driven: bool) -> str | None:

@@ -42,6 +42,7 @@ class SpikeTrace:
     note: what was recorded, in the words of whoever recorded it.
     currents: where asked for, name -> float32 `(B, T, C)`, what the neurons integrate (not of "emb", which has none).
     membranes: where asked for, name -> float32 `(B, T, C)`, after each token and its reset (not of "emb").
+    logits: of a classifier, what it gave, `(B, classes)`; not kept in the file.
     """
 
     spikes: dict[str, np.ndarray]
@@ -53,6 +54,7 @@ class SpikeTrace:
     note: str = ""
     currents: dict[str, np.ndarray] = field(default_factory=dict)
     membranes: dict[str, np.ndarray] = field(default_factory=dict)
+    logits: np.ndarray | None = None
 
     def firing_rate(self, population: str) -> float:
         """Spikes per neuron and real token."""
@@ -155,7 +157,7 @@ def record_spikes(
     recorded: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
     with _storing([module for _, module in neurons if membranes and isinstance(module, LIF)]):
         with _hooks((module, _remember(recorded, name, currents, membranes)) for name, module in neurons):
-            read(model, batch)
+            output = read(model, batch)
 
     mask, front = real_first(batch)
     tokens, words = _tokens_and_words(batch, tokenizer, mask, front)
@@ -166,7 +168,7 @@ def record_spikes(
         for group, by_name in recorded.items()
     }
     given = {"lengths": mask.sum(1).numpy(), "labels": torch.as_tensor(labels).cpu().numpy(), "note": note}
-    return SpikeTrace(spikes, tokens=tokens, words=words, **others, **given)
+    return SpikeTrace(spikes, tokens=tokens, words=words, logits=_logits(output), **others, **given)
 
 
 def _remember(recorded: dict[str, dict[str, Tensor]], name: str, currents: bool, membranes: bool) -> Callable:
@@ -243,6 +245,14 @@ def adapter_activity(model: nn.Module, batches: Iterable[Mapping]) -> AdapterAct
         for batch in batches:
             read(model, batch)
     return observer.activity()
+
+
+def _logits(output) -> np.ndarray | None:
+    """Of a classifier; a language model's, one vector a token, would take up more than all spikes."""
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.dim() != 2:
+        return None
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu().numpy()
 
 
 def _base_model(model: nn.Module) -> SpikeGPTModel:

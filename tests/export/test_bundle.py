@@ -1,5 +1,6 @@
 """The bundle and its check, on a small model: what is right passes, whatever is altered is found and named."""
 
+import copy as copy_module
 import json
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from spikegpt_lora.export.interpreter import Program
 from spikegpt_lora.export.manifest import write_manifest
 from spikegpt_lora.export.reruns import unable
 from spikegpt_lora.export.sentences import left_aligned
+from spikegpt_lora.model import SpikeGPTModel
 from spikegpt_lora.utils.files import UNFINISHED
 
 ADAPTED = ["none", "lora", "graded", "binary", "token"]
@@ -278,6 +280,21 @@ def test_a_graph_that_is_not_the_model_is_never_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the interpreter does not compute what the model does"):
         export_bundle(small(), batch_of(), tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_reads_the_sentences_three_times_and_copies_the_model_once(tmp_path, monkeypatch):
+    """In float32 to record spikes and logits and to count operations, in float64 for the interpreter and its forms."""
+    calls, model, deepcopy = [], small(), copy_module.deepcopy
+
+    def copied(x, *memo):
+        calls.extend(["copy"] * (isinstance(x, torch.nn.Module) and not memo))
+        return deepcopy(x, *memo)
+
+    base = next(module for module in model.modules() if isinstance(module, SpikeGPTModel))
+    base.register_forward_hook(lambda module, inputs, output: calls.append(module.emb.weight.dtype))
+    monkeypatch.setattr(copy_module, "deepcopy", copied)
+    export_bundle(model, batch_of(), tmp_path / "bundle", event_driven=True)
+    assert calls == ["copy", torch.float32, torch.float32, torch.float64]
 
 
 def test_what_a_killed_export_left_is_gone_after_the_next(tmp_path):

@@ -15,7 +15,7 @@ from test_bundle import batch_of, edit, export_bundle, put, reseal, rewrite, sma
 from spikegpt_lora.export import simulators
 from spikegpt_lora.export.__main__ import main
 from spikegpt_lora.export.manifest import own_hash
-from spikegpt_lora.export.summary import NOT_PROVEN
+from spikegpt_lora.export.results import NOT_PROVEN
 
 LIF = "/nodes/blocks.0.lif1/observables"
 NESTED = "[" * 100_000 + "]" * 100_000
