@@ -36,7 +36,7 @@ from spikegpt_lora.export import (
     summary,
     write_results,
 )
-from spikegpt_lora.observe.traces import GATE, read
+from spikegpt_lora.observe.traces import GATE
 from spikegpt_lora.report.markdown import table
 from spikegpt_lora.utils import command_line, errors, files
 
@@ -196,12 +196,13 @@ def micro(energy: float | None) -> str:
     return "" if energy is None else f"{energy / 1e6:,.2f}"
 
 
+@torch.no_grad()
 def accuracy(model, bundle: Bundle, tokenizer, texts: list[str], labels: list[int], max_length: int) -> dict:
     """The whole test split, read by the model as it was and by the interpreter with the bundle's weights."""
     batch, right, wanted = encode(tokenizer, texts, labels, max_length), [0, 0, 0], np.array(labels)
     for rows, part in bar(batches_by_length(batch, 64), "accuracy"):
         ids, lengths = part["input_ids"].numpy(), part["attention_mask"].sum(1).numpy()
-        theirs = read(model, part).logits.numpy().argmax(axis=1)
+        theirs = model(**part).logits.numpy().argmax(axis=1)
         ours = bundle.program.run(ids, lengths)[0].argmax(axis=1)
         for i, correct in enumerate((theirs == wanted[rows], ours == wanted[rows], ours == theirs)):
             right[i] += int(correct.sum())

@@ -23,6 +23,11 @@ PARTS = ("cost.json", "events.npz", "graph.json", "sentences.npz", "traces.h5", 
 LARGEST_JSON = 1 << 24  # bytes
 
 
+def spikes_type(node: dict) -> type:
+    """Of a population's spikes in traces.h5: bool, or int8 where it has other levels than 0 and 1."""
+    return bool if graph.levels_of(node) == graph.BINARY else np.int8
+
+
 class Bundle:
     """A bundle as it lies in a folder; its files are read when asked for, and only if they can be what they should.
 
@@ -83,7 +88,7 @@ class Bundle:
 
     @cached_property
     def neurons(self) -> list[dict]:
-        return [node for node in self.nodes if node["op"] == "lif"]
+        return graph.neurons_in(self.nodes)
 
     @cached_property
     def sentences(self) -> dict[str, np.ndarray]:
@@ -96,7 +101,7 @@ class Bundle:
 
     @cached_property
     def traces(self) -> dict[str, dict[str, np.ndarray]]:
-        """Of each population `spikes` bool and `current` float32, both `(B, T, n)`."""
+        """Of each population `spikes` (`spikes_type`) and `current` float32, both `(B, T, n)`."""
         path = self.folder / "traces.h5"
         require_plain_hdf5(path)
         with reading(path):
@@ -108,14 +113,19 @@ class Bundle:
             require(path, found.keys() == wanted.keys(), "has other populations than the graph has neurons")
             for name, kinds in wanted.items():
                 require(path, found[name].keys() == set(kinds), f"must have {' and '.join(kinds)} of {name}")
-                for kind, dtype in zip(kinds, (bool, np.float32)):
-                    _require_array(path, f"{kind} of {name}", found[name][kind], (dtype,), self._shape(name))
-                    silent = ~found[name][kind].any(axis=-1) | self.real
-                    require(path, silent.all(), f"has {kind} of {name} behind a sentence's end")
+                self._require_trace(path, name, found[name])
         return found
 
-    def _shape(self, name: str) -> tuple[int, int, int]:
-        return *self.sentences["ids"].shape, self.sizes[name]
+    def _require_trace(self, path: Path, name: str, found: dict[str, np.ndarray]) -> None:
+        """Raise unless what was recorded of a population has its type, shape and levels, and zeros behind the ends."""
+        node = next(node for node in self.nodes if node["name"] == name)
+        types, shape = {"spikes": spikes_type(node), "current": np.float32}, (*self.real.shape, self.sizes[name])
+        for kind, array in found.items():
+            _require_array(path, f"{kind} of {name}", array, (types[kind],), shape)
+            silent = ~array.any(axis=-1) | self.real
+            require(path, silent.all(), f"has {kind} of {name} behind a sentence's end")
+        levels = graph.levels_of(node)
+        require(path, np.isin(found["spikes"], [0, *levels]).all(), f"has spikes of {name} that are none of {levels}")
 
     @cached_property
     def events(self) -> tuple[np.ndarray, list[str]]:

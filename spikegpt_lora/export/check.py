@@ -156,9 +156,10 @@ def _check_events(bundle: Bundle, found: Findings) -> None:
         return
     found.add("events.npz: not the spikes and values of traces.h5, in order")
     for number, name in enumerate(names):
-        mine, grid = events[events["population"] == number], np.zeros_like(bundle.traces[name]["spikes"])
+        mine, fired = events[events["population"] == number], bundle.traces[name]["spikes"] != 0
+        grid = np.zeros_like(fired)
         grid[mine["sample"], mine["t"], mine["index"]] = True
-        found.first("events.npz and traces.h5 differ", name, grid != bundle.traces[name]["spikes"])
+        found.first("events.npz and traces.h5 differ", name, grid != fired)
 
 
 def _check_islands(bundle: Bundle, found: Findings) -> None:

@@ -2,7 +2,7 @@
 
 The cost column stands beside the operations as executed and is never added to them. Counts are per real token:
 
-    additions           columns of matrices added where neurons spiked, one for each of their rows
+    additions           columns of matrices added where neurons spiked, one for each of their rows (k for a spike of k)
     products            what reads no spikes: att.output, ffn.value (zeros skipped), B of graded gates
     rescaling           additions and products, no event decides about them: mean and deviation of the layer norms, now
                         for every row of the matrices behind them (as executed they are for every channel, and not
@@ -16,21 +16,21 @@ The cost column stands beside the operations as executed and is never added to t
 import numpy as np
 
 from ..observe.operations import ENERGY, memory_energy
-from .interpreter import Program
+from .interpreter import NEURONS, Program
 
 
 class EventDriven(Program):
     """The same function with additions at spikes in place of every product W LN(x).
 
-    x is a sum of binary spikes: the embedding's (through ln0) and those of the LIFs before. So with LN(x) = g (x - mu)
+    x is a sum of spikes: the embedding's (through ln0) and those of the neurons before. So with LN(x) = g (x - mu)
     / sigma + b and the token shift's shares m, what a linear layer gives is
 
         W (m LN(x_t) + (1-m) LN(x_t-1)) = current(x_t) + previous(x_t-1)
         current(x) = (S - mu W m g 1) / sigma + W m b
 
-    where S = W m g x grows by one column of W m g for each spike. All layers that read one LN share its events. What
-    stays a product reads no spikes: att.output (sigmoid times WKV), ffn.value (squared ReLU, zeros are skipped), and B
-    of a graded gate, one column times one value a spike.
+    where S = W m g x grows by one column of W m g for each spike, by k of them for a spike of value k. All layers that
+    read one LN share its events. What stays a product reads no spikes: att.output (sigmoid times WKV), ffn.value
+    (squared ReLU, zeros are skipped), and B of a graded gate, one column times one value a spike.
 
     additions: so far, by (what reads, what spikes), counted where they are made. products: so far, by layer. rescaling:
     additions and products that turn sums into what layers give, whatever spikes.
@@ -111,24 +111,27 @@ class EventDriven(Program):
             self.rescaling[kind] += each * sums.shape[1] * int(np.sum(self.reading))
 
     def _sum(self, norm, population, columns, values):
-        """The sum of the columns `(C, rows)` where the population `(B, C)` spikes, `(B, rows)`."""
-        spikes, key = values[population] > 0, (norm, population)
+        """The columns `(C, rows)` times the spikes `(B, C)` of a population, `(B, rows)`."""
+        spikes = values[population]
         sums = np.zeros((len(spikes), columns.shape[1]), self.dtype)
         for row in np.flatnonzero(self.reading):
-            sums[row] = columns[spikes[row]].sum(axis=0)
-        made = int(spikes[self.reading].sum()) * columns.shape[1]
-        self.additions[key] = self.additions.get(key, 0) + made
+            fired = np.flatnonzero(spikes[row])
+            sums[row] = np.einsum("i,ij->j", spikes[row, fired], columns[fired])
+        self._count(self.additions, (norm, population), np.abs(spikes).sum(axis=1), columns.shape[1])
         return sums
 
     def _product(self, node, x):
         """W x where x is real, or B of a gate: one column times one value for each that is not 0."""
         weight, source = self.weights[node["weight"]], node["inputs"][0]
-        made = int(np.count_nonzero(x[self.reading])) * len(weight)
-        counted, key = (self.additions, (node["name"], source)) if self.by_name[source]["op"] == "lif" else (
-            self.products, node["name"]
-        )  # fmt: skip
-        counted[key] = counted.get(key, 0) + made
+        if self.by_name[source]["op"] in NEURONS:
+            self._count(self.additions, (node["name"], source), np.abs(x).sum(axis=1), len(weight))
+        else:
+            self._count(self.products, node["name"], np.count_nonzero(x, axis=1), len(weight))
         return x @ weight.T
+
+    def _count(self, made, key, columns, rows):
+        """Add to `made` so many columns `(B,)` of so many rows, of the sentences that still go on."""
+        made[key] = made.get(key, 0) + int(columns[self.reading].sum()) * rows
 
 
 def counts(program: EventDriven, tokens: int) -> dict:

@@ -20,8 +20,10 @@ from ..model import SRFFN, SRWKV, Block, SpikeGPTForSequenceClassification
 from ..neurons.lif import LIF
 from ..ops.dropout import Dropout
 from ..utils.files import whole_file, write_json
+from .interpreter import NEURONS
 
 SCHEMA = "spikegpt_lora/graph/1"
+BINARY = [0, 1]  # the levels of a population whose node names none
 # Modules without children that the graph has an operation for, or that do nothing once training is over.
 KNOWN = (
     nn.Linear, nn.Embedding, nn.LayerNorm, LIF, ATan, nn.Identity, nn.Dropout, Dropout, nn.ModuleDict, nn.ParameterDict
@@ -83,6 +85,16 @@ def graph_of(model: nn.Module) -> Graph:
     graph.weight("score", _score(classifier))
     graph.add("pool", "pool", [x], kind=classifier.config.pooling, weight="score")
     return graph
+
+
+def neurons_in(nodes: list[dict]) -> list[dict]:
+    """The nodes that are populations of neurons, in order; the embedding, a table of spikes, is none."""
+    return [node for node in nodes if node["op"] in NEURONS]
+
+
+def levels_of(node: dict) -> list[int]:
+    """The values that the spikes of a node can have, in rising order."""
+    return node.get("levels", BINARY)
 
 
 def weights_before(nodes: list[dict], node: dict, most: int = 64) -> list[tuple[str, str]]:

@@ -11,11 +11,23 @@ import math
 import nir
 import numpy as np
 
+from .graph import BINARY, levels_of
+
 DT = 1e-4  # seconds a token
 
 
+def no_island(node: dict) -> str | None:
+    """Why NIR's LIF is not what a node does; None if it is, and the node gets islands."""
+    if node["op"] != "lif":
+        return f"NIR has no node for its operation, {node['op']}"
+    levels = levels_of(node)
+    return None if levels == BINARY else f"NIR's LIF gives 0 and 1, and it gives {', '.join(map(str, levels))}"
+
+
 def refusals(node: dict) -> list[str]:
-    """Why simulators would not run this neuron (a "lif" of graph.json) exactly; empty if they do."""
+    """Why simulators would not run the islands of a node exactly; empty if they do, or if it gets none."""
+    if no_island(node):
+        return []
     reasons, name = [], node["name"]
     taus = np.atleast_1d(node["tau"]).tolist()
     if any(math.frexp(tau)[0] != 0.5 for tau in taus):
@@ -32,7 +44,12 @@ def island(node: dict, units: int, weight: np.ndarray | None = None, threshold=N
 
     Args:
         node: the graph's "lif". threshold: in the file (default: `lowered`; every other is wrong at ties).
+
+    Raises:
+        ValueError: the population is not binary, or another neuron.
     """
+    if reason := no_island(node):
+        raise ValueError(f"{node['name']} can be no island: {reason}")
     threshold = lowered(node) if threshold is None else threshold
     lif = nir.LIF(
         tau=np.broadcast_to(np.float64(node["tau"]) * DT, units).copy(),
@@ -62,11 +79,14 @@ def lowered(node: dict) -> np.ndarray:
 def islands_for(
     node: dict, units: int, parts: list[tuple[str, str]], weights: dict[str, np.ndarray]
 ) -> dict[str, nir.NIRGraph]:
-    """A population's islands by file name: its neurons alone, and with the matrices before them where there are any.
+    """A population's islands by file name: its neurons alone, and with the matrices before them where there are any;
+    none of what is no LIF of NIR (`no_island`).
 
     Args:
         parts: those matrices, as (what they read, name of the weight); they stand side by side in one Linear.
     """
+    if no_island(node):
+        return {}
     graphs = {f"{node['name']}.nir": island(node, units)}
     if parts:
         weight = np.concatenate([weights[name] for _, name in parts], axis=1)

@@ -7,7 +7,8 @@ import numpy as np
 
 from ..observe.traces import SpikeTrace
 from ..utils.files import write_json, write_text
-from .graph import weights_before
+from .graph import BINARY, levels_of, weights_before
+from .islands import no_island
 
 MANIFEST = ("manifest.json", "manifest.json.sha256")
 CONVENTIONS = {
@@ -38,16 +39,16 @@ def statements(trace: SpikeTrace, nodes: list[dict], classes: list[str], logits:
 
 def population(trace: SpikeTrace, name: str, nodes: list[dict]) -> dict:
     """What the manifest says of one population."""
-    node = next((node for node in nodes if node["name"] == name), None)
-    neurons = node is not None and node["op"] == "lif"
-    files = [f"islands/{name}.nir"] if neurons else []
-    if neurons and weights_before(nodes, node):
+    node = next(node for node in nodes if node["name"] == name)
+    files = [] if no_island(node) else [f"islands/{name}.nir"]
+    if files and weights_before(nodes, node):
         files.append(f"islands/{name}.weights.nir")
+    levels = "binary" if levels_of(node) == BINARY else "integer"
     return {
         "name": name,
         "n": trace.spikes[name].shape[-1],
-        "kind": "graded" if name in trace.values else "binary",
-        "from_rest": node["from_rest"] if neurons else True,
+        "kind": "graded" if name in trace.values else levels,
+        "from_rest": node.get("from_rest", True),  # the embedding has no state
         "islands": files,
         "firing_rate": trace.firing_rate(name),
         "spikes_per_token": trace.spikes_per_token(name),
@@ -56,11 +57,11 @@ def population(trace: SpikeTrace, name: str, nodes: list[dict]) -> dict:
 
 def _host(nodes: list[dict]) -> dict:
     """The operations that are in no island, by kind."""
-    neurons = [node for node in nodes if node["op"] == "lif"]
-    inside = {weight for node in neurons for _, weight in weights_before(nodes, node)}
+    islands = [node for node in nodes if not no_island(node)]
+    inside = {weight for node in islands for _, weight in weights_before(nodes, node)}
     operations: dict[str, list[str]] = {}
     for node in nodes:
-        if node["op"] != "lif" and node.get("weight") not in inside:
+        if node not in islands and node.get("weight") not in inside:
             operations.setdefault(node["op"], []).append(node["name"])
     return {
         "operations": operations,

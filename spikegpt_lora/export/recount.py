@@ -113,14 +113,14 @@ def _operations(bundle: Bundle, counts: dict[str, Counter]) -> Operations:
     for node in bundle.neurons:
         spikes = bundle.traces[node["name"]]["spikes"]
         outputs = tokens * spikes.shape[-1]
-        populations[node["name"]] = PopulationCount(outputs, outputs - int(spikes.sum()))
+        populations[node["name"]] = PopulationCount(outputs, outputs - int(np.count_nonzero(spikes)))
     return Operations(tokens, len(bundle.real), layers, populations, None, 0)
 
 
 def _event_driven(bundle: Bundle, counts: dict[str, Counter], stored) -> dict:
     """What `event_driven.counts` gives, and as stored how the form compared with the model."""
     program, tokens, events = EventDriven(bundle.folder, np.float32), int(bundle.real.sum()), {}
-    spikes = {name: int(trace["spikes"].sum()) for name, trace in bundle.traces.items()}
+    spikes = {name: int(np.abs(trace["spikes"].astype(int)).sum()) for name, trace in bundle.traces.items()}
     for node in bundle.nodes:
         name, source = node["name"], node["inputs"][0]
         if name in program.forms:
@@ -129,11 +129,11 @@ def _event_driven(bundle: Bundle, counts: dict[str, Counter], stored) -> dict:
             program.rescaling["additions"] += tokens * (4 * rows + rows // 2 + len(events[source]) * rows)
             program.rescaling["products"] += tokens * 4 * rows
         elif node["op"] == "linear" and program.by_name[source]["op"] != "mix":
-            made = counts[name]["active"] * len(bundle.weights[node["weight"]])
-            if program.by_name[source]["op"] == "lif":
-                program.additions[name, source] = made
+            rows = len(bundle.weights[node["weight"]])
+            if source in spikes:
+                program.additions[name, source] = spikes[source] * rows
             else:
-                program.products[name] = made
+                program.products[name] = counts[name]["active"] * rows
         elif name == "ln0":
             events[name] = []
         elif node["op"] == "add" and source in events:

@@ -15,6 +15,7 @@ from . import simulators
 from .bundle import Bundle
 from .findings import Findings
 from .graph import weights_before
+from .islands import no_island
 from .simulators import run_neurons
 
 MARGIN = 1e-5  # of a membrane from its threshold
@@ -114,6 +115,8 @@ def _start(simulator: str, version: str, found: Findings) -> dict:
 
 def unable(simulator: str, node: dict) -> str | None:
     """Why a simulator cannot run these neurons, if it cannot."""
+    if reason := no_island(node):
+        return reason
     several = [key for key in ("tau", "v_threshold") if np.unique(node[key]).size > 1]
     if simulator == "snnTorch" and "v_threshold" in several or simulator == "spikingjelly" and several:
         return f"it takes one {several[-1]} a population"

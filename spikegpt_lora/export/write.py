@@ -6,7 +6,8 @@
     sentences.npz               ids `(B, T)`, lengths, labels, tokens, words, and the model's logits
     islands/NAME.nir            the neurons of one population: Input (their current), LIF, Output
     islands/NAME.weights.nir    where a matrix stands right before them: Input, Linear, LIF, Output
-    traces.h5                   nir.read_data: of each population `spikes` (bool), `current` (float32; "emb" has none)
+    traces.h5                   nir.read_data: of each population `spikes` (bool, or int8 where they have other levels
+                                than 0 and 1), `current` (float32; "emb" has none)
     events.npz                  the spikes as address events (events.py)
     cost.json                   counted operations, and energy as counts times constants (observe/operations.py)
 
@@ -28,10 +29,10 @@ from ..observe.operations import as_json, count_operations
 from ..observe.traces import SpikeTrace, record_spikes
 from ..utils.files import UNFINISHED, whole_file, write_json
 from . import islands
-from .bundle import SCHEMA, Bundle
+from .bundle import SCHEMA, Bundle, spikes_type
 from .event_driven import EventDriven, counts
 from .events import save_events
-from .graph import Graph, graph_of, weights_before
+from .graph import Graph, graph_of, levels_of, neurons_in, weights_before
 from .interpreter import Program
 from .manifest import statements, write_manifest
 from .sentences import left_aligned
@@ -64,8 +65,8 @@ def export_bundle(
     Raises:
         FileExistsError: `directory` exists.
         ValueError: a model that the graph or the islands cannot hold exactly: another class, an unknown module, not
-            float32, values that are not finite, a soft reset, tau not a power of two; a sentence without a token. Or
-            a graph that turns out not to compute what the model does.
+            float32, values that are not finite, a soft reset, tau not a power of two; a sentence without a token;
+            spikes of other levels than a neuron names. Or a graph that turns out not to compute what the model does.
     """
     directory = Path(directory)
     if directory.exists():
@@ -74,11 +75,11 @@ def export_bundle(
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     model = quantized_copy(model, weights)
     graph = graph_of(model)
-    neurons = [node for node in graph.nodes if node["op"] == "lif"]
-    if reasons := [reason for node in neurons for reason in islands.refusals(node)]:
+    if reasons := [reason for node in neurons_in(graph.nodes) for reason in islands.refusals(node)]:
         raise ValueError("simulators would not run this model's neurons exactly:\n" + "\n".join(reasons))
     trace = record_spikes(model, batch, tokenizer, currents=True)
     _require_sentences(trace, len(graph.labels))
+    _require_levels(trace, graph)
     cost = {"as_executed": as_json(count_operations(model, [batch]))}
     with _whole_folder(directory) as folder:
         _write(folder, graph, trace, batch, weights)
@@ -98,6 +99,16 @@ def _require_sentences(trace: SpikeTrace, classes: int) -> None:
         raise ValueError(f"sentence {int(np.argmin(trace.lengths))} has no token: leave it out of the batch")
     if not np.issubdtype(trace.labels.dtype, np.integer) or trace.labels.max() >= classes:
         raise ValueError(f"labels must be whole numbers below {classes}, the classes, got {trace.labels.max()}")
+
+
+def _require_levels(trace: SpikeTrace, graph: Graph) -> None:
+    for node in graph.nodes:
+        spikes, levels = trace.spikes.get(node["name"]), levels_of(node)
+        if spikes is not None and not np.isin(spikes, [0, *levels]).all():
+            values = ", ".join(map(str, np.unique(spikes)))
+            raise ValueError(
+                f"{node['name']} gives {values}, and its levels are {levels}: let its node() name them all"
+            )
 
 
 @contextmanager
@@ -120,14 +131,13 @@ def _write(folder: Path, graph: Graph, trace: SpikeTrace, batch: Mapping, weight
     arrays = {name: getattr(trace, name) for name in ("logits", "lengths", "labels", "tokens", "words")}
     with whole_file(folder / "sentences.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, ids=left_aligned(batch)[0], **arrays)
-    _save_traces(trace, folder / "traces.h5")
+    _save_traces(trace, graph, folder / "traces.h5")
     save_events(trace, folder / "events.npz")
     (folder / "islands").mkdir()
-    for node in graph.nodes:
-        if node["op"] == "lif":
-            units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
-            for file, island in islands.islands_for(node, units, parts, graph.weights).items():
-                nir.write(str(folder / "islands" / file), island)
+    for node in neurons_in(graph.nodes):
+        units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
+        for file, island in islands.islands_for(node, units, parts, graph.weights).items():
+            nir.write(str(folder / "islands" / file), island)
 
 
 def _manifest(trace: SpikeTrace, graph: Graph, weights: str) -> dict:
@@ -158,10 +168,10 @@ def first_difference(bundle: Bundle, model: nn.Module, batch: Mapping, weights: 
     return next((name for name, different in differ.items() if different), None)
 
 
-def _save_traces(trace: SpikeTrace, path: Path) -> None:
-    nodes = {}
+def _save_traces(trace: SpikeTrace, graph: Graph, path: Path) -> None:
+    nodes, types = {}, {node["name"]: spikes_type(node) for node in graph.nodes}
     for name, spikes in trace.spikes.items():
-        seen = {"spikes": nir.TimeGriddedData(spikes != 0, dt=1.0)}
+        seen = {"spikes": nir.TimeGriddedData(spikes.astype(types[name]), dt=1.0)}
         if name in trace.currents:
             seen["current"] = nir.TimeGriddedData(trace.currents[name], dt=1.0)
         nodes[name] = nir.NIRNodeData(seen)

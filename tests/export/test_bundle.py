@@ -142,7 +142,7 @@ def test_the_control_island_fails_only_with_a_threshold_that_is_wrong_on_purpose
 def test_spikingjelly_fires_at_the_files_threshold_and_the_others_above_it():
     for package in simulators.SIMULATORS.values():
         pytest.importorskip(package)
-    node = {"name": "one", "tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "from_rest": False}
+    node = {"name": "one", "op": "lif", "tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "from_rest": False}
     below = np.nextafter(np.float32(1), np.float32(0))  # where a file's threshold lies: the model does not fire there
     current = np.full((1, 1, 1), 2 * below)
     fired = {
