@@ -36,7 +36,7 @@ from .graph import Graph, graph_of, levels_of, neurons_in, weights_before
 from .interpreter import Program
 from .manifest import statements, write_manifest
 from .sentences import left_aligned
-from .verify import compare, record_in_float64
+from .verify import Recorded, compare, record_in_float64
 
 PACKAGES = ("spikegpt_lora", "torch", "spikingjelly", "nir", "numpy")
 
@@ -84,13 +84,11 @@ def export_bundle(
     with _whole_folder(directory) as folder:
         _write(folder, graph, trace, batch, weights)
         recorded = record_in_float64(model.double(), batch, progress)  # the copy is ours
-        compared = compare(Program(folder, np.float64), recorded, "interpreter", progress)
+        checks = {"exported": compare(Program(folder, np.float64), recorded, "interpreter", progress)}
         if event_driven:
-            program = EventDriven(folder, np.float64)
-            also = compare(program, recorded, "event-driven form", progress)
-            cost["event_driven"] = {**counts(program, also["tokens"]), "compared": also}
+            cost["event_driven"] = _event_driven(folder, recorded, progress)
         write_json(folder / "cost.json", cost)
-        write_manifest(folder, _manifest(trace, graph, weights) | {"checks": {"exported": compared}})
+        write_manifest(folder, _manifest(trace, graph, weights) | {"checks": checks})
     return directory
 
 
@@ -106,9 +104,7 @@ def _require_levels(trace: SpikeTrace, graph: Graph) -> None:
         spikes, levels = trace.spikes.get(node["name"]), levels_of(node)
         if spikes is not None and not np.isin(spikes, [0, *levels]).all():
             values = ", ".join(map(str, np.unique(spikes)))
-            raise ValueError(
-                f"{node['name']} gives {values}, and its levels are {levels}: let its node() name them all"
-            )
+            raise ValueError(f"{node['name']} gives {values}, and its levels are {levels}: its node must name them all")
 
 
 @contextmanager
@@ -138,6 +134,13 @@ def _write(folder: Path, graph: Graph, trace: SpikeTrace, batch: Mapping, weight
         units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
         for file, island in islands.islands_for(node, units, parts, graph.weights).items():
             nir.write(str(folder / "islands" / file), island)
+
+
+def _event_driven(folder: Path, recorded: Recorded, progress) -> dict:
+    """What the event-driven form takes, and how it compares with the model."""
+    program = EventDriven(folder, np.float64)
+    compared = compare(program, recorded, "event-driven form", progress)
+    return {**counts(program, compared["tokens"]), "compared": compared}
 
 
 def _manifest(trace: SpikeTrace, graph: Graph, weights: str) -> dict:

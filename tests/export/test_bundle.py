@@ -458,6 +458,13 @@ def test_the_command_checks_a_bundle_in_a_process_of_its_own(graded):
     assert done.returncode == 0 and "the bundle is right" in done.stdout, done.stderr
 
 
+def test_the_command_runs_the_event_driven_form_again(graded, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export", "event-driven", str(graded)])
+    assert main() == 0
+    said, form = capsys.readouterr().out, Bundle(graded).cost["event_driven"]
+    assert "4 of 4 predictions as recorded" in said and f"a token: {form['additions']:,.0f} additions" in said
+
+
 def test_the_command_says_what_it_found_in_its_exit_status(copy, tmp_path, monkeypatch, capsys):
     (copy / "events.npz").write_bytes(b"none")
     for folder, status, words in [(copy, 1, "WRONG  events.npz was altered"), (tmp_path, 2, "is no bundle")]:
