@@ -25,13 +25,18 @@ from tqdm import tqdm
 
 from spikegpt_lora import SpikeGPTForSequenceClassification, load_task
 from spikegpt_lora.checkpoint import load_adapter, load_model, load_tokenizer
-from spikegpt_lora.export import Bundle, check_bundle, export_bundle
-from spikegpt_lora.export.__main__ import summary as checked_summary
-from spikegpt_lora.export.bundle import by_length
-from spikegpt_lora.export.check import write_results
-from spikegpt_lora.export.pictures import draw_all
-from spikegpt_lora.export.write import WEIGHTS, aligned, batch_of, unlike
-from spikegpt_lora.observe.traces import GATE, read
+from spikegpt_lora.export import (
+    WEIGHTS,
+    Bundle,
+    batches_by_length,
+    check_bundle,
+    draw_all,
+    export_bundle,
+    first_difference,
+    summary,
+    write_results,
+)
+from spikegpt_lora.observe.traces import GATE
 from spikegpt_lora.report.markdown import table
 from spikegpt_lora.utils import command_line, errors, files
 
@@ -72,7 +77,7 @@ def export(args) -> int:
     with files.locked(out):
         bundle = bundle_of(args, model, batch, tokenizer, out / "bundle")
         results = check_bundle(bundle.folder, bar)
-        checked = checked_summary(results)
+        checked = summary(results)
         write_results(results, checked, out)
         parts = [f"# {args.model}, {args.weights}", checked]
         if results["passed"]:
@@ -98,7 +103,7 @@ def bundle_of(args, model, batch, tokenizer, folder: Path) -> Bundle:
     elsewhere = "give another --output-dir, or delete it"
     try:
         bundle = Bundle(folder)
-        other = unlike(bundle, model, batch, args.weights, args.event_driven)
+        other = first_difference(bundle, model, batch, args.weights, args.event_driven)
     except ValueError as error:
         raise ValueError(f"{folder} cannot be gone on with ({error}): {elsewhere}") from error
     if other:
@@ -174,11 +179,10 @@ def costs(bundle: Bundle) -> str:
         ["dense int8 MACs, for comparison", [done["dense_macs"]], energy["dense_int8"], None],
     ]
     if form := cost.get("event_driven"):
-        for name, one in (("event-driven form", form), ("the shortest of three ways", form["shortest"])):
-            counts = [one["additions"], one["products"], sum(one["rescaling"].values())]
-            what = f"{name}: additions, products, rescaling"
-            rows.append([what, counts, one["arithmetic_energy"]["fp32"], one["memory_energy"]])
-        rows.append(["of these additions, the embedding's", [form["shortest"]["embedding_additions"]], None, None])
+        counts = [form["additions"], form["products"], sum(form["rescaling"].values())]
+        what = "event-driven form: additions, products, rescaling"
+        rows.append([what, counts, form["arithmetic_energy"]["fp32"], form["memory_energy"]])
+        rows.append(["of these additions, the embedding's", [form["embedding_additions"]], None, None])
     cells = []
     for name, counts, arithmetic, memory in rows:
         places = [None, None] if memory is None else [memory["sram_1_mib"], memory["dram"]]
@@ -192,14 +196,14 @@ def micro(energy: float | None) -> str:
     return "" if energy is None else f"{energy / 1e6:,.2f}"
 
 
+@torch.no_grad()
 def accuracy(model, bundle: Bundle, tokenizer, texts: list[str], labels: list[int], max_length: int) -> dict:
     """The whole test split, read by the model as it was and by the interpreter with the bundle's weights."""
-    batch, right = encode(tokenizer, texts, labels, max_length), [0, 0, 0]
-    (ids, lengths), wanted = aligned(batch), np.array(labels)
-    for rows in bar(list(by_length(lengths, 64)), "accuracy"):
-        part = batch_of(ids, lengths, rows)
-        theirs = read(model, part).logits.numpy().argmax(axis=1)
-        ours = bundle.program.run(part["input_ids"].numpy(), lengths[rows])[0].argmax(axis=1)
+    batch, right, wanted = encode(tokenizer, texts, labels, max_length), [0, 0, 0], np.array(labels)
+    for rows, part in bar(batches_by_length(batch, 64), "accuracy"):
+        ids, lengths = part["input_ids"].numpy(), part["attention_mask"].sum(1).numpy()
+        theirs = model(**part).logits.numpy().argmax(axis=1)
+        ours = bundle.program.run(ids, lengths)[0].argmax(axis=1)
         for i, correct in enumerate((theirs == wanted[rows], ours == wanted[rows], ours == theirs)):
             right[i] += int(correct.sum())
     shares = {name: 100 * n / len(wanted) for name, n in zip(("model", "bundle", "same"), right)}

@@ -61,6 +61,9 @@ def compare(
     Returns:
         None if it does not fit the chip's integers.
     """
+    if node.get("levels", [0, 1]) != [0, 1]:
+        print(f"{node['name']}: left out, its spikes must be 0 and 1, and have the levels {node['levels']}")
+        return None
     if np.size(node["tau"]) > 1 or np.size(node["v_threshold"]) > 1 or not np.all(np.array(node["v_threshold"]) > 0):
         print(f"{node['name']}: left out, its units must have one tau and one threshold above 0")
         return None

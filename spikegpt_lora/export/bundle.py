@@ -1,6 +1,5 @@
 """A bundle as it lies in a folder: its files read as ones that nobody vouches for."""
 
-import hashlib
 import stat
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,23 +14,18 @@ from ..utils.npz import read_npz
 from . import graph
 from .events import EVENT
 from .interpreter import Program
+from .sentences import by_length
 from .shapes import read_weights, sizes_of
 from .untrusted import reading, require, require_plain_hdf5, room
 
 SCHEMA = "spikegpt_lora/bundle/1"
-MANIFEST = ("manifest.json", "manifest.json.sha256")
 PARTS = ("cost.json", "events.npz", "graph.json", "sentences.npz", "traces.h5", "weights.npz")  # beside islands/*.nir
 LARGEST_JSON = 1 << 24  # bytes
-CONVENTIONS = {
-    "time step": "one token: dt = 1e-4 s in .nir files, 1 in traces.h5",
-    "tau": "in tokens; in .nir files times 1e-4 s",
-    "order": "charge, fire, reset",
-    "charge": "h = v + (x - (v - v_reset)) / tau",
-    "fire": "h >= v_threshold; in .nir files h > the float32 below it",
-    "reset": "v = v_reset where it fired, else h",
-    "start": "v = v_reset before a sentence's first token; populations with from_rest: before every token",
-    "arrays": "sentences left-aligned, zeros behind their ends",
-}
+
+
+def spikes_type(node: dict) -> type:
+    """Of a population's spikes in traces.h5: bool, or int8 where it has other levels than 0 and 1."""
+    return bool if graph.levels_of(node) == graph.BINARY else np.int8
 
 
 class Bundle:
@@ -94,7 +88,7 @@ class Bundle:
 
     @cached_property
     def neurons(self) -> list[dict]:
-        return [node for node in self.nodes if node["op"] == "lif"]
+        return graph.neurons_in(self.nodes)
 
     @cached_property
     def sentences(self) -> dict[str, np.ndarray]:
@@ -107,7 +101,7 @@ class Bundle:
 
     @cached_property
     def traces(self) -> dict[str, dict[str, np.ndarray]]:
-        """Of each population `spikes` bool and `current` float32, both `(B, T, n)`."""
+        """Of each population `spikes` (`spikes_type`) and `current` float32, both `(B, T, n)`."""
         path = self.folder / "traces.h5"
         require_plain_hdf5(path)
         with reading(path):
@@ -119,14 +113,19 @@ class Bundle:
             require(path, found.keys() == wanted.keys(), "has other populations than the graph has neurons")
             for name, kinds in wanted.items():
                 require(path, found[name].keys() == set(kinds), f"must have {' and '.join(kinds)} of {name}")
-                for kind, dtype in zip(kinds, (bool, np.float32)):
-                    _require_array(path, f"{kind} of {name}", found[name][kind], (dtype,), self._shape(name))
-                    silent = ~found[name][kind].any(axis=-1) | self.real
-                    require(path, silent.all(), f"has {kind} of {name} behind a sentence's end")
+                self._require_trace(path, name, found[name])
         return found
 
-    def _shape(self, name: str) -> tuple[int, int, int]:
-        return *self.sentences["ids"].shape, self.sizes[name]
+    def _require_trace(self, path: Path, name: str, found: dict[str, np.ndarray]) -> None:
+        """Raise unless what was recorded of a population has its type, shape and levels, and zeros behind the ends."""
+        node = next(node for node in self.nodes if node["name"] == name)
+        types, shape = {"spikes": spikes_type(node), "current": np.float32}, (*self.real.shape, self.sizes[name])
+        for kind, array in found.items():
+            _require_array(path, f"{kind} of {name}", array, (types[kind],), shape)
+            silent = ~array.any(axis=-1) | self.real
+            require(path, silent.all(), f"has {kind} of {name} behind a sentence's end")
+        levels = graph.levels_of(node)
+        require(path, np.isin(found["spikes"], [0, *levels]).all(), f"has spikes of {name} that are none of {levels}")
 
     @cached_property
     def events(self) -> tuple[np.ndarray, list[str]]:
@@ -214,22 +213,3 @@ def _require_array(path: Path, name: str, array: np.ndarray, kinds: tuple, shape
 
 def _within(values: np.ndarray, first: int, end) -> bool:
     return bool(((values >= first) & (values < end)).all())
-
-
-def by_length(lengths: np.ndarray, size: int = 32) -> Iterator[np.ndarray]:
-    """Sentences in groups of `size` and of like length, as row numbers."""
-    order = np.argsort(lengths, kind="stable")
-    yield from (order[start : start + size] for start in range(0, len(order), size))
-
-
-def own_hash(folder: Path) -> str:
-    """What manifest.json.sha256 holds."""
-    return f"{sha256(folder / 'manifest.json')}  manifest.json\n"
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -16,26 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..utils.files import write_json, write_text
+from ..convert.weights import WEIGHTS
 from . import islands
-from .bundle import (
-    MANIFEST,
-    PARTS,
-    Bundle,
-    own_hash,
-    sha256,
-)
+from .bundle import PARTS, Bundle
 from .events import events_of
 from .findings import Findings
 from .graph import weights_before
+from .manifest import MANIFEST, own_hash, sha256, statements
 from .recount import check_costs
 from .reruns import check_interpreter, check_simulators
-from .write import WEIGHTS, statements
+from .simulators import run_neurons
 
-NOT_PROVEN = (
-    "That means: its files are whole and agree with one another. It says nothing about which model they are of, nor "
-    "about labels, texts and class names as such: for those compare manifest.json.sha256 with the author's."
-)
 LARGEST = 1 << 34  # bytes of a file: a sparse one is read for hours
 SINCE = ("classes", "labelled", "right")  # statements that manifests of the first version do not make
 
@@ -67,19 +58,6 @@ def check_bundle(folder, progress=lambda rounds, text: rounds) -> dict:
         measured = {name: found.part(name, part, bundle, found) for name, part in parts.items()}
         results |= {name: result for name, result in measured.items() if result is not None}
     return results | {"problems": found.problems, "passed": not found.problems}
-
-
-def require_outside(folder: str | Path, bundle: str | Path) -> None:
-    """Raise ValueError if `folder` is the bundle or lies in it."""
-    folder, bundle = Path(folder).resolve(), Path(bundle).resolve()
-    if bundle in (folder, *folder.parents):
-        raise ValueError(f"{folder} lies in the bundle, which a check only reads: name a folder beside it")
-
-
-def write_results(results: dict, text: str, folder: str | Path) -> None:
-    """check.json and, as a user reads them, check.txt into `folder`."""
-    write_json(Path(folder) / "check.json", results)
-    write_text(Path(folder) / "check.txt", text + "\n")
 
 
 def _check_files(bundle: Bundle, found: Findings) -> None:
@@ -165,7 +143,7 @@ def _check_neurons(bundle: Bundle, found: Findings) -> dict:
     steps = 0
     for node in bundle.neurons:
         trace = bundle.traces[node["name"]]
-        _, spikes = islands.charge(node, trace["current"])
+        _, spikes = run_neurons(node, trace["current"])
         different = (spikes != trace["spikes"]) & bundle.real[..., None]
         found.first("traces.h5: spikes are not what the currents give", node["name"], different)
         steps += int(bundle.real.sum()) * spikes.shape[-1]
@@ -178,15 +156,17 @@ def _check_events(bundle: Bundle, found: Findings) -> None:
         return
     found.add("events.npz: not the spikes and values of traces.h5, in order")
     for number, name in enumerate(names):
-        mine, grid = events[events["population"] == number], np.zeros_like(bundle.traces[name]["spikes"])
+        mine, fired = events[events["population"] == number], bundle.traces[name]["spikes"] != 0
+        grid = np.zeros_like(fired)
         grid[mine["sample"], mine["t"], mine["index"]] = True
-        found.first("events.npz and traces.h5 differ", name, grid != bundle.traces[name]["spikes"])
+        found.first("events.npz and traces.h5 differ", name, grid != fired)
 
 
 def _check_islands(bundle: Bundle, found: Findings) -> None:
     left = set(bundle.islands)
     for node in bundle.neurons:
-        graphs = islands.of(node, bundle.sizes[node["name"]], weights_before(bundle.nodes, node), bundle.weights)
+        parts = weights_before(bundle.nodes, node)
+        graphs = islands.islands_for(node, bundle.sizes[node["name"]], parts, bundle.weights)
         for file, graph in graphs.items():
             if file not in left:
                 found.add(f"islands/{file} is missing")

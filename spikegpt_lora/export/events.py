@@ -1,7 +1,8 @@
 """A bundle's spikes as address events (AER), and in the shapes that other tools take.
 
-events.npz holds `events`, sorted, one a spike: sample, t (token), population, index, value (1, or of a graded gate what
-it passes on); `populations` and `sizes` say what the numbers mean. The words stand in sentences.npz.
+events.npz holds `events`, sorted, one a spike: sample, t (token), population, index, value (the spike's, 1 of a binary
+population, or of a graded gate what it passes on); `populations` and `sizes` say what the numbers mean. The words stand
+in sentences.npz.
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..observe.traces import SpikeTrace
+from ..utils.errors import read_json
 from ..utils.files import whole_file
 from .islands import DT
 
@@ -29,7 +31,7 @@ def events_of(trace: SpikeTrace) -> np.ndarray:
         events = np.zeros(len(where[0]), EVENT)
         events["sample"], events["t"], events["index"] = where
         events["population"] = number
-        events["value"] = trace.values[name][where] if name in trace.values else 1
+        events["value"] = trace.values.get(name, spikes)[where]
         found.append(events)
     events = np.concatenate(found)
     return events[np.lexsort([events[key] for key in ("index", "population", "t", "sample")])]
@@ -44,7 +46,8 @@ def save_events(trace: SpikeTrace, path: Path) -> None:
 class EventDataset(Dataset):
     """A bundle's sentences as spikes: item i is (spikes `(T, N)` float32, label), T its own length in tokens.
 
-    The N neurons are those of `populations`, one after the other; `slices` says which are whose.
+    The N neurons are those of `populations`, one after the other; `slices` says which are whose. Spikes have the values
+    that they have (1 of a binary population), those of graded gates 1.
 
     Args:
         bundle: its folder. populations: which ones, in which order (default: all).
@@ -67,7 +70,10 @@ class EventDataset(Dataset):
         first = np.full(len(names), -1)
         for name, place in self.slices.items():
             first[names.index(name)] = place.start
+        kinds = {one["name"]: one["kind"] for one in read_json(Path(bundle) / "manifest.json")["populations"]}
+        graded = np.array([kinds[name] == "graded" for name in names])
         self.events = self.events[first[self.events["population"]] >= 0]
+        self.spikes = np.where(graded[self.events["population"]], 1, self.events["value"])  # of each event, its spike
         self.units = first[self.events["population"]] + self.events["index"]  # of each event, its place among the N
         self.starts = np.searchsorted(self.events["sample"], np.arange(len(self.lengths) + 1))
         self.size = int(ends[-1])
@@ -76,34 +82,35 @@ class EventDataset(Dataset):
         return len(self.lengths)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        events, units = self._of(i)
+        t, units, values = self._of(i)
         spikes = torch.zeros(int(self.lengths[i]), self.size)
-        spikes[torch.from_numpy(events["t"].astype(np.int64)), torch.from_numpy(units)] = 1
+        spikes[torch.from_numpy(t), torch.from_numpy(units)] = torch.from_numpy(values)
         return spikes, self.labels[i].item()
 
     def words_of(self, i: int) -> list[str]:
         """The word of each token of sentence i."""
         return self.words[i, : self.lengths[i]].tolist()
 
-    def _of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def _of(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a sentence's events the tokens (int64), the neurons and the spikes (float32)."""
         if not 0 <= i < len(self):
             raise IndexError(i)  # what ends a for loop over a data set
         part = slice(self.starts[i], self.starts[i + 1])
-        return self.events[part], self.units[part]
+        return self.events["t"][part].astype(np.int64), self.units[part], self.spikes[part]
 
 
 class AddressEventDataset(EventDataset):
     """The same sentences as (events, label), the events as tonic and the Spiking Heidelberg Digits have them: what
     tonic's transforms, `DiskCachedDataset` and `MemoryCachedDataset` take. The words are those of `words_of(i)`.
 
-    events: structured array of t (microseconds, 100 a token), x (neuron, as `EventDataset` numbers them), p (1), in the
-    order of t.
+    events: structured array of t (microseconds, 100 a token), x (neuron, as `EventDataset` numbers them), p (the
+    spike's value, as there), in the order of t.
     """
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        events, units = self._of(i)
-        record = np.zeros(len(events), TONIC)
-        record["t"], record["x"], record["p"] = events["t"].astype(np.int64) * MICROSECONDS, units, 1
+        t, units, values = self._of(i)
+        record = np.zeros(len(t), TONIC)
+        record["t"], record["x"], record["p"] = t * MICROSECONDS, units, values
         return record[np.lexsort((record["x"], record["t"]))], self.labels[i].item()
 
 

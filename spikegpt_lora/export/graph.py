@@ -14,12 +14,15 @@ from peft.utils import ModulesToSaveWrapper
 from spikingjelly.activation_based.surrogate import ATan
 from torch import nn
 
+from ..convert.weights import quantize
 from ..model import SRFFN, SRWKV, Block, SpikeGPTForSequenceClassification
 from ..neurons.neuron import Neuron
 from ..ops.dropout import Dropout
 from ..utils.files import whole_file, write_json
+from .interpreter import NEURONS
 
 SCHEMA = "spikegpt_lora/graph/1"
+BINARY = [0, 1]  # the levels of a population whose node names none
 # Modules without children that the graph has an operation for, or that do nothing once training is over.
 KNOWN = (
     nn.Linear, nn.Embedding, nn.LayerNorm, Neuron, ATan, nn.Identity, nn.Dropout, Dropout, nn.ModuleDict,
@@ -61,16 +64,6 @@ class Graph:
             np.savez_compressed(file, **stored)
 
 
-def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
-    """A matrix as int8 in [-127, 127] times a power of two, the smallest that lets its largest value in.
-
-    Products with such numbers are exact in float32, and a power of two is a shift on a chip.
-    """
-    largest = float(np.abs(weight).max())
-    scale = np.float32(2.0 ** np.ceil(np.log2(largest / 127.0))) if largest else np.float32(1)
-    return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale
-
-
 def graph_of(model: nn.Module) -> Graph:
     """The graph of a SpikeGPT classifier, with or without LoRA or SpikeLoRA adapters.
 
@@ -92,6 +85,16 @@ def graph_of(model: nn.Module) -> Graph:
     graph.weight("score", _score(classifier))
     graph.add("pool", "pool", [x], kind=classifier.config.pooling, weight="score")
     return graph
+
+
+def neurons_in(nodes: list[dict]) -> list[dict]:
+    """The nodes that are populations of neurons, in order; the embedding, a table of spikes, is none."""
+    return [node for node in nodes if node["op"] in NEURONS]
+
+
+def levels_of(node: dict) -> list[int]:
+    """The values that the spikes of a node can have, in rising order."""
+    return node.get("levels", BINARY)
 
 
 def weights_before(nodes: list[dict], node: dict, most: int = 64) -> list[tuple[str, str]]:

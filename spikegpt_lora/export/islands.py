@@ -1,4 +1,4 @@
-"""Spiking populations as NIR files that simulators run spike for spike, and the simulators that do.
+"""Spiking populations as NIR files that simulators run spike for spike.
 
 Only Input, Linear, LIF and Output: other nodes are skipped in silence by one importer or refused by another. The
 mapping is exact where one token is dt = 1e-4 s (fixed in snnTorch), tau is a power of two (Norse computes 1 / tau in
@@ -6,24 +6,28 @@ float32), the reset is hard and to 0, and the threshold lies one float32 below o
 and SpikeGPT at it. Where it would not be exact it is refused.
 """
 
-import contextlib
-import io
 import math
-import warnings
-from importlib.metadata import PackageNotFoundError, version
 
 import nir
 import numpy as np
-import torch
+
+from .graph import BINARY, levels_of
 
 DT = 1e-4  # seconds a token
-SIMULATORS = {"snnTorch": "snntorch", "Norse": "norse", "spikingjelly": "spikingjelly"}  # and their packages
-IMPORTER = "nirtorch"  # which all of them need to read NIR files
-FIRE_AT = ("spikingjelly",)  # those that fire at the file's threshold, not above it
+
+
+def no_island(node: dict) -> str | None:
+    """Why NIR's LIF is not what a node does; None if it is, and the node gets islands."""
+    if node["op"] != "lif":
+        return f"NIR has no node for its operation, {node['op']}"
+    levels = levels_of(node)
+    return None if levels == BINARY else f"NIR's LIF gives 0 and 1, and it gives {', '.join(map(str, levels))}"
 
 
 def refusals(node: dict) -> list[str]:
-    """Why simulators would not run this neuron (a "lif" of graph.json) exactly; empty if they do."""
+    """Why simulators would not run the islands of a node exactly; empty if they do, or if it gets none."""
+    if no_island(node):
+        return []
     reasons, name = [], node["name"]
     taus = np.atleast_1d(node["tau"]).tolist()
     if any(math.frexp(tau)[0] != 0.5 for tau in taus):
@@ -40,7 +44,12 @@ def island(node: dict, units: int, weight: np.ndarray | None = None, threshold=N
 
     Args:
         node: the graph's "lif". threshold: in the file (default: `lowered`; every other is wrong at ties).
+
+    Raises:
+        ValueError: the population is not binary, or another neuron.
     """
+    if reason := no_island(node):
+        raise ValueError(f"{node['name']} can be no island: {reason}")
     threshold = lowered(node) if threshold is None else threshold
     lif = nir.LIF(
         tau=np.broadcast_to(np.float64(node["tau"]) * DT, units).copy(),
@@ -67,12 +76,17 @@ def lowered(node: dict) -> np.ndarray:
     return np.nextafter(np.float32(node["v_threshold"]), np.float32(-np.inf))
 
 
-def of(node: dict, units: int, parts: list[tuple[str, str]], weights: dict[str, np.ndarray]) -> dict[str, nir.NIRGraph]:
-    """A population's islands by file name: its neurons alone, and with the matrices before them where there are any.
+def islands_for(
+    node: dict, units: int, parts: list[tuple[str, str]], weights: dict[str, np.ndarray]
+) -> dict[str, nir.NIRGraph]:
+    """A population's islands by file name: its neurons alone, and with the matrices before them where there are any;
+    none of what is no LIF of NIR (`no_island`).
 
     Args:
         parts: those matrices, as (what they read, name of the weight); they stand side by side in one Linear.
     """
+    if no_island(node):
+        return {}
     graphs = {f"{node['name']}.nir": island(node, units)}
     if parts:
         weight = np.concatenate([weights[name] for _, name in parts], axis=1)
@@ -95,113 +109,3 @@ def _equal(one, other) -> bool:
         return isinstance(one, dict) and one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in other)
     one = one.decode() if isinstance(one, bytes) else one
     return np.array_equal(np.asarray(one), np.asarray(other))
-
-
-def installed() -> dict[str, str]:
-    """The simulators that are here and can read NIR files, and their versions."""
-    found = {}
-    for name, package in SIMULATORS.items():
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(package) if version(IMPORTER) else None
-    return found
-
-
-@torch.no_grad()
-def replay(simulator: str, graph: nir.NIRGraph, inputs: np.ndarray, from_rest: bool = False) -> np.ndarray:
-    """Spikes (bool) `(B, T, n)` of an island for float32 inputs `(B, T, m)`, in a simulator of `SIMULATORS`.
-
-    Args:
-        from_rest: every token is a first step.
-    """
-    rows = torch.from_numpy(np.ascontiguousarray(inputs, np.float32))
-    if from_rest:
-        rows = rows.flatten(0, 1)[:, None]
-    with _silent():
-        step = {"snnTorch": _snntorch, "Norse": _norse, "spikingjelly": _spikingjelly}[simulator](graph)
-    spikes = torch.stack([step(rows[:, t]) for t in range(rows.shape[1])], dim=1)
-    return (spikes != 0).view(*inputs.shape[:2], -1).numpy()
-
-
-def _snntorch(graph):
-    from snntorch.import_nir import import_from_nir  # an optional package: extra "export"
-
-    network = import_from_nir(graph)  # a new one: its neurons keep their membranes inside
-    return lambda x: network(x)[0]
-
-
-def _norse(graph):
-    from norse.torch import from_nir
-
-    return _carrying(from_nir(graph, dt=DT))
-
-
-def _spikingjelly(graph):
-    from spikingjelly.activation_based.nir_exchange import import_from_nir  # needs nirtorch, of the same extra
-
-    return _carrying(import_from_nir(graph, dt=DT))
-
-
-def _carrying(network):
-    """A step of a network that takes its state and gives it back."""
-    state = None
-
-    def step(x):
-        nonlocal state
-        spikes, state = network(x, state)
-        return spikes
-
-    return step
-
-
-@contextlib.contextmanager
-def _silent():
-    """Importers print what they do, and warn of what torch deprecated."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def charge(node: dict, current: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Membrane before the reset and spikes, `(B, T, n)` both, of a "lif" with these currents: the definition, in numpy.
-
-    In the currents' dtype, with the operations in the model's order.
-    """
-    kind = current.dtype.type
-    tau, threshold = (np.asarray(node[key]).astype(current.dtype) for key in ("tau", "v_threshold"))
-    rest = kind(node["v_reset"] or 0)
-    h, spikes = np.empty_like(current), np.empty(current.shape, bool)
-    v = np.full_like(current[:, 0], rest)
-    for t in range(current.shape[1]):
-        h[:, t] = v + (current[:, t] - (v - rest)) / tau
-        spikes[:, t] = h[:, t] >= threshold
-        v = h[:, t] - spikes[:, t] * threshold if node["v_reset"] is None else np.where(spikes[:, t], rest, h[:, t])
-        if node["from_rest"]:
-            v = np.full_like(v, rest)
-    return h, spikes
-
-
-def blind(simulator: str, node: dict) -> np.ndarray | None:
-    """How far below its threshold a neuron fires in a simulator that fires at the file's; None if it does not."""
-    return np.float32(node["v_threshold"]) - lowered(node) if simulator in FIRE_AT else None
-
-
-def control(simulator: str) -> dict:
-    """Whether a wrong island would be seen: int8 weights that make membranes end exactly on the threshold.
-
-    Returns:
-        neuron steps, ties among them, wrong spikes with the threshold as bundles have it (0 if all is well), and with a
-        threshold that is wrong on purpose (not 0 if all is well): as the model's is, or, for a simulator that fires at
-        the file's, one float32 higher.
-    """
-    generator = np.random.default_rng(0)
-    node = {"name": "control", "tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "from_rest": False}
-    weight = generator.integers(-40, 60, (48, 24)).astype(np.float32) / 64
-    events = (generator.random((32, 24, 24)) < 0.3).astype(np.float32)
-    h, spikes = charge(node, events.astype(np.float64) @ weight.T.astype(np.float64))
-    one = np.float32(1)
-    on_purpose = np.nextafter(one, 2 * one) if simulator in FIRE_AT else one
-    wrong = [
-        int((replay(simulator, island(node, 48, weight, threshold), events) != spikes).sum())
-        for threshold in (None, on_purpose)
-    ]
-    return {"steps": spikes.size, "ties": int((h == 1).sum()), "wrong": wrong[0], "wrong_on_purpose": wrong[1]}

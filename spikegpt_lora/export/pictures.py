@@ -113,9 +113,9 @@ def _modules(gates: list[str]) -> str:
 
 
 def firing_rates(bundle: Bundle) -> dict[str, np.ndarray]:
-    """Population -> float64 `(B,)`: each sentence's spikes a neuron and token."""
+    """Population -> float64 `(B,)`: of each sentence the share of (neuron, token) pairs with a spike."""
     lengths, names = bundle.sentences["lengths"], sum(populations(bundle), [])
-    return {name: bundle.traces[name]["spikes"].mean(axis=2).sum(axis=1) / lengths for name in names}
+    return {name: (bundle.traces[name]["spikes"] != 0).mean(axis=2).sum(axis=1) / lengths for name in names}
 
 
 def draw_firing_by_depth(bundle: Bundle, path: str | Path) -> None:
@@ -183,7 +183,7 @@ def silent_share(bundle: Bundle, fewest: int = FEWEST) -> dict[str, np.ndarray]:
     positions = int((reached >= min(fewest, len(bundle.real))).sum())  # sentences only end: what is kept comes first
     shares = {}
     for name in sum(populations(bundle), []):
-        fired = bundle.traces[name]["spikes"][:, :positions] & bundle.real[:, :positions, None]
+        fired = (bundle.traces[name]["spikes"][:, :positions] != 0) & bundle.real[:, :positions, None]
         shares[name] = 1 - fired.mean(axis=2).sum(axis=0) / reached[:positions]
     return shares
 

@@ -5,7 +5,7 @@ the spikes alone. Whole numbers and dense operations must be the same. Of produc
 all but shut, squared relus) stored counts must lie between those with and without what is next to 0, give or take NEAR:
 what is 0 by one order of additions is 1e-9 by another, and export counted the event-driven form in float64, where a
 spike can lie elsewhere. Not counted again: memory of the model's own parameters (footprint), zeros among all of its
-matrices, and how the event-driven form compared with the model.
+matrices, how the event-driven form compared with the model, and what only earlier versions counted (EARLIER).
 """
 
 from collections import Counter
@@ -16,24 +16,34 @@ import numpy as np
 from ..observe.operations import LayerCount, Operations, PopulationCount, as_json
 from . import event_driven
 from .bundle import Bundle
+from .event_driven import EventDriven
 from .findings import Findings
-from .interpreter import EventDriven, Program
+from .interpreter import Program
 
 NEAR = 1e-2  # largest relative difference
 NEXT_TO_0 = 1e-6  # of the largest value that a matrix reads
+EARLIER = ("shortest", "table")  # of event_driven, in bundles of earlier versions
 OWN = ("footprint", "connection_sparsity")  # of the model, not of the graph
 
 
-def check_costs(bundle: Bundle, found: Findings) -> None:
-    executed, forms = bundle.cost.get("as_executed"), bundle.cost.get("event_driven")
+def check_costs(bundle: Bundle, found: Findings) -> dict | None:
+    """Add a problem for each count that is not what is counted here.
+
+    Returns:
+        not_recomputed: parts of earlier versions' cost.json that nothing is known of; None if there is none.
+    """
+    executed, form = bundle.cost.get("as_executed"), bundle.cost.get("event_driven")
     low, high = _count(bundle)
     between = (as_json(_operations(bundle, counts)) | _of(executed, *OWN) for counts in (low, high))
     _compare(found, "as_executed", executed, *between)
-    if forms is not None:
-        counted = _event_driven(bundle, high, forms)
-        _compare(found, "event_driven", forms, counted, counted)
+    earlier = [part for part in EARLIER if isinstance(form, Mapping) and part in form]
+    if form is not None:
+        counted = _event_driven(bundle, high, form)
+        stored = {name: form[name] for name in form if name not in earlier} if earlier else form
+        _compare(found, "event_driven", stored, counted, counted)
     if unknown := bundle.cost.keys() - {"as_executed", "event_driven"}:
         found.add(f"cost.json: {', '.join(sorted(unknown))} is unknown")
+    return {"not_recomputed": [f"event_driven.{part}" for part in earlier]} if earlier else None
 
 
 def _of(stored, *names: str) -> dict:
@@ -70,9 +80,9 @@ def _count(bundle: Bundle) -> tuple[dict[str, Counter], dict[str, Counter]]:
     watch = {node["inputs"][0] for node in matrices.values()}
     nonzero = {name: (bundle.weights[node["weight"]] != 0).sum(axis=0) for name, node in matrices.items()}
     for rows, T in bundle.rows():
-        forced = {name: trace["spikes"][rows, :T] for name, trace in bundle.traces.items()}
+        teacher_forced = {name: trace["spikes"][rows, :T] for name, trace in bundle.traces.items()}
         ids, lengths = bundle.sentences["ids"][rows, :T], bundle.sentences["lengths"][rows]
-        _, seen = program.run(ids, lengths, watch, forced)
+        _, seen = program.run(ids, lengths, watch, teacher_forced)
         for name, node in matrices.items():
             x = seen[node["inputs"][0]]
             x = np.abs(_pooled(x, lengths, pool["kind"]) if node is pool else x[bundle.real[rows, :T]])
@@ -103,55 +113,29 @@ def _operations(bundle: Bundle, counts: dict[str, Counter]) -> Operations:
     for node in bundle.neurons:
         spikes = bundle.traces[node["name"]]["spikes"]
         outputs = tokens * spikes.shape[-1]
-        populations[node["name"]] = PopulationCount(outputs, outputs - int(spikes.sum()))
+        populations[node["name"]] = PopulationCount(outputs, outputs - int(np.count_nonzero(spikes)))
     return Operations(tokens, len(bundle.real), layers, populations, None, 0)
 
 
 def _event_driven(bundle: Bundle, counts: dict[str, Counter], stored) -> dict:
-    """What `event_driven.measure` gives, but for how both forms compared with the model."""
-    tokens = int(bundle.real.sum())
-    plain, shortest = (_counted(bundle, counts, short) for short in (False, True))
-    small = event_driven.counts(shortest, tokens)
-    del small["layers"]
-    small["kept"] = sum(form["columns"].shape[1] * len(form["populations"]) for form in shortest.forms.values())
-    small |= _of(stored.get("shortest") if isinstance(stored, Mapping) else None, "compared")
-    whole = event_driven.counts(plain, tokens)
-    return {**whole, **_of(stored, "compared"), "shortest": small, "table": event_driven.table(plain)}
-
-
-def _counted(bundle: Bundle, counts: dict[str, Counter], shortest: bool) -> EventDriven:
-    """The event-driven form with all that it would have counted."""
-    program, tokens, events = EventDriven(bundle.folder, np.float32, shortest), int(bundle.real.sum()), {}
-    embedding = program.by_name["ln0"]["inputs"][0]
-    spent = {name: _columns(bundle, name, shortest) for name in bundle.traces}
+    """What `event_driven.counts` gives, and as stored how the form compared with the model."""
+    program, tokens, events = EventDriven(bundle.folder, np.float32), int(bundle.real.sum()), {}
+    spikes = {name: int(np.abs(trace["spikes"].astype(int)).sum()) for name, trace in bundle.traces.items()}
     for node in bundle.nodes:
         name, source = node["name"], node["inputs"][0]
         if name in program.forms:
-            form = program.forms[name]
-            form["populations"] = [embedding, *events[source]]
-            rows = form["columns"].shape[1]
-            program.additions |= {(name, one): spent[one] * rows for one in form["populations"]}
+            rows = program.forms[name]["columns"].shape[1]
+            program.additions |= {(name, one): spikes[one] * rows for one in (program.embedding, *events[source])}
             program.rescaling["additions"] += tokens * (4 * rows + rows // 2 + len(events[source]) * rows)
             program.rescaling["products"] += tokens * 4 * rows
         elif node["op"] == "linear" and program.by_name[source]["op"] != "mix":
-            made = counts[name]["active"] * len(bundle.weights[node["weight"]])
-            if program.by_name[source]["op"] == "lif":
-                program.additions[name, source] = made
+            rows = len(bundle.weights[node["weight"]])
+            if source in spikes:
+                program.additions[name, source] = spikes[source] * rows
             else:
-                program.products[name] = made
+                program.products[name] = counts[name]["active"] * rows
         elif name == "ln0":
             events[name] = []
         elif node["op"] == "add" and source in events:
             events[name] = [*events[source], node["inputs"][1]]
-    return program
-
-
-def _columns(bundle: Bundle, name: str, shortest: bool) -> int:
-    """Columns added for a population's spikes: one a spike, or the fewest of spikes, silences and changes."""
-    spikes, real = bundle.traces[name]["spikes"], bundle.real
-    ways = spikes.sum(axis=-1)
-    if shortest:
-        changes = np.full_like(ways, spikes.shape[-1])
-        changes[:, 1:] = (spikes[:, 1:] != spikes[:, :-1]).sum(axis=-1)
-        ways = np.minimum(np.minimum(ways, spikes.shape[-1] - ways), changes)
-    return int(ways[real].sum())
+    return {**event_driven.counts(program, tokens), **_of(stored, "compared")}

@@ -6,15 +6,17 @@ Interpreter: with the recorded spikes it gives the recorded currents. From token
 Simulators: run the islands on the recorded currents; every spike must be the recorded one. Islands with weights get
     what the matrix reads and do the product themselves; a neuron whose first difference lies within MARGIN of the
     threshold is counted as rounding. Before, each simulator has to get an island wrong that is wrong on purpose
-    (`islands.control`).
+    (`simulators.self_test`).
 """
 
 import numpy as np
 
-from . import islands
+from . import simulators
 from .bundle import Bundle
 from .findings import Findings
 from .graph import weights_before
+from .islands import no_island
+from .simulators import run_neurons
 
 MARGIN = 1e-5  # of a membrane from its threshold
 CLOSE = 1e-4  # of currents and logits in float32 by two ways, in units of their root mean square, 1 at least
@@ -26,12 +28,12 @@ def check_interpreter(bundle: Bundle, found: Findings) -> dict:
     counts |= {"farthest_first_flip": 0.0, "different_predictions": 0}
     for rows, T in found.progress(list(bundle.rows()), "interpreter"):
         ids, lengths, real = sentences["ids"][rows, :T], sentences["lengths"][rows], bundle.real[rows, :T, None]
-        logits, forced = _forced(bundle, rows, T, [node["inputs"][0] for node in bundle.neurons])
+        logits, teacher_forced = _teacher_forced(bundle, rows, T, [node["inputs"][0] for node in bundle.neurons])
         for i in np.flatnonzero(~_close(logits, sentences["logits"][rows]).all(axis=1)):
             found.add(f"interpreter: other logits than recorded for sample {rows[i]}")
         for node in bundle.neurons:
             recorded = bundle.traces[node["name"]]["current"][rows, :T]
-            apart = ~_close(forced[node["inputs"][0]], recorded) & real
+            apart = ~_close(teacher_forced[node["inputs"][0]], recorded) & real
             found.first("interpreter: another current than recorded", node["name"], apart, rows)
         logits, seen = bundle.program.run(ids, lengths, list(bundle.trace.spikes))
         answers = logits.argmax(axis=1) != sentences["logits"][rows].argmax(axis=1)
@@ -48,7 +50,7 @@ def _close(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
     return np.abs(ours - recorded) <= CLOSE * max(1.0, float(np.sqrt(np.square(recorded, dtype=np.float64).mean())))
 
 
-def _forced(bundle: Bundle, rows: np.ndarray, T: int, names) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _teacher_forced(bundle: Bundle, rows: np.ndarray, T: int, names) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits, and values of nodes `(b, T, n)`, where the recorded spikes stand in for the interpreter's own."""
     recorded = {name: trace["spikes"][rows, :T] for name, trace in bundle.traces.items()}
     ids, lengths = bundle.sentences["ids"][rows, :T], bundle.sentences["lengths"][rows]
@@ -72,7 +74,7 @@ def _judge(bundle: Bundle, row: int, name: str, step: int, unit: int, counts: di
     if node is None:
         found.add(where)
         return
-    h, _ = islands.charge(node, bundle.traces[name]["current"][row : row + 1])
+    h, _ = run_neurons(node, bundle.traces[name]["current"][row : row + 1])
     distance = abs(float(h[0, step, unit]) - float(np.broadcast_to(np.float32(node["v_threshold"]), h.shape[-1])[unit]))
     counts["sentences_with_a_flip"] += 1
     counts["farthest_first_flip"] = max(counts["farthest_first_flip"], distance)
@@ -81,12 +83,12 @@ def _judge(bundle: Bundle, row: int, name: str, step: int, unit: int, counts: di
 
 
 def check_simulators(bundle: Bundle, found: Findings) -> dict:
-    here = islands.installed()
-    results = {name: "not installed" for name in islands.SIMULATORS}
+    here = simulators.installed()
+    results = {name: "not installed" for name in simulators.SIMULATORS}
     results |= {name: _start(name, version, found) for name, version in here.items()}
     parts = {node["name"]: weights_before(bundle.nodes, node) for node in bundle.neurons}
     for rows, T in found.progress(list(bundle.rows()), "simulators") if here else []:
-        _, reads = _forced(bundle, rows, T, [name for reads in parts.values() for name, _ in reads])
+        _, reads = _teacher_forced(bundle, rows, T, [name for reads in parts.values() for name, _ in reads])
         for node in bundle.neurons:
             for simulator in here:
                 if reason := unable(simulator, node):
@@ -103,7 +105,7 @@ def check_simulators(bundle: Bundle, found: Findings) -> dict:
 
 
 def _start(simulator: str, version: str, found: Findings) -> dict:
-    control = islands.control(simulator)
+    control = simulators.self_test(simulator)
     if control["wrong"] or not control["wrong_on_purpose"]:
         found.add(f"{simulator}: this check cannot tell right from wrong with it ({control})")
     return {"version": version, "control": control, "left_out": {}} | {
@@ -113,6 +115,8 @@ def _start(simulator: str, version: str, found: Findings) -> dict:
 
 def unable(simulator: str, node: dict) -> str | None:
     """Why a simulator cannot run these neurons, if it cannot."""
+    if reason := no_island(node):
+        return reason
     several = [key for key in ("tau", "v_threshold") if np.unique(node[key]).size > 1]
     if simulator == "snnTorch" and "v_threshold" in several or simulator == "spikingjelly" and several:
         return f"it takes one {several[-1]} a population"
@@ -124,9 +128,9 @@ def _replay(bundle: Bundle, simulator: str, node: dict, rows, T: int, read, coun
     name, trace, real = node["name"], bundle.traces[node["name"]], bundle.real[rows, :T, None]
     current = trace["current"][rows, :T]
     graph = bundle.islands[f"{name}.nir" if read is None else f"{name}.weights.nir"]
-    spikes = islands.replay(simulator, graph, current if read is None else read, node["from_rest"])
+    spikes = simulators.replay(simulator, graph, current if read is None else read, node["from_rest"])
     different = (spikes != trace["spikes"][rows, :T]) & real
-    margin = MARGIN if read is not None else islands.blind(simulator, node)
+    margin = MARGIN if read is not None else simulators.blind(simulator, node)
     if margin is not None and different.any():
         rounded = _rounded(node, current, different, margin)
         counts["rounding"] += int(rounded.sum())
@@ -139,7 +143,7 @@ def _replay(bundle: Bundle, simulator: str, node: dict, rows, T: int, read, coun
 
 def _rounded(node: dict, current: np.ndarray, different: np.ndarray, margin) -> np.ndarray:
     """Of the differences `(b, t, n)`, those of neurons whose first one lies within `margin` of the threshold."""
-    h, _ = islands.charge(node, current)
+    h, _ = run_neurons(node, current)
     near = np.abs(h - np.float32(node["v_threshold"])) <= margin
     if node["from_rest"]:
         return different & near

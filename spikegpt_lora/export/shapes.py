@@ -9,11 +9,13 @@ import numpy as np
 from ..observe.traces import EMBEDDING
 from ..utils.errors import DamagedFile
 from . import islands
+from .graph import BINARY
+from .interpreter import NEURONS
 from .untrusted import require
 
 MOST = 20_000  # operations
 EQUAL = ("mix", "wkv", "multiply", "add")  # operations of two inputs of one size
-SAME = ("layernorm", "delay", "sigmoid", "squared_relu", "lif", "pool")  # of one input; their output is as large
+SAME = ("layernorm", "delay", "sigmoid", "squared_relu", "pool")  # of one input; their output is as large
 VECTORS = {"layernorm": ("weight", "bias"), "mix": ("weight",), "wkv": ("decay", "first")}  # weights of that size
 POOLING = {"last": 1, "mean": 1, "last_mean": 2}  # vectors that the classifier reads
 
@@ -52,7 +54,7 @@ class _Node:
         self.op, self.inputs = node.get("op"), node.get("inputs")
 
     def size(self, labels: int) -> int:
-        known = (*EQUAL, *SAME, "embed_spike", "linear")
+        known = (*EQUAL, *SAME, *NEURONS, "embed_spike", "linear")
         _require(isinstance(self.op, str) and self.op in known, f"unknown operation {self.op!r}")
         count = 2 if self.op in EQUAL else 1
         _require(_texts(self.inputs) and len(self.inputs) == count, f"{self.op} must have {count} inputs")
@@ -88,17 +90,22 @@ class _Node:
             _require(node.get("kind") in list(POOLING), f"kind must be one of {', '.join(POOLING)}")
             shape, wanted = self.shape("weight", 2), (labels, size * POOLING[node["kind"]])
             _require(shape == wanted, f"weight must be {wanted}, got {shape}")
-        elif self.op == "lif":
-            for key in ("tau", "v_threshold"):
-                values = node.get(key)
-                right = (
-                    _number(values) or isinstance(values, list) and len(values) == size and all(map(_number, values))
-                )
-                _require(right, f"{key} must be a number, or {size} of them")
-            _require(isinstance(node.get("from_rest"), bool), "from_rest must be true or false")
-            _require(node.get("v_reset") is None or _number(node["v_reset"]), "v_reset must be a number")
-            for reason in islands.refusals(node):
-                raise DamagedFile(f"graph.json: {reason}")
+        elif self.op in NEURONS:
+            self.neurons(size)
+
+    def neurons(self, size: int) -> None:
+        node, levels = self.node, self.node.get("levels", BINARY)
+        for key in ("tau", "v_threshold"):
+            values = node.get(key)
+            several = isinstance(values, list) and len(values) == size and all(map(_number, values))
+            _require(_number(values) or several, f"{key} must be a number, or {size} of them")
+        _require(isinstance(node.get("from_rest"), bool), "from_rest must be true or false")
+        _require(node.get("v_reset") is None or _number(node["v_reset"]), "v_reset must be a number")
+        whole = isinstance(levels, list) and all(type(level) is int and -128 <= level < 128 for level in levels)
+        rising = whole and len(levels) > 1 and levels == sorted(set(levels))
+        _require(rising, f"levels must be whole numbers of -128 to 127 in rising order, got {levels!r:.80}")
+        for reason in islands.refusals(node):
+            raise DamagedFile(f"graph.json: {reason}")
 
 
 def read_weights(path: Path, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -6,46 +6,39 @@
     sentences.npz               ids `(B, T)`, lengths, labels, tokens, words, and the model's logits
     islands/NAME.nir            the neurons of one population: Input (their current), LIF, Output
     islands/NAME.weights.nir    where a matrix stands right before them: Input, Linear, LIF, Output
-    traces.h5                   nir.read_data: of each population `spikes` (bool), `current` (float32; "emb" has none)
+    traces.h5                   nir.read_data: of each population `spikes` (bool, or int8 where they have other levels
+                                than 0 and 1), `current` (float32; "emb" has none)
     events.npz                  the spikes as address events (events.py)
     cost.json                   counted operations, and energy as counts times constants (observe/operations.py)
 
 `bundle.py` reads it. `check.py` needs nothing of the model to find out whether a bundle is what it says.
 """
 
-import copy
 import shutil
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import nir
 import numpy as np
-import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..convert.weights import WEIGHTS, quantized_copy
 from ..observe.operations import as_json, count_operations
-from ..observe.traces import SpikeTrace, read, real_first, record_spikes
-from ..utils.files import UNFINISHED, whole_file, write_json, write_text
+from ..observe.traces import SpikeTrace, record_spikes
+from ..utils.files import UNFINISHED, whole_file, write_json
 from . import islands
-from .bundle import (
-    CONVENTIONS,
-    MANIFEST,
-    SCHEMA,
-    Bundle,
-    by_length,
-    own_hash,
-    sha256,
-)
-from .event_driven import measure
+from .bundle import SCHEMA, Bundle, spikes_type
+from .event_driven import EventDriven, counts
 from .events import save_events
-from .graph import Graph, graph_of, quantize, weights_before
+from .graph import Graph, graph_of, levels_of, neurons_in, weights_before
 from .interpreter import Program
+from .manifest import statements, write_manifest
+from .sentences import left_aligned
+from .verify import Recorded, compare, record_in_float64
 
 PACKAGES = ("spikegpt_lora", "torch", "spikingjelly", "nir", "numpy")
-WEIGHTS = ("float32", "int8")
 
 
 def export_bundle(
@@ -72,31 +65,30 @@ def export_bundle(
     Raises:
         FileExistsError: `directory` exists.
         ValueError: a model that the graph or the islands cannot hold exactly: another class, an unknown module, not
-            float32, values that are not finite, a soft reset, tau not a power of two; a sentence without a token. Or
-            a graph that turns out not to compute what the model does.
+            float32, values that are not finite, a soft reset, tau not a power of two; a sentence without a token;
+            spikes of other levels than a neuron names. Or a graph that turns out not to compute what the model does.
     """
     directory = Path(directory)
     if directory.exists():
         raise FileExistsError(f"{directory} exists: give another folder for the bundle, or delete it")
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    graph_of(model)  # refuses by name what the rest would stumble over
-    model = prepared(model, weights)
+    model = quantized_copy(model, weights)
     graph = graph_of(model)
-    neurons = [node for node in graph.nodes if node["op"] == "lif"]
-    if reasons := [reason for node in neurons for reason in islands.refusals(node)]:
+    if reasons := [reason for node in neurons_in(graph.nodes) for reason in islands.refusals(node)]:
         raise ValueError("simulators would not run this model's neurons exactly:\n" + "\n".join(reasons))
     trace = record_spikes(model, batch, tokenizer, currents=True)
     _require_sentences(trace, len(graph.labels))
-    unfinished = directory.with_name(f"{UNFINISHED}{directory.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
-    unfinished.mkdir(parents=True)
-    try:
-        _write(unfinished, model, graph, batch, trace, weights, event_driven, progress)
-        unfinished.rename(directory)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
+    _require_levels(trace, graph)
+    cost = {"as_executed": as_json(count_operations(model, [batch]))}
+    with _whole_folder(directory) as folder:
+        _write(folder, graph, trace, batch, weights)
+        recorded = record_in_float64(model.double(), batch, progress)  # the copy is ours
+        checks = {"exported": compare(Program(folder, np.float64), recorded, "interpreter", progress)}
+        if event_driven:
+            cost["event_driven"] = _event_driven(folder, recorded, progress)
+        write_json(folder / "cost.json", cost)
+        write_manifest(folder, _manifest(trace, graph, weights) | {"checks": checks})
     return directory
 
 
@@ -107,54 +99,62 @@ def _require_sentences(trace: SpikeTrace, classes: int) -> None:
         raise ValueError(f"labels must be whole numbers below {classes}, the classes, got {trace.labels.max()}")
 
 
-def _write(folder: Path, model, graph: Graph, batch, trace: SpikeTrace, weights, event_driven, progress) -> None:
-    """Every file of a bundle into `folder`, the manifest last."""
+def _require_levels(trace: SpikeTrace, graph: Graph) -> None:
+    for node in graph.nodes:
+        spikes, levels = trace.spikes.get(node["name"]), levels_of(node)
+        if spikes is not None and not np.isin(spikes, [0, *levels]).all():
+            values = ", ".join(map(str, np.unique(spikes)))
+            raise ValueError(f"{node['name']} gives {values}, and its levels are {levels}: its node must name them all")
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`, which it becomes at the end; on an exception it is removed."""
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+
+
+def _write(folder: Path, graph: Graph, trace: SpikeTrace, batch: Mapping, weights: str) -> None:
+    """Every file of a bundle that is known without a second reading."""
     graph.save(folder, int8=weights == "int8")
-    (ids, lengths), logits = aligned(batch), read(model, batch).logits.cpu().numpy()
-    texts = {"labels": trace.labels, "tokens": trace.tokens, "words": trace.words}
+    arrays = {name: getattr(trace, name) for name in ("logits", "lengths", "labels", "tokens", "words")}
     with whole_file(folder / "sentences.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, ids=ids, logits=logits, lengths=lengths, **texts)
-    _save_traces(trace, folder / "traces.h5")
+        np.savez_compressed(file, ids=left_aligned(batch)[0], **arrays)
+    _save_traces(trace, graph, folder / "traces.h5")
     save_events(trace, folder / "events.npz")
     (folder / "islands").mkdir()
-    for node in graph.nodes:
-        if node["op"] == "lif":
-            units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
-            for file, island in islands.of(node, units, parts, graph.weights).items():
-                nir.write(str(folder / "islands" / file), island)
-    compare = partial(compare_in_float64, model, batch, progress=progress)
-    compared, cost = compare(Program(folder, np.float64), "interpreter"), {}
-    cost["as_executed"] = as_json(count_operations(model, [batch]))
-    if event_driven:
-        cost["event_driven"] = measure(folder, compare)
-    write_json(folder / "cost.json", cost)
-    manifest = {
+    for node in neurons_in(graph.nodes):
+        units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
+        for file, island in islands.islands_for(node, units, parts, graph.weights).items():
+            nir.write(str(folder / "islands" / file), island)
+
+
+def _event_driven(folder: Path, recorded: Recorded, progress) -> dict:
+    """What the event-driven form takes, and how it compares with the model."""
+    program = EventDriven(folder, np.float64)
+    compared = compare(program, recorded, "event-driven form", progress)
+    return {**counts(program, compared["tokens"]), "compared": compared}
+
+
+def _manifest(trace: SpikeTrace, graph: Graph, weights: str) -> dict:
+    return {
         "schema": SCHEMA,
         "versions": {name: version(name) for name in PACKAGES},
         "weights": weights,
-        **statements(trace, graph.nodes, graph.labels, logits),
-        "checks": {"exported": compared},
-    }
-    seal(folder, manifest, hashes_of(folder))
-
-
-def statements(trace: SpikeTrace, nodes: list[dict], classes: list[str], logits: np.ndarray) -> dict:
-    """What the manifest says that graph and traces say too."""
-    return {
-        "sentences": len(trace.lengths),
-        "tokens": int(trace.lengths.sum()),
-        "classes": classes,
-        "labelled": int((trace.labels >= 0).sum()),
-        "right": int((trace.labels == logits.argmax(axis=1)).sum()),
-        "conventions": CONVENTIONS,
-        "populations": [population(trace, name, nodes) for name in trace.spikes],
-        "host": _host(nodes),
+        **statements(trace, graph.nodes, graph.labels, trace.logits),
     }
 
 
-def unlike(bundle: Bundle, model: nn.Module, batch: Mapping, weights: str, event_driven: bool) -> str | None:
+def first_difference(bundle: Bundle, model: nn.Module, batch: Mapping, weights: str, event_driven: bool) -> str | None:
     """What a bundle has that `export_bundle` with these arguments would write otherwise; None if nothing."""
-    graph, (ids, lengths) = graph_of(prepared(model, weights)), aligned(batch)
+    graph, (ids, lengths) = graph_of(quantized_copy(model, weights)), left_aligned(batch)
     given = batch["labels"].cpu().numpy() if "labels" in batch else np.full(len(ids), -1)
     same_weights = graph.weights.keys() == bundle.weights.keys() and all(
         np.array_equal(bundle.weights[name], weight) for name, weight in graph.weights.items()
@@ -171,132 +171,12 @@ def unlike(bundle: Bundle, model: nn.Module, batch: Mapping, weights: str, event
     return next((name for name, different in differ.items() if different), None)
 
 
-def prepared(model: nn.Module, weights: str = "float32") -> nn.Module:
-    """A copy in evaluation mode whose weights are exactly what the bundle holds: an adapter's scaling in its B, and
-    with "int8" every matrix on its grid.
-
-    Raises:
-        ValueError: parameters that are not float32.
-    """
-    other = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
-    if other:
-        raise ValueError(
-            f"a bundle holds float32, and LIF membranes kept in {', '.join(sorted(other))} are rounded at every step: "
-            "call model.float() first, and see that its accuracy is still what you want"
-        )
-    model = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                for adapter, b in module.lora_B.items():
-                    b.weight.mul_(module.scaling[adapter])
-                    module.scaling[adapter] = 1.0
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and weights == "int8":
-                grid, scale = quantize(module.weight.cpu().numpy())
-                module.weight.copy_(torch.from_numpy(grid * scale))
-    return model
-
-
-def aligned(batch: Mapping) -> tuple[np.ndarray, np.ndarray]:
-    """input_ids `(B, T)` with the real tokens in front and 0 behind, and lengths `(B,)`."""
-    mask, front = real_first(batch)
-    return (batch["input_ids"].cpu() * mask).gather(1, front).numpy(), mask.sum(1).numpy()
-
-
-def _save_traces(trace: SpikeTrace, path: Path) -> None:
-    nodes = {}
+def _save_traces(trace: SpikeTrace, graph: Graph, path: Path) -> None:
+    nodes, types = {}, {node["name"]: spikes_type(node) for node in graph.nodes}
     for name, spikes in trace.spikes.items():
-        seen = {"spikes": nir.TimeGriddedData(spikes != 0, dt=1.0)}
+        seen = {"spikes": nir.TimeGriddedData(spikes.astype(types[name]), dt=1.0)}
         if name in trace.currents:
             seen["current"] = nir.TimeGriddedData(trace.currents[name], dt=1.0)
         nodes[name] = nir.NIRNodeData(seen)
     with whole_file(path) as temporary:
         nir.write_data(temporary, nir.NIRGraphData(nodes))
-
-
-def population(trace: SpikeTrace, name: str, nodes: list[dict]) -> dict:
-    """What the manifest says of one population."""
-    node = next((node for node in nodes if node["name"] == name), None)
-    neurons = node is not None and node["op"] == "lif"
-    files = [f"islands/{name}.nir"] if neurons else []
-    if neurons and weights_before(nodes, node):
-        files.append(f"islands/{name}.weights.nir")
-    return {
-        "name": name,
-        "n": trace.spikes[name].shape[-1],
-        "kind": "graded" if name in trace.values else "binary",
-        "from_rest": node["from_rest"] if neurons else True,
-        "islands": files,
-        "firing_rate": trace.firing_rate(name),
-        "spikes_per_token": trace.spikes_per_token(name),
-    }
-
-
-def _host(nodes: list[dict]) -> dict:
-    """The operations that are in no island, by kind."""
-    neurons = [node for node in nodes if node["op"] == "lif"]
-    inside = {weight for node in neurons for _, weight in weights_before(nodes, node)}
-    operations: dict[str, list[str]] = {}
-    for node in nodes:
-        if node["op"] != "lif" and node.get("weight") not in inside:
-            operations.setdefault(node["op"], []).append(node["name"])
-    return {
-        "operations": operations,
-        "why": "NIR has no LayerNorm, exponential, division or product of two signals, and simulators no delay; "
-        "graph.json has all of it, in order, and interpreter.py runs it",
-    }
-
-
-def compare_in_float64(model: nn.Module, batch: Mapping, program: Program, text: str, progress) -> dict:
-    """A program of the interpreter against the model in float64, where both have no rounding to speak of.
-
-    Returns:
-        sentences, tokens, neuron steps, spikes and predictions that differ, and the largest difference of a logit.
-
-    Raises:
-        ValueError: spikes or logits differ.
-    """
-    double, (ids, lengths) = copy.deepcopy(model).double(), aligned(batch)
-    steps, wrong, apart, answers = 0, 0, 0.0, 0
-    for rows in progress(list(by_length(lengths)), text):
-        part = batch_of(ids, lengths, rows)
-        trace, theirs = record_spikes(double, part), read(double, part).logits.cpu().numpy()
-        ours, seen = program.run(part["input_ids"].numpy(), lengths[rows], list(trace.spikes))
-        wrong += sum(int((seen[name] != trace.spikes[name]).sum()) for name in trace.spikes)
-        steps += int(lengths[rows].sum()) * sum(spikes.shape[-1] for spikes in trace.spikes.values())
-        apart = max(apart, float(np.abs(ours - theirs).max()))
-        answers += int((ours.argmax(axis=1) != theirs.argmax(axis=1)).sum())
-    if wrong or not apart < 1e-6:
-        raise ValueError(
-            f"the {text} does not compute what the model does: {wrong} of {steps} spikes differ, logits by up to "
-            f"{apart:.1e}. Something in this model is unlike SpikeGPT with plain adapters; please report it"
-        )
-    return {
-        "dtype": "float64",
-        "sentences": len(ids),
-        "tokens": int(lengths.sum()),
-        "steps": steps,
-        "different_spikes": wrong,
-        "different_predictions": answers,
-        "largest_logit_difference": apart,
-    }
-
-
-def batch_of(ids: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> dict[str, torch.Tensor]:
-    """Some of the sentences of `aligned` as a model takes them, cut to the longest of them."""
-    T = int(lengths[rows].max())
-    mask = torch.arange(T) < torch.from_numpy(lengths[rows])[:, None]
-    return {"input_ids": torch.from_numpy(ids[rows, :T]), "attention_mask": mask.long()}
-
-
-def seal(folder: Path, manifest: dict, hashes: dict[str, str]) -> None:
-    """Write the manifest with the other files' hashes, and its own beside it."""
-    write_json(folder / "manifest.json", manifest | {"sha256": hashes})
-    write_text(folder / "manifest.json.sha256", own_hash(folder))
-
-
-def hashes_of(folder: Path) -> dict[str, str]:
-    """sha256 of every file but the manifest, by its path in the bundle."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in MANIFEST)
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}

@@ -42,6 +42,7 @@ class SpikeTrace:
     note: what was recorded, in the words of whoever recorded it.
     currents: where asked for, name -> float32 `(B, T, C)`, what the neurons integrate (not of "emb", which has none).
     membranes: where asked for, name -> float32 `(B, T, C)`, after each token and its reset (not of "emb").
+    logits: of a classifier, what it gave, `(B, classes)`; not kept in the file.
     """
 
     spikes: dict[str, np.ndarray]
@@ -53,6 +54,7 @@ class SpikeTrace:
     note: str = ""
     currents: dict[str, np.ndarray] = field(default_factory=dict)
     membranes: dict[str, np.ndarray] = field(default_factory=dict)
+    logits: np.ndarray | None = None
 
     def firing_rate(self, population: str) -> float:
         """Share of (neuron, real token) pairs with a spike, of whatever size, in [0, 1]."""
@@ -156,7 +158,7 @@ def record_spikes(
     recorded: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
     hooks = (neuron.register_forward_hook(_remember(recorded, name, currents, membranes)) for name, neuron in neurons)
     with _storing([neuron for _, neuron in neurons if membranes and neuron.has_membrane]), hooked(hooks):
-        run(model, batch)
+        output = run(model, batch)
 
     mask, front = real_first(batch)
     tokens, words = _tokens_and_words(batch, tokenizer, mask, front)
@@ -167,7 +169,7 @@ def record_spikes(
         for group, by_name in recorded.items()
     }
     given = {"lengths": mask.sum(1).numpy(), "labels": torch.as_tensor(labels).cpu().numpy(), "note": note}
-    return SpikeTrace(spikes, tokens=tokens, words=words, **others, **given)
+    return SpikeTrace(spikes, tokens=tokens, words=words, logits=_logits(output), **others, **given)
 
 
 def _remember(recorded: dict[str, dict[str, Tensor]], name: str, currents: bool, membranes: bool) -> Callable:
@@ -226,6 +228,14 @@ def _as_int8(spikes: Tensor) -> np.ndarray:
     if not torch.equal(spikes, spikes.to(torch.int8).to(spikes.dtype)):
         raise ValueError("a recorded spike is no integer in [-128, 127]")
     return spikes.to(torch.int8).numpy()
+
+
+def _logits(output) -> np.ndarray | None:
+    """Of a classifier; a language model's, one vector a token, would take up more than all spikes."""
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.dim() != 2:
+        return None
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu().numpy()
 
 
 def _base_model(model: nn.Module) -> SpikeGPTModel:

@@ -1,5 +1,6 @@
 """The bundle and its check, on a small model: what is right passes, whatever is altered is found and named."""
 
+import copy as copy_module
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from test_interpreter import model_with, sentences
 
 from spikegpt_lora.adapters import SpikeAdaLoraConfig, SpikeGate
+from spikegpt_lora.convert.weights import quantize, quantized_copy
 from spikegpt_lora.export import (
     AddressEventDataset,
     Bundle,
@@ -22,13 +24,16 @@ from spikegpt_lora.export import (
     check_bundle,
     export_bundle,
     islands,
+    simulators,
     to_tonic,
 )
 from spikegpt_lora.export.__main__ import main
-from spikegpt_lora.export.graph import graph_of, quantize
+from spikegpt_lora.export.graph import graph_of
 from spikegpt_lora.export.interpreter import Program
+from spikegpt_lora.export.manifest import write_manifest
 from spikegpt_lora.export.reruns import unable
-from spikegpt_lora.export.write import aligned, hashes_of, prepared, seal
+from spikegpt_lora.export.sentences import left_aligned
+from spikegpt_lora.model import SpikeGPTModel
 from spikegpt_lora.utils.files import UNFINISHED
 
 ADAPTED = ["none", "lora", "graded", "binary", "token"]
@@ -60,12 +65,12 @@ def copy(graded, tmp_path):
 
 def reseal(folder):
     """The hashes of what lies there now: a forger's."""
-    seal(folder, json.loads((folder / "manifest.json").read_text()), hashes_of(folder))
+    write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
 
 
 @pytest.mark.parametrize(("adapter", "weights"), [*((one, "float32") for one in ADAPTED), ("graded", "int8")])
 def test_a_bundle_is_right_in_every_mode(adapter, weights, tmp_path):
-    for name in islands.SIMULATORS.values():
+    for name in simulators.SIMULATORS.values():
         pytest.importorskip(name)
     folder = export_bundle(small(adapter), batch_of(), tmp_path / "bundle", weights=weights)
     results = check_bundle(folder)
@@ -99,53 +104,54 @@ def test_results_are_never_written_into_the_bundle(inside, copy, monkeypatch, ca
 
 
 def test_thresholds_of_each_rank_are_left_out_by_name_where_a_simulator_takes_only_one(tmp_path):
-    for package in islands.SIMULATORS.values():
+    for package in simulators.SIMULATORS.values():
         pytest.importorskip(package)
     model = small("token")
     gate = next(module for module in model.modules() if isinstance(module, SpikeGate))
     thresholds = torch.linspace(0.5, 1.5, 4, dtype=torch.float64)
     gate.threshold_now = lambda: thresholds
     node = next(n for n in graph_of(model).nodes if n["op"] == "lif" and isinstance(n["v_threshold"], list))
-    reasons = {simulator: unable(simulator, node) for simulator in islands.SIMULATORS}
+    reasons = {simulator: unable(simulator, node) for simulator in simulators.SIMULATORS}
     one = "it takes one v_threshold a population"
     assert reasons == {"snnTorch": one, "Norse": None, "spikingjelly": one}
     assert unable("spikingjelly", node | {"tau": 1.0, "v_threshold": 1.0}) == "it takes no tau of 1"
 
 
-def test_the_interpreter_and_both_event_driven_forms_have_the_models_spikes(graded):
+def test_the_interpreter_and_the_event_driven_form_have_the_models_spikes(graded):
     cost, exported = json.loads((graded / "cost.json").read_text()), Bundle(graded).manifest["checks"]["exported"]
-    for compared in (exported, cost["event_driven"]["compared"], cost["event_driven"]["shortest"]["compared"]):
+    for compared in (exported, cost["event_driven"]["compared"]):
         assert compared["different_spikes"] == compared["different_predictions"] == 0
         assert compared["steps"] > 1000 and compared["largest_logit_difference"] < 1e-9
 
 
-def test_the_shortest_form_adds_less_and_nothing_is_lost_between_layers(graded):
+def test_no_addition_is_lost_between_layers(graded):
     cost = json.loads((graded / "cost.json").read_text())["event_driven"]
-    assert cost["shortest"]["additions"] < cost["additions"]
     assert sum(layer["additions"] for layer in cost["layers"].values()) == pytest.approx(cost["additions"])
     assert cost["layers"].keys() == json.loads((graded / "cost.json").read_text())["as_executed"]["layers"].keys() - {
         "score"
     }
 
 
-@pytest.mark.parametrize("simulator", islands.SIMULATORS)
+@pytest.mark.parametrize("simulator", simulators.SIMULATORS)
 def test_the_control_island_fails_only_with_a_threshold_that_is_wrong_on_purpose(simulator):
-    pytest.importorskip(islands.SIMULATORS[simulator])
-    control = islands.control(simulator)
+    pytest.importorskip(simulators.SIMULATORS[simulator])
+    control = simulators.self_test(simulator)
     assert control["ties"] > 10 and control["wrong"] == 0 and control["wrong_on_purpose"] > 10
 
 
 def test_spikingjelly_fires_at_the_files_threshold_and_the_others_above_it():
-    for package in islands.SIMULATORS.values():
+    for package in simulators.SIMULATORS.values():
         pytest.importorskip(package)
-    node = {"name": "one", "tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "from_rest": False}
+    node = {"name": "one", "op": "lif", "tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "from_rest": False}
     below = np.nextafter(np.float32(1), np.float32(0))  # where a file's threshold lies: the model does not fire there
     current = np.full((1, 1, 1), 2 * below)
-    fired = {simulator: islands.replay(simulator, islands.island(node, 1), current) for simulator in islands.SIMULATORS}
-    assert {simulator: bool(spikes.all()) for simulator, spikes in fired.items()} == {
-        simulator: simulator in islands.FIRE_AT for simulator in islands.SIMULATORS
+    fired = {
+        simulator: simulators.replay(simulator, islands.island(node, 1), current) for simulator in simulators.SIMULATORS
     }
-    assert islands.blind("spikingjelly", node) == 1 - below and islands.blind("Norse", node) is None
+    assert {simulator: bool(spikes.all()) for simulator, spikes in fired.items()} == {
+        simulator: simulator in simulators.FIRE_AT for simulator in simulators.SIMULATORS
+    }
+    assert simulators.blind("spikingjelly", node) == 1 - below and simulators.blind("Norse", node) is None
 
 
 def test_one_byte_anywhere_is_found(copy):
@@ -177,7 +183,7 @@ def test_a_spike_altered_with_its_hash_is_named_by_every_part_of_the_check(copy)
     problems = check_bundle(copy)["problems"]
     where = f"population {name}, sample {sample}, step {step}, neuron {unit}"
     kinds = ["traces.h5: spikes are not", "events.npz and traces.h5", "interpreter:"]
-    kinds += [f"{simulator}, island:" for simulator in islands.installed()]
+    kinds += [f"{simulator}, island:" for simulator in simulators.installed()]
     for kind in kinds:
         assert any(line.startswith(kind) and where in line for line in problems), (kind, problems)
 
@@ -276,6 +282,21 @@ def test_a_graph_that_is_not_the_model_is_never_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_export_reads_the_sentences_three_times_and_copies_the_model_once(tmp_path, monkeypatch):
+    """In float32 to record spikes and logits and to count operations, in float64 for the interpreter and its forms."""
+    calls, model, deepcopy = [], small(), copy_module.deepcopy
+
+    def copied(x, *memo):
+        calls.extend(["copy"] * (isinstance(x, torch.nn.Module) and not memo))
+        return deepcopy(x, *memo)
+
+    base = next(module for module in model.modules() if isinstance(module, SpikeGPTModel))
+    base.register_forward_hook(lambda module, inputs, output: calls.append(module.emb.weight.dtype))
+    monkeypatch.setattr(copy_module, "deepcopy", copied)
+    export_bundle(model, batch_of(), tmp_path / "bundle", event_driven=True)
+    assert calls == ["copy", torch.float32, torch.float32, torch.float64]
+
+
 def test_what_a_killed_export_left_is_gone_after_the_next(tmp_path):
     left = tmp_path / f"{UNFINISHED}bundle"
     left.mkdir()
@@ -355,10 +376,10 @@ def test_a_scaling_that_is_no_power_of_two_is_in_the_weight(tmp_path):
     for module in model.modules():
         if hasattr(module, "scaling"):
             module.scaling["default"] = 1.3
-    graph = graph_of(prepared(model))
+    graph = graph_of(quantized_copy(model))
     graph.save(tmp_path)
     batch = batch_of()
-    logits, _ = Program(tmp_path, np.float64).run(*aligned(batch))
+    logits, _ = Program(tmp_path, np.float64).run(*left_aligned(batch))
     wanted = model.double()(batch["input_ids"], batch["attention_mask"]).logits.detach().numpy()
     assert np.abs(logits - wanted).max() < 1e-5
 
@@ -435,6 +456,13 @@ def test_the_command_checks_a_bundle_in_a_process_of_its_own(graded):
     command = [sys.executable, "-m", "spikegpt_lora.export", "check", str(graded)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "the bundle is right" in done.stdout, done.stderr
+
+
+def test_the_command_runs_the_event_driven_form_again(graded, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export", "event-driven", str(graded)])
+    assert main() == 0
+    said, form = capsys.readouterr().out, Bundle(graded).cost["event_driven"]
+    assert "4 of 4 predictions as recorded" in said and f"a token: {form['additions']:,.0f} additions" in said
 
 
 def test_the_command_says_what_it_found_in_its_exit_status(copy, tmp_path, monkeypatch, capsys):

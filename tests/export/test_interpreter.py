@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SIZES, lively
+from helpers import SIZES, current, lively
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import spikegpt_lora.export.interpreter
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig, record_spikes
+from spikegpt_lora.export.event_driven import EventDriven
 from spikegpt_lora.export.graph import graph_of
-from spikegpt_lora.export.interpreter import EventDriven, Program
+from spikegpt_lora.export.interpreter import NEURONS, OPERATIONS, Program
+from spikegpt_lora.export.simulators import run_neurons
+from spikegpt_lora.neurons.lif import LIF
+from spikegpt_lora.ops.backend import default_backend
 
 ADAPTERS = {
     "none": None,
@@ -69,6 +73,27 @@ def test_soft_reset_and_other_constants_are_carried(tmp_path):
     graph_of(model).save(tmp_path)
     logits, _ = Program(tmp_path, np.float64).run(ids.numpy(), lengths.numpy())
     assert np.abs(logits - model(**batch).logits.detach().numpy()).max() < 1e-9
+
+
+@pytest.mark.parametrize("settings", [{}, {"tau": 3.0, "v_threshold": 0.7}, {"v_reset": None}, {"v_reset": -0.2}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_population_alone_has_the_models_membranes_and_spikes_bit_for_bit(settings, dtype):
+    neuron, x = LIF(**settings), current(3, 9, 4, dtype=dtype)
+    node = {"op": "lif", "tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "from_rest": False} | settings
+    h, spikes = run_neurons(node, x.numpy())
+    with default_backend("reference"):
+        wanted, membrane = neuron.step(x)
+    assert h.dtype == x.numpy().dtype and np.array_equal(spikes, wanted.numpy()) and 0 < spikes.mean() < 1
+    reset = h[:, -1] - spikes[:, -1] if node["v_reset"] is None else node["v_reset"]
+    assert np.array_equal(np.where(spikes[:, -1], reset, h[:, -1]).astype(h.dtype), membrane.numpy())
+    each, _ = run_neurons(node | {"from_rest": True}, x.numpy())
+    alone = [run_neurons(node, x.numpy()[:, t : t + 1])[0] for t in range(9)]
+    assert np.array_equal(each, np.concatenate(alone, axis=1))
+
+
+def test_every_operation_has_its_equation():
+    assert all(getattr(Program, name).__doc__ for name in OPERATIONS)
+    assert all(function.__doc__ for function in NEURONS.values())
 
 
 def test_a_sentence_alone_is_what_it_is_in_a_batch(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_bundle import batch_of, export_bundle, reseal, small
 
-from spikegpt_lora.export import Bundle, islands
+from spikegpt_lora.export import Bundle, simulators
 from spikegpt_lora.export.__main__ import main
 
 MUTANTS = 500
@@ -44,7 +44,7 @@ def all_that_is_read(folder):
 
 @pytest.mark.attack
 def test_no_mutant_is_called_right_crashes_hangs_or_takes_much_memory(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(islands, "installed", dict)
+    monkeypatch.setattr(simulators, "installed", dict)
     right, copy = export_bundle(small(), batch_of(), tmp_path / "right", event_driven=True), tmp_path / "copy"
     files = sorted(path.relative_to(right) for path in right.rglob("*") if path.is_file())
     arrays, values = all_that_is_read(right)

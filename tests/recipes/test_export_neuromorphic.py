@@ -1,5 +1,6 @@
 """recipes/export_neuromorphic.py as a user runs it, on a tiny adapter."""
 
+import ast
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import running
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
+import spikegpt_lora.export
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig, load_task
 from spikegpt_lora.export import Bundle, check_bundle
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
@@ -46,6 +48,14 @@ def test_one_command_leaves_a_right_bundle_pictures_and_a_summary(run, tmp_path)
     assert json.loads((tmp_path / "check.json").read_text()) == check_bundle(tmp_path / "bundle")
     assert (tmp_path / "check.txt").read_text(encoding="utf-8").strip() in text
     assert json.loads((tmp_path / "accuracy.json").read_text())["same"] > 90
+
+
+def test_the_recipe_uses_what_the_export_says_is_public():
+    tree = ast.parse((running.RECIPES / NAME).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    used = {alias.name for node in imports if node.module == "spikegpt_lora.export" for alias in node.names}
+    assert used and used <= set(spikegpt_lora.export.__all__)
+    assert not [node.module for node in imports if node.module.startswith("spikegpt_lora.export.")]
 
 
 def test_a_whole_model_and_a_text_file_are_read_too(run, tmp_path):

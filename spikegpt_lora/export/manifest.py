@@ -1,0 +1,91 @@
+"""What a bundle's manifest says: what graph and traces say too, and the hash of every file."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from ..observe.traces import SpikeTrace
+from ..utils.files import write_json, write_text
+from .graph import BINARY, levels_of, weights_before
+from .islands import no_island
+
+MANIFEST = ("manifest.json", "manifest.json.sha256")
+CONVENTIONS = {
+    "time step": "one token: dt = 1e-4 s in .nir files, 1 in traces.h5",
+    "tau": "in tokens; in .nir files times 1e-4 s",
+    "order": "charge, fire, reset",
+    "charge": "h = v + (x - (v - v_reset)) / tau",
+    "fire": "h >= v_threshold; in .nir files h > the float32 below it",
+    "reset": "v = v_reset where it fired, else h",
+    "start": "v = v_reset before a sentence's first token; populations with from_rest: before every token",
+    "arrays": "sentences left-aligned, zeros behind their ends",
+}
+
+
+def statements(trace: SpikeTrace, nodes: list[dict], classes: list[str], logits: np.ndarray) -> dict:
+    """What the manifest says that graph and traces say too."""
+    return {
+        "sentences": len(trace.lengths),
+        "tokens": int(trace.lengths.sum()),
+        "classes": classes,
+        "labelled": int((trace.labels >= 0).sum()),
+        "right": int((trace.labels == logits.argmax(axis=1)).sum()),
+        "conventions": CONVENTIONS,
+        "populations": [population(trace, name, nodes) for name in trace.spikes],
+        "host": _host(nodes),
+    }
+
+
+def population(trace: SpikeTrace, name: str, nodes: list[dict]) -> dict:
+    """What the manifest says of one population."""
+    node = next(node for node in nodes if node["name"] == name)
+    files = [] if no_island(node) else [f"islands/{name}.nir"]
+    if files and weights_before(nodes, node):
+        files.append(f"islands/{name}.weights.nir")
+    levels = "binary" if levels_of(node) == BINARY else "integer"
+    return {
+        "name": name,
+        "n": trace.spikes[name].shape[-1],
+        "kind": "graded" if name in trace.values else levels,
+        "from_rest": node.get("from_rest", True),  # the embedding has no state
+        "islands": files,
+        "firing_rate": trace.firing_rate(name),
+        "spikes_per_token": trace.spikes_per_token(name),
+    }
+
+
+def _host(nodes: list[dict]) -> dict:
+    """The operations that are in no island, by kind."""
+    islands = [node for node in nodes if not no_island(node)]
+    inside = {weight for node in islands for _, weight in weights_before(nodes, node)}
+    operations: dict[str, list[str]] = {}
+    for node in nodes:
+        if node not in islands and node.get("weight") not in inside:
+            operations.setdefault(node["op"], []).append(node["name"])
+    return {
+        "operations": operations,
+        "why": "NIR has no LayerNorm, exponential, division or product of two signals, and simulators no delay; "
+        "graph.json has all of it, in order, and interpreter.py runs it",
+    }
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Write the manifest with the hash of every other file by its path in the bundle, and its own beside it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in MANIFEST)
+    hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    write_json(folder / "manifest.json", manifest | {"sha256": hashes})
+    write_text(folder / "manifest.json.sha256", own_hash(folder))
+
+
+def own_hash(folder: Path) -> str:
+    """What manifest.json.sha256 holds."""
+    return f"{sha256(folder / 'manifest.json')}  manifest.json\n"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
