@@ -20,6 +20,8 @@ from test_spikelora import adapted, fresh_classifier
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
 from spikegpt_lora.adapters import SpikeLoraLinear
+from spikegpt_lora.checkpoint import load_adapter
+from spikegpt_lora.utils.errors import DamagedFile
 
 
 def spoil(folder, **changes):
@@ -69,6 +71,13 @@ def test_a_wrong_setting_in_a_file_is_said_with_its_folder(tmp_path):
         ValueError, match=f"the adapter in {re.escape(str(tmp_path))}: SpikeLoraConfig: r must.*tau must"
     ):
         PeftModel.from_pretrained(fresh_classifier(), tmp_path)
+
+
+def test_an_adapter_of_a_method_that_is_gone_is_refused_by_name(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    set_in_config(tmp_path, peft_type="SPIKEADALORA")
+    with pytest.raises(DamagedFile, match="peft_type must be SPIKELORA or .*got 'SPIKEADALORA': load it with"):
+        load_adapter(fresh_classifier(), tmp_path)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
