@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
-from .utils.checks import broken, kinds
+from .utils.checks import kinds, violations
 from .utils.errors import DamagedFile, first_line, read_json
 from .utils.saved import saved_shapes, some
 
@@ -94,7 +94,7 @@ class SpikeGPTConfig(PretrainedConfig):
 
     def _bad_values(self) -> list[str]:
         sizes = ("vocab_size", "n_embd", "n_layer", "n_ffn", "context_length")
-        if wrong := broken(self, kinds(self, inspect.get_annotations(SpikeGPTConfig))):
+        if wrong := violations(self, kinds(self, inspect.get_annotations(SpikeGPTConfig))):
             return wrong
         rules = [(key, ">= 1", getattr(self, key) >= 1) for key in sizes]
         rules += [(key, f"a token's id below {self.vocab_size}", self._is_token(key)) for key in TOKENS]
@@ -106,7 +106,7 @@ class SpikeGPTConfig(PretrainedConfig):
             ("lif_surrogate_alpha", "> 0", self.lif_surrogate_alpha > 0),
             ("pooling", f"one of {', '.join(POOLINGS)}", self.pooling in POOLINGS),
         ]
-        return broken(self, rules)
+        return violations(self, rules)
 
     def _is_token(self, key: str) -> bool:
         ids = getattr(self, key)

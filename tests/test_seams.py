@@ -43,7 +43,7 @@ from transformers.pytorch_utils import Conv1D
 import spikegpt_lora
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTModel, SpikeLoraConfig
 from spikegpt_lora.adapters.config import KINDS
-from spikegpt_lora.utils.checks import broken, kinds
+from spikegpt_lora.utils.checks import kinds, violations
 from spikegpt_lora.utils.inputs import CACHES
 
 
@@ -166,7 +166,7 @@ SEAMS = [
          lambda: isinstance(LoraModel.target_module_mapping, dict) and "llama" in LoraModel.target_module_mapping),
     Seam("peft LoraConfig's annotations", f"{CONFIG}, utils/checks.py", "say a setting's type; KINDS where not",
          lambda: all(name in get_type_hints(peft.LoraConfig) for name in KINDS)
-         and not broken(SpikeLoraConfig(), kinds(SpikeLoraConfig(), get_type_hints(SpikeLoraConfig) | KINDS))),
+         and not violations(SpikeLoraConfig(), kinds(SpikeLoraConfig(), get_type_hints(SpikeLoraConfig) | KINDS))),
     Seam("peft PeftConfig.from_peft_type", CONFIG, "makes a configuration of what a file holds",
          lambda: says(peft.PeftConfig.from_pretrained, "from_json_file", "from_peft_type(**kwargs)")),
     Seam("peft BaseTuner._create_and_replace", MODEL, "(config, adapter_name, target, target_name, parent, ...)",
