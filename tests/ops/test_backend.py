@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import need_extension
+from running import started
 
 from spikegpt_lora import wkv_reference
 from spikegpt_lora.ops import backend
@@ -48,15 +48,8 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def start(code: str, **environment) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, **{key: str(value) for key, value in environment.items()}},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def start(code: str, **environment):
+    return started([sys.executable, "-c", code], os.environ | {key: str(value) for key, value in environment.items()})
 
 
 def test_a_library_is_built_once_and_then_found(cache, tmp_path, monkeypatch):
@@ -181,23 +174,22 @@ def test_two_processes_that_build_at_once_both_succeed(cache, tmp_path):
     log = tmp_path / "calls"
     action = f"time.sleep(1.0 if '-c' in sys.argv else 0); '-c' in sys.argv and open({str(log)!r}, 'a').write('x')"
     compiler = scripted_compiler(tmp_path, action)
-    processes = [start(BUILD, CXX=compiler) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    with start(BUILD, CXX=compiler) as first, start(BUILD, CXX=compiler) as second:
+        processes = (first, second)
+        outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0] != ""
     assert log.read_text() == "x"  # the second waited for the first
 
 
 def test_a_killed_build_neither_blocks_nor_litters_the_next(cache, tmp_path, monkeypatch):
-    started = tmp_path / "started"
-    first = f"'-c' in sys.argv and not (started := pathlib.Path({str(started)!r})).exists()"
-    compiler = scripted_compiler(tmp_path, f"{first} and (started.touch(), time.sleep(100))")
-    process = start(BUILD, CXX=compiler)
-    while not started.exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    begun = tmp_path / "begun"
+    first = f"'-c' in sys.argv and not (begun := pathlib.Path({str(begun)!r})).exists()"
+    compiler = scripted_compiler(tmp_path, f"{first} and (begun.touch(), time.sleep(100))")
+    with start(BUILD, CXX=compiler) as process:
+        while not begun.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
     assert list(cache.glob("**/build-*"))
     monkeypatch.setenv("CXX", str(compiler))
     begin = time.monotonic()
@@ -228,8 +220,8 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    process = start(code, PATH=tmp_path, CXX=tmp_path / "missing")
-    out, err = process.communicate(timeout=120)
+    with start(code, PATH=tmp_path, CXX=tmp_path / "missing") as process:
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert err.count("WARNING no compiled kernels for cpu") == 1
     assert "no C++ compiler found" in err and "no C++ compiler found" in out
@@ -271,8 +263,8 @@ def test_the_default_backend_can_be_set_by_the_environment():
     code = (
         "import torch; from spikegpt_lora.ops import backend as e; print(e.use_extension('auto', torch.device('cpu')))"
     )
-    process = start(code, SPIKEGPT_LORA_BACKEND="reference", CXX="missing")
-    assert process.communicate(timeout=120)[0].strip() == "False"
+    with start(code, SPIKEGPT_LORA_BACKEND="reference", CXX="missing") as process:
+        assert process.communicate(timeout=120)[0].strip() == "False"
 
 
 def test_the_command_reports_what_it_built_and_where(cache, tmp_path):

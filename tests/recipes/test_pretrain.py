@@ -4,14 +4,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from running import RECIPES, environment, here, in_a_process
+from running import RECIPES, here, in_a_process, interrupted
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,20 +78,9 @@ def test_a_model_is_trained_further_with_its_tokenizer_and_on_pairs(trained, tex
 
 
 def test_ctrl_c_says_how_to_go_on(text, tmp_path):
-    arguments = [str(text), "--output-dir", str(tmp_path), "--steps", "100000", "--save-minutes", "0", *MINI, *SMALL]
-    process = subprocess.Popen(
-        [sys.executable, str(RECIPES / "pretrain.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    deadline = time.time() + 120
-    while not (tmp_path / "training.safetensors").is_file() and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
+    arguments = [text, "--output-dir", tmp_path, "--steps", "100000", "--save-minutes", "0", *MINI, *SMALL]
+    done = interrupted("pretrain.py", *arguments, once=(tmp_path / "training.safetensors").is_file)
+    assert done.returncode == 130 and "the same command goes on" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -134,7 +120,7 @@ def test_the_models_files_are_readable_by_others(trained):
         (["nowhere.txt", *MINI], "'nowhere.txt' is no file or folder"),
         ([RECIPES / "pretrain.py", "--decontaminate", "sst"], "--decontaminate takes subj, subj-mini, a file, or none"),
         ([RECIPES / "pretrain.py"], "the data of task subj were not found"),
-        ([Path(__file__), "--decontaminate", "none"], "at least 100 documents are needed"),
+        ([RECIPES.parent / "CITATION.cff", "--decontaminate", "none"], "at least 100 documents are needed"),
         ([RECIPES / "generate.py", "--n-layer", "0", "--batch-size", "0"], "batch_size must be >= 1, got 0"),
         ([RECIPES / "generate.py", "--n-layer", "0"], "n_layer must be >= 1, got 0"),
         ([RECIPES / "generate.py", "--model", "embedded", "--n-embd", "8"], "n_embd: sizes are for a new model"),
