@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from helpers import SIZES, lively, need_extension
+from matplotlib.figure import Figure
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification
 from spikegpt_lora.ops.backend import default_backend
@@ -30,6 +31,19 @@ def backend(request):
         need_extension()
     with default_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved while a test runs."""
+    saved, save = [], Figure.savefig
+
+    def remember(figure, *args, **kwargs):
+        saved.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return saved
 
 
 @pytest.fixture

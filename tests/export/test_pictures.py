@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import SIZES
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from test_interpreter import model_with
 
@@ -31,19 +30,6 @@ def adapted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     return bundle_of("none", tmp_path_factory.mktemp("plain") / "bundle")
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """Every figure that is saved while a test runs."""
-    saved, save = [], Figure.savefig
-
-    def remember(figure, *args, **kwargs):
-        saved.append(figure)
-        return save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
-    return saved
 
 
 def texts(labels):

@@ -285,6 +285,9 @@ def test_the_kernels_build_wherever_there_is_a_compiler():
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
     load("cpu")
+    x = torch.randn(2, 5, 3)
+    for ours, theirs in zip(wkv(x[0, 0], x[0, 1], x, x, backend="extension"), wkv_reference(x[0, 0], x[0, 1], x, x)):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.slow

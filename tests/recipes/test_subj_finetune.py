@@ -204,7 +204,10 @@ def test_one_setting_of_one_method_is_changed_alone(tmp_path):
 
 def test_a_saved_adapter_finds_its_base_from_any_working_directory(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    AutoPeftModelForSequenceClassification.from_pretrained(finished[0] / "spikelora" / "seed0")
+    model = AutoPeftModelForSequenceClassification.from_pretrained(finished[0] / "spikelora" / "seed0")
+    base = AutoModelForSequenceClassification.from_pretrained(finished[0] / "base" / "seed0")
+    model.unload()
+    assert torch.equal(model.base_model.model.spikegpt.emb.weight, base.spikegpt.emb.weight)
 
 
 def test_two_processes_share_one_run(tmp_path):
