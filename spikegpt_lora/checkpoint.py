@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants, list_repo_files
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -101,12 +101,17 @@ def load_adapter(model: SpikeGPTPreTrainedModel, folder: str | os.PathLike) -> P
 
     Raises:
         FileNotFoundError: there is none.
-        DamagedFile: it cannot be read, or is none for `model`.
+        DamagedFile: it cannot be read, is of a method that is not known here, or is none for `model`.
     """
     file = Path(folder) / "adapter_config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no adapter_config.json: give the folder of an adapter")
-    read_json(file, keys=("peft_type",))
+    kind = read_json(file, keys=("peft_type",))["peft_type"]
+    if kind not in list(PeftType):
+        raise DamagedFile(
+            f"{folder} holds no adapter of a method known here: peft_type must be SPIKELORA or one of peft's own, got "
+            f"{kind!r}: load it with the version of spikegpt_lora that wrote it"
+        )
     try:
         with warnings.catch_warnings(record=True) as said:
             model = PeftModel.from_pretrained(model, str(folder))

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from .neurons.lif import NeuronParameters
-from .utils.checks import broken, kinds
+from .utils.checks import kinds, violations
 from .utils.errors import DamagedFile, first_line, read_json
 from .utils.saved import saved_shapes, some
 
@@ -97,7 +97,7 @@ class SpikeGPTConfig(PretrainedConfig):
 
     def _bad_values(self) -> list[str]:
         sizes = ("vocab_size", "n_embd", "n_layer", "n_ffn", "context_length")
-        if wrong := broken(self, kinds(self, inspect.get_annotations(SpikeGPTConfig))):
+        if wrong := violations(self, kinds(self, inspect.get_annotations(SpikeGPTConfig))):
             return wrong
         rules = [(key, ">= 1", getattr(self, key) >= 1) for key in sizes]
         rules += [(key, f"a token's id below {self.vocab_size}", self._is_token(key)) for key in TOKENS]
@@ -107,7 +107,7 @@ class SpikeGPTConfig(PretrainedConfig):
             *self.neuron.rules("lif_"),
             ("pooling", f"one of {', '.join(POOLINGS)}", self.pooling in POOLINGS),
         ]
-        return broken(self, rules)
+        return violations(self, rules)
 
     def _is_token(self, key: str) -> bool:
         ids = getattr(self, key)

@@ -4,12 +4,18 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, and none may wait for it
 
+import signal
+
 import pytest
 import torch
 from helpers import SIZES, lively, need_extension
+from matplotlib.figure import Figure
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification
 from spikegpt_lora.ops.backend import default_backend
+
+# A script's background job ignores Ctrl-C, and so does all that it starts: tests that press it would wait forever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
@@ -25,6 +31,19 @@ def backend(request):
         need_extension()
     with default_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved while a test runs."""
+    saved, save = [], Figure.savefig
+
+    def remember(figure, *args, **kwargs):
+        saved.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return saved
 
 
 @pytest.fixture

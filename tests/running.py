@@ -5,10 +5,12 @@ import fcntl
 import importlib.util
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from io import StringIO
@@ -26,24 +28,52 @@ def environment(**changes):
     return {k: v for k, v in os.environ.items() if k != "SPIKEGPT_LORA_DATA"} | {"HF_HUB_OFFLINE": "1"} | changes
 
 
+@contextlib.contextmanager
+def started(command, env, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
+    """A process, killed at the end with all that it started, if they still run."""
+    command, pipes = list(map(str, command)), {"stdout": stdout, "stderr": stderr, "text": True}
+    with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def in_a_process(name, *arguments):
-    command = [sys.executable, str(RECIPES / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment())
+    return finished([sys.executable, RECIPES / name, *arguments], environment())
+
+
+def finished(command, env):
+    with started(command, env) as process:
+        printed, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
+
+
+def interrupted(name, *arguments, once):
+    """What `in_a_process` gives where Ctrl-C is pressed as soon as `once()` is true."""
+    with started([sys.executable, RECIPES / name, *arguments], environment()) as process:
+        while not once():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
 
 
 def in_a_terminal(name, *arguments):
     """What a process prints to the terminal that it is started from."""
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
-    command = [sys.executable, str(RECIPES / name), *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=end, stderr=end, env=environment())
-    os.close(end)
     printed = bytearray()
-    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
-        while part := os.read(terminal, 1 << 16):
-            printed += part
-    os.close(terminal)
-    return subprocess.CompletedProcess(command, process.wait(), printed.decode(errors="replace"), "")
+    with started([sys.executable, RECIPES / name, *arguments], environment(), end, end) as process:
+        os.close(end)
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while part := os.read(terminal, 1 << 16):
+                printed += part
+        os.close(terminal)
+        process.wait()
+    return subprocess.CompletedProcess(process.args, process.returncode, printed.decode(errors="replace"), "")
 
 
 def here(name, *arguments):

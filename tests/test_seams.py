@@ -19,7 +19,6 @@ import pytest
 import torch
 import transformers
 from helpers import SIZES
-from peft.tuners.adalora import AdaLoraModel, SVDLinear
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -44,7 +43,7 @@ from transformers.pytorch_utils import Conv1D
 import spikegpt_lora
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTModel, SpikeLoraConfig
 from spikegpt_lora.adapters.config import KINDS
-from spikegpt_lora.utils.checks import broken, kinds
+from spikegpt_lora.utils.checks import kinds, violations
 from spikegpt_lora.utils.inputs import CACHES
 
 
@@ -125,7 +124,7 @@ def a_hook_sees_keywords() -> bool:
 
 
 LAYER, MODEL, CONFIG = "adapters/layer.py", "adapters/model.py", "adapters/config.py"
-OWN_MODEL, TRAINING, ADALORA = "model.py", "finetune/trainer.py", "adapters/adalora.py"
+OWN_MODEL, TRAINING = "model.py", "finetune/trainer.py"
 
 SEAMS = [
     # peft: how a gate gets into a layer
@@ -146,7 +145,7 @@ SEAMS = [
          lambda: isinstance(BaseTunerLayer.adapter_layer_names, tuple) and "lora_A" in Linear.adapter_layer_names),
     Seam("peft LoraLayer.update_layer", LAYER, "(adapter_name, r, lora_alpha, ..., config)",
          lambda: takes(LoraLayer.update_layer, "adapter_name", "r", "lora_alpha")
-         and has(LoraLayer.update_layer, "config") and has(SVDLinear.update_layer, "config")),
+         and has(LoraLayer.update_layer, "config")),
     Seam("peft Linear._mixed_batch_forward", LAYER, "(x, ..., *, adapter_names), for batches of several adapters",
          lambda: has(Linear._mixed_batch_forward, "x", "adapter_names")),
     Seam("peft Linear.get_delta_weight", LAYER, "(adapter)", lambda: takes(Linear.get_delta_weight, "adapter")),
@@ -154,12 +153,6 @@ SEAMS = [
          lambda: all("default" in getattr(adapted(peft.LoraConfig), name)
                      for name in ("r", "scaling", "lora_A", "lora_B", "lora_dropout", "active_adapters"))
          and (adapted(peft.LoraConfig).merged, adapted(peft.LoraConfig).disable_adapters) == (False, False)),
-    Seam("peft SVDLinear's attributes and _cast_input_dtype", ADALORA, "dicts by adapter name; (x, dtype)",
-         lambda: (layer := peft.get_peft_model(
-             nn.Sequential(nn.Linear(4, 4)), peft.AdaLoraConfig(target_modules=["0"], total_step=9, tfinal=1)
-         ).base_model.model[0]) and all("default" in getattr(layer, name) for name in
-                                        ("lora_A", "lora_E", "lora_B", "lora_dropout", "scaling", "ranknum"))
-         and takes(layer._cast_input_dtype, "x", "dtype")),
     Seam("peft.tuners.lora.bnb Linear4bit, Linear8bitLt", "adapters/quantized.py", "LoRA layers", quantised_layers),
     # peft: how a method becomes known, layers are replaced, files written and read
     Seam("peft PeftType: _name_, _value_, _member_names_, _member_map_, _value2member_map_", CONFIG,
@@ -173,16 +166,15 @@ SEAMS = [
          lambda: isinstance(LoraModel.target_module_mapping, dict) and "llama" in LoraModel.target_module_mapping),
     Seam("peft LoraConfig's annotations", f"{CONFIG}, utils/checks.py", "say a setting's type; KINDS where not",
          lambda: all(name in get_type_hints(peft.LoraConfig) for name in KINDS)
-         and not broken(SpikeLoraConfig(), kinds(SpikeLoraConfig(), get_type_hints(SpikeLoraConfig) | KINDS))),
+         and not violations(SpikeLoraConfig(), kinds(SpikeLoraConfig(), get_type_hints(SpikeLoraConfig) | KINDS))),
     Seam("peft PeftConfig.from_peft_type", CONFIG, "makes a configuration of what a file holds",
          lambda: says(peft.PeftConfig.from_pretrained, "from_json_file", "from_peft_type(**kwargs)")),
     Seam("peft BaseTuner._create_and_replace", MODEL, "(config, adapter_name, target, target_name, parent, ...)",
-         lambda: all(takes(cls._create_and_replace, _first(cls._create_and_replace), "adapter_name", "target",
-                           "target_name", "parent", "current_key") for cls in (LoraModel, AdaLoraModel))),
-    Seam("peft LoraModel._create_new_module", f"{MODEL}, {ADALORA}", "static, (lora_config, adapter_name, target, ...)",
-         lambda: all(isinstance(vars(cls)["_create_new_module"], staticmethod)
-                     and takes(cls._create_new_module, "lora_config", "adapter_name", "target")
-                     for cls in (LoraModel, AdaLoraModel))),
+         lambda: takes(LoraModel._create_and_replace, "lora_config", "adapter_name", "target", "target_name", "parent",
+                       "current_key")),
+    Seam("peft LoraModel._create_new_module", MODEL, "static, (lora_config, adapter_name, target, ...)",
+         lambda: isinstance(vars(LoraModel)["_create_new_module"], staticmethod)
+         and takes(LoraModel._create_new_module, "lora_config", "adapter_name", "target")),
     Seam("peft BaseTuner._unload_and_optionally_merge", MODEL, "(merge, progressbar, safe_merge, adapter_names)",
          lambda: takes(LoraModel._unload_and_optionally_merge, "merge", "progressbar", "safe_merge", "adapter_names")
          and says(BaseTuner.merge_and_unload, "self._unload_and_optionally_merge(")),
@@ -200,9 +192,6 @@ SEAMS = [
          and takes(LoraModel._remap_adapter_state_dict_for_load, "model", "config", "adapter_name", "state_dict")
          and says(peft.PeftModel.load_adapter, "set_peft_model_state_dict(")
          and says(peft.PeftModel.from_pretrained, "model.load_adapter(")),
-    Seam("peft AdaLoraModel.resize_modules_by_rank_pattern", ADALORA, "(rank_pattern, adapter_name), when loading",
-         lambda: takes(AdaLoraModel.resize_modules_by_rank_pattern, "rank_pattern", "adapter_name")
-         and says(AdaLoraModel._remap_adapter_state_dict_for_load, "resize_modules_by_rank_pattern(")),
     Seam("peft ModulesToSaveWrapper", "export/graph.py", "modules_to_save by adapter name, original_module",
          modules_to_save),
     # transformers: generation carries the state as if it were a cache
@@ -284,10 +273,6 @@ SEAMS = [
     Seam("argparse HelpFormatter._get_help_string", "utils/command_line.py", "(action), the help text",
          lambda: takes(argparse.HelpFormatter._get_help_string, "action")),
 ]  # fmt: skip
-
-
-def _first(function) -> str:
-    return [name for name in inspect.signature(function).parameters if name != "self"][0]
 
 
 def moved(seam: Seam) -> str | None:

@@ -4,7 +4,6 @@ modules of a SpikeGPT to adapt."""
 from peft.tuners.lora import LoraModel
 from peft.utils import register_peft_method
 
-from .adalora import SpikeAdaLoraConfig, SpikeAdaLoraModel
 from .config import PRESETS, SpikeLoraConfig
 from .gate import SpikeGate
 from .layer import SpikeLoraLinear
@@ -14,7 +13,6 @@ from .sparsity import SparsityCallback, SparsityController, calibrate_thresholds
 __all__ = [
     "SparsityCallback",
     "SparsityController",
-    "SpikeAdaLoraConfig",
     "SpikeGate",
     "SpikeLoraConfig",
     "SpikeLoraLinear",
@@ -22,9 +20,5 @@ __all__ = [
     "calibrate_thresholds",
 ]
 
-for _name, _config, _model in (
-    ("spikelora", SpikeLoraConfig, SpikeLoraModel),
-    ("spikeadalora", SpikeAdaLoraConfig, SpikeAdaLoraModel),
-):
-    register_peft_method(name=_name, config_cls=_config, model_cls=_model, prefix="lora_")
+register_peft_method(name="spikelora", config_cls=SpikeLoraConfig, model_cls=SpikeLoraModel, prefix="lora_")
 LoraModel.target_module_mapping["spikegpt"] = PRESETS["rkv+srffn"]

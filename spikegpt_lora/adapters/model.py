@@ -13,8 +13,8 @@ from .layer import MERGE_REFUSED, SpikeLoraLinear
 from .quantized import spiking_quantized
 
 
-class SpikingTuner:
-    """What the tuner models of spiking adapters have in common."""
+class SpikeLoraModel(LoraModel):
+    """Injects SpikeLoRA adapters; used through `peft.get_peft_model(model, SpikeLoraConfig(...))`."""
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if config.use_spikelora and config.spikelora_time == "token":
@@ -61,10 +61,6 @@ class SpikingTuner:
         if all(own[name].shape == tensor.shape for name, tensor in state_dict.items() if name in own):
             require_base(model, config, adapter_name)  # else peft says which sizes differ
         return state_dict
-
-
-class SpikeLoraModel(SpikingTuner, LoraModel):
-    """Injects SpikeLoRA adapters; used through `peft.get_peft_model(model, SpikeLoraConfig(...))`."""
 
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):

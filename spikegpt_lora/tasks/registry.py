@@ -54,7 +54,7 @@ def load_task(name: str, data_dir: str | Path | None = None) -> "DatasetDict":
 
 
 def _check(name: str, rows: list[tuple[str, Row]], per_class: int) -> None:
-    first = {}
+    first: dict[str, Row] = {}
     for digest, row in rows:
         other = first.setdefault(digest, row)
         if other.label != row.label:

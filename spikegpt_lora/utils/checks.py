@@ -9,14 +9,14 @@ _WORDS = {bool: "True or False", int: "a whole number", float: "a finite number"
 _SEQUENCES = (list, tuple, set, frozenset)
 
 
-def broken(config, rules: list[tuple[str, str, bool]]) -> list[str]:
+def violations(config, rules: list[tuple[str, str, bool]]) -> list[str]:
     """A sentence for each rule (name of the value, what it must be, whether it is) that `config` breaks."""
     return [f"{name} must be {rule}, got {getattr(config, name)!r}" for name, rule, holds in rules if not holds]
 
 
 def check(config, rules: list[tuple[str, str, bool]]) -> None:
     """Raise ValueError with all the rules that `config` breaks, if any."""
-    if problems := broken(config, rules):
+    if problems := violations(config, rules):
         raise ValueError(f"{type(config).__name__}: {'; '.join(problems)}")
 
 

@@ -41,7 +41,8 @@ def deferred() -> Iterator[Request]:
     request, before = Request(), {}
     if threading.current_thread() is threading.main_thread():  # only there can signals be handled
         held = {number: signal.getsignal(number) for number in SIGNALS}
-        before = {number: handler for number, handler in held.items() if handler != signal.SIG_IGN}  # as nohup does
+        # What is ignored stays so: SIGINT is in a script's background jobs.
+        before = {number: handler for number, handler in held.items() if handler != signal.SIG_IGN}
     try:
         for number in before:
             signal.signal(number, request._handle)

@@ -20,6 +20,8 @@ from test_spikelora import adapted, fresh_classifier
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
 from spikegpt_lora.adapters import SpikeLoraLinear
+from spikegpt_lora.checkpoint import load_adapter
+from spikegpt_lora.utils.errors import DamagedFile
 
 
 def spoil(folder, **changes):
@@ -30,6 +32,12 @@ def spoil(folder, **changes):
         name = next(name for name in weights if part in name)
         weights[name] = change(weights[name])
     save_file(weights, file, {"format": "pt"})
+
+
+def assert_holds(model, folder):
+    """That every tensor of the adapter saved in `folder` is one of the model's."""
+    saved, own = load_file(folder / "adapter_model.safetensors"), list(model.state_dict().values())
+    assert saved and all(any(torch.equal(tensor, one) for one in own) for tensor in saved.values())
 
 
 def set_in_config(folder, **values):
@@ -69,6 +77,13 @@ def test_a_wrong_setting_in_a_file_is_said_with_its_folder(tmp_path):
         ValueError, match=f"the adapter in {re.escape(str(tmp_path))}: SpikeLoraConfig: r must.*tau must"
     ):
         PeftModel.from_pretrained(fresh_classifier(), tmp_path)
+
+
+def test_an_adapter_of_a_method_that_is_gone_is_refused_by_name(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    set_in_config(tmp_path, peft_type="SPIKEADALORA")
+    with pytest.raises(DamagedFile, match="peft_type must be SPIKELORA or .*got 'SPIKEADALORA': load it with"):
+        load_adapter(fresh_classifier(), tmp_path)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -123,7 +138,7 @@ def test_without_a_fingerprint_an_adapter_is_loaded_as_ever(load, tmp_path):
     file = tmp_path / "adapter_config.json"
     old = {k: v for k, v in json.loads(file.read_text()).items() if k != "spikelora_base_fingerprint"}
     file.write_text(json.dumps(old))
-    load(other_classifier(), tmp_path)
+    assert_holds(load(other_classifier(), tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("settings", [{"use_spikelora": False}, {}])
@@ -144,7 +159,7 @@ def test_adapters_that_change_their_base_when_put_in_have_no_fingerprint_and_are
     config = SpikeLoraConfig(task_type="SEQ_CLS", r=2, use_spikelora=False, **settings)
     get_peft_model(fresh_classifier().float(), config).save_pretrained(tmp_path)
     assert SpikeLoraConfig.from_pretrained(tmp_path).spikelora_base_fingerprint is None
-    PeftModel.from_pretrained(fresh_classifier().float(), tmp_path)
+    assert_holds(PeftModel.from_pretrained(fresh_classifier().float(), tmp_path), tmp_path)
 
 
 def test_one_configuration_serves_for_two_bases(tmp_path):
@@ -153,6 +168,8 @@ def test_one_configuration_serves_for_two_bases(tmp_path):
     get_peft_model(other_classifier(), config).save_pretrained(tmp_path / "second")
     PeftModel.from_pretrained(other_classifier(), tmp_path / "second")
     PeftModel.from_pretrained(fresh_classifier(), tmp_path / "first")
+    first, second = (SpikeLoraConfig.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert first.spikelora_base_fingerprint != second.spikelora_base_fingerprint
 
 
 def test_a_gate_without_its_threshold_in_the_file_is_said(tmp_path):

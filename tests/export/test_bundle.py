@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import everything
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from test_interpreter import model_with, sentences
 
-from spikegpt_lora.adapters import SpikeAdaLoraConfig, SpikeGate
+from spikegpt_lora.adapters import SpikeGate
 from spikegpt_lora.convert.weights import quantize, quantized_copy
 from spikegpt_lora.export import (
     AddressEventDataset,
@@ -313,7 +313,7 @@ def test_adapters_that_the_graph_would_miss_are_refused(tmp_path):
     wide = get_peft_model(small("none"), LoraConfig(target_modules=["score"], r=2))
     with pytest.raises(ValueError, match="score must be a torch.nn.Linear without bias or adapter"):
         export_bundle(wide, batch_of(), tmp_path / "bundle")
-    singular = get_peft_model(small("none"), SpikeAdaLoraConfig(target_modules="rkv+srffn", total_step=10))
+    singular = get_peft_model(small("none"), AdaLoraConfig(target_modules=["key"], total_step=10, tfinal=1))
     with pytest.raises(ValueError, match="AdaLoRA is not exported"):
         export_bundle(singular, batch_of(), tmp_path / "bundle")
     batch = batch_of()

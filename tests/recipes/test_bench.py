@@ -63,8 +63,12 @@ def test_every_way_to_run_a_model_gives_the_same_gradients(bench):
 
 
 @pytest.mark.parametrize("model", ["spikegpt", "bert"])
-def test_every_gate_makes_a_training_step(bench, model):
-    for adapter in bench.GATES.values():
-        training = bench.Training(adapter, getattr(bench, model), n_layer=1, n_embd=32, batch=2, tokens=5)
+def test_a_training_step_of_every_gate_has_gradients_throughout_and_leaves_the_weights(bench, model):
+    for gate, adapter in bench.GATES.items():
+        training = bench.Training(adapter, getattr(bench, model), n_layer=1, n_embd=32, batch=4, tokens=20)
+        training.backward()
+        gradients = {name: p.grad for name, p in training.model.named_parameters() if p.requires_grad}
+        assert [name for name, grad in gradients.items() if not (grad.isfinite().all() and grad.any())] == [], gate
+        before = [p.clone() for p in training.parameters]
         training.step()
-        assert any("lora_A" in name for name, p in training.model.named_parameters() if p.requires_grad)
+        assert all(map(torch.equal, before, training.parameters)), gate

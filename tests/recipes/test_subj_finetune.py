@@ -3,10 +3,7 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -207,18 +204,17 @@ def test_one_setting_of_one_method_is_changed_alone(tmp_path):
 
 def test_a_saved_adapter_finds_its_base_from_any_working_directory(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    AutoPeftModelForSequenceClassification.from_pretrained(finished[0] / "spikelora" / "seed0")
+    model = AutoPeftModelForSequenceClassification.from_pretrained(finished[0] / "spikelora" / "seed0")
+    base = AutoModelForSequenceClassification.from_pretrained(finished[0] / "base" / "seed0")
+    model.unload()
+    assert torch.equal(model.base_model.model.spikegpt.emb.weight, base.spikegpt.emb.weight)
 
 
 def test_two_processes_share_one_run(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     arguments = ["--seeds", "0", "--methods", "spikelora", "--max-train-samples", "64"]
-    done = subprocess.run(
-        [*launch, str(running.RECIPES / NAME), *options(tmp_path, *arguments)],
-        capture_output=True,
-        text=True,
-        env=running.environment(OMP_NUM_THREADS="1"),
-    )
+    command = [*launch, running.RECIPES / NAME, *options(tmp_path, *arguments)]
+    done = running.finished(command, running.environment(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
     (run,) = results_in(tmp_path)["runs"]
     assert len(run["test_correct"]) == results_in(tmp_path)["data"]["test"] and run["adapters"]["sparsity"] > 0
@@ -236,20 +232,11 @@ def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
     arguments = ["--seeds", "0", "--methods", "head", "full", "--max-train-samples", "64", "--epochs", "12"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    process = subprocess.Popen(
-        [sys.executable, str(running.RECIPES / NAME), *options(stopped, *arguments)],
-        env=running.environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
     training = stopped / "full" / "seed0" / "training"
-    deadline = time.time() + 120
-    while not list(training.glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
+    done = running.interrupted(
+        NAME, *options(stopped, *arguments), once=lambda: list(training.glob("checkpoint-*/trainer_state.json"))
+    )
+    assert done.returncode == 130 and "the same command goes on" in done.stderr and "Traceback" not in done.stderr
     assert [run["method"] for run in results_in(stopped)["runs"]] == ["head"]
     assert "(incomplete" in (stopped / "results.md").read_text(encoding="utf-8")
     assert recipe(stopped, *arguments).returncode == recipe(whole, *arguments).returncode == 0

@@ -7,7 +7,7 @@ from spikegpt_lora import SpikeTrace
 from spikegpt_lora.report.cards import model_card
 from spikegpt_lora.report.markdown import markdown, trials_table
 from spikegpt_lora.report.plots import draw_accuracy, draw_raster
-from spikegpt_lora.report.results import PUBLISHED, compare, summarize
+from spikegpt_lora.report.results import NAMES, PUBLISHED, compare, summarize
 
 GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}, "accuracy_without": 0.25}
 
@@ -130,12 +130,34 @@ def test_an_incomplete_comparison_says_so():
     assert markdown(results(runs=[], complete=False))
 
 
-def test_pictures_are_written(tmp_path):
-    spikes = np.random.default_rng(0).integers(0, 2, (1, 5, 6)).astype(np.int8)
-    words = np.array([["a", "long", "long", "word", "."]])
-    names = ("emb", "blocks.0.lif1", "blocks.0.att.key.lora_gate.default")
-    trace = SpikeTrace(dict.fromkeys(names, spikes), {}, np.array([5]), words, words, np.array([1]))
+def test_a_raster_has_a_panel_a_population_one_for_all_gates_and_each_word_once(figures, tmp_path):
+    words, draw = np.array([["a", "long", "long", "word", ".", "padding"]]), np.random.default_rng(0)
+    names = ("emb", "blocks.0.lif1", "blocks.0.att.key.lora_gate.default", "blocks.0.att.value.lora_gate.default")
+    spikes = {name: draw.integers(0, 2, (1, 6, 7)).astype(np.int8) for name in names}
+    trace = SpikeTrace(spikes, {}, np.array([5]), words, words, np.array([1]))
     draw_raster(trace, tmp_path / "raster.png", title="title")
+    panels = figures[0].axes
+    shown = [axis.images[0].get_array().data for axis in panels]
+    real = {name: seen[0, :5].T for name, seen in spikes.items()}
+    gates = np.concatenate([real[name] for name in names[2:]])
+    assert all(map(np.array_equal, shown, [real["emb"], real["blocks.0.lif1"], gates])) and len(panels) == 3
+    assert panels[0].get_title(loc="left") == f"emb: {100 * real['emb'].mean():.1f} % firing"
+    assert panels[2].get_title(loc="left").startswith("adapter gates: ")
+    assert [label.get_text() for label in panels[2].get_xticklabels()] == ["a", "long", "word", "."]
+    assert panels[2].get_xticks().tolist() == [0, 1, 3, 4] and figures[0].get_suptitle() == "title"
+    assert (tmp_path / "raster.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracy_is_a_dot_a_run_a_line_at_the_mean_and_one_for_the_baseline(figures, tmp_path):
     draw_accuracy(results(), tmp_path / "accuracy.png")
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("raster.png", "accuracy.png"))
-    assert len(list(tmp_path.iterdir())) == 2
+    (axis,) = figures[0].axes
+    dots, means = axis.collections[::2], axis.collections[1::2]
+    order = [row["method"] for row in results()["summary"]]
+    accuracy = {"spikelora": [75, 50], "full": [100, 75]}
+    assert [group.get_offsets().data[:, 1].tolist() for group in dots] == [accuracy[method] for method in order]
+    heights = [line.get_segments()[0][:, 1].tolist() for line in means]
+    assert heights == [[np.mean(accuracy[method])] * 2 for method in order]
+    assert axis.lines[0].get_ydata() == pytest.approx([92, 92]) and axis.lines[0].get_label() == "naive Bayes"
+    assert [label.get_text() for label in axis.get_xticklabels()] == [NAMES[method] for method in order]
+    assert axis.get_ylabel() == "test accuracy, %"
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, readable by others, and folders of one writer."""
 
 import errno
+import multiprocessing
 import os
-import subprocess
-import sys
+import re
+import threading
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from safetensors.torch import save_file
@@ -14,6 +16,7 @@ from spikegpt_lora.utils.files import (
     locked,
     whole_file,
     whole_files,
+    write_json,
     write_text,
 )
 
@@ -22,10 +25,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture
-def mask():
-    before = os.umask(0o022)
-    yield
+@pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
+def mask(request):
+    before = os.umask(request.param)
+    yield request.param
     os.umask(before)
 
 
@@ -35,7 +38,35 @@ def test_what_is_written_is_readable_by_others_as_the_umask_says(tmp_path, mask)
         save_file({"w": ones(2)}, temporary / "model.safetensors")
         write_text(temporary / "b.json", "{}")
     files = [tmp_path / "a.txt", *(tmp_path / "model").iterdir()]
-    assert [file.stat().st_mode & 0o777 for file in files] == [0o644] * 3
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o666 & ~mask] * 3
+
+
+def in_a_folder(path, text):
+    with whole_files(path.parent, last=path.name) as temporary:
+        (temporary / path.name).write_text(text)
+
+
+@pytest.mark.parametrize("write", [write_text, write_json, in_a_folder])
+def test_a_reader_never_sees_half(tmp_path, write):
+    file, texts, stop = tmp_path / "a", [letter * 2**20 for letter in "ab"], threading.Event()
+    whole = []
+    for text in texts:
+        write(file, text)
+        whole.append(file.read_text())
+
+    def write_again_and_again():
+        while not stop.is_set():
+            for text in texts:
+                write(file, text)
+
+    writer = threading.Thread(target=write_again_and_again)
+    writer.start()
+    try:
+        seen = {file.read_text() for _ in range(100)}
+    finally:
+        stop.set()
+        writer.join()
+    assert seen <= set(whole)
 
 
 def test_files_of_a_folder_appear_together_and_the_named_one_last(tmp_path, monkeypatch):
@@ -87,13 +118,16 @@ def test_a_full_disk_is_said_with_the_name_of_what_was_written(tmp_path, error):
         assert raised.value.errno == errno.ENOSPC and "model.pth" in raised.value.filename
 
 
-def test_another_process_is_refused_and_told_which_one_works_there(tmp_path):
-    with locked(tmp_path):
-        code = f"from spikegpt_lora.utils.files import locked\nwith locked({str(tmp_path)!r}): pass"
-        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert other.returncode and f"another run (pid {os.getpid()}) works in {tmp_path}" in other.stderr
-    with locked(tmp_path):
+def lock(folder):
+    with locked(folder):
         pass
+
+
+def test_another_process_is_refused_and_told_which_one_works_there(tmp_path):
+    with locked(tmp_path), ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as other:
+        with pytest.raises(ValueError, match=rf"another run \(pid {os.getpid()}\) works in {re.escape(str(tmp_path))}"):
+            other.submit(lock, tmp_path).result()
+    lock(tmp_path)
 
 
 def test_the_lock_removes_what_killed_writers_left(tmp_path):
