@@ -43,20 +43,9 @@ from spikegpt_lora import (
 )
 from spikegpt_lora.checkpoint import load_model, load_tokenizer, require_same_tokens
 from spikegpt_lora.config import POOLINGS, read_config
-from spikegpt_lora.finetune.options import (
-    METHODS,
-    PARITY,
-    SETTINGS,
-    choose,
-    drawn,
-)
-from spikegpt_lora.finetune.run import (
-    adapt,
-    adapter_config,
-    finetune,
-    require_rank,
-    tokenize,
-)
+from spikegpt_lora.finetune.methods import METHODS, MODELS, resolve_options
+from spikegpt_lora.finetune.options import PARITY, sample_trial
+from spikegpt_lora.finetune.run import adapt, finetune, tokenize
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.report.cards import model_card
@@ -85,6 +74,7 @@ ADJUSTABLE = {
     "learn": (str, "of SpikeLoRA's gate: none, threshold, tau or both"),
     "target_sparsity": (float, "of SpikeLoRA's gate, held while training"),
 }
+COMPARED = ["full", "lora", "spikelora", "head"]
 RANDOM_SIZES = {"n_layer": 2, "n_embd": 128, "vocab_size": 4096}
 UPSTREAM_TOKENIZERS = {"ridger/SpikeGPT-OpenWebText-216M": "EleutherAI/gpt-neox-20b"}
 PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
@@ -113,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub")
     add("--output-dir", type=Path, help="results go here (default: runs/ and the task's name)")
-    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS[:4]), help="which to compare")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=COMPARED, help="which to compare")
     add("--seeds", nargs="+", type=command_line.seed, metavar="SEED", default=[0], help="one run a method and seed")
     add("--trace-sentences", type=positive, default=32, help="test sentences whose spikes are recorded")
     add("--tune", type=positive, metavar="N", help="N trials a method instead, on the validation split")
@@ -145,7 +135,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def usual(name: str) -> str:
     """What a setting is for the embedded model if nothing is said, as the help shows it."""
-    values = {method: getattr(options, name) for method, options in choose("embedded").items()}
+    values = {method: getattr(options, name) for method, options in resolve_options("embedded").items()}
     shown = [str(values["full"])] if len(set(values.values())) == 1 else [f"{m}={v:g}" for m, v in values.items()]
     return f" (default, embedded model: {' '.join(shown)})"
 
@@ -163,10 +153,12 @@ def resolve(args) -> None:
         setattr(args, name, getattr(args, name) or size)
     args.pooling = args.pooling or ("last" if args.parity == "library" else "last_mean")
     args.source = embedded_checkpoint() if args.model == "embedded" else args.model
-    kind = args.model if args.model in SETTINGS else "embedded" if is_small(args.model) else "other"
+    kind = args.model if args.model in MODELS else "embedded" if is_small(args.model) else "other"
     changes = {name: getattr(args, name) or [] for name in ADJUSTABLE}
-    args.settings = choose(kind, args.parity, args.bf16, changes)
-    adapter_config("spikelora", args.settings["spikelora"])  # what it refuses is refused before anything is trained
+    args.settings = resolve_options(kind, args.parity, args.bf16, changes)
+    for name, method in METHODS.items():
+        if method.adapter is not None:
+            method.adapter(args.settings[name])  # what it refuses is refused before anything is trained
 
 
 def is_small(model: str) -> bool:
@@ -347,7 +339,7 @@ def tune(comparison: Comparison) -> int:
     for number, (trial, method) in enumerate(trials, 1):
         folder = args.output_dir / "trials" / method / f"seed{seed}-trial{trial}"
         if not (folder / "trial.json").is_file():
-            options = drawn(args.settings[method], trial)
+            options = sample_trial(args.settings[method], trial)
             model = adapt(get_base(comparison, seed), method, options, seed)
             description = f"{number}/{len(trials)} {method} trial {trial}"
             _, record = finetune(
@@ -434,8 +426,7 @@ def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
         model = SpikeGPTForSequenceClassification.from_language_model(lm, **changes)
     require_same_tokens(tokenizer, model.config, source)
     for method in args.methods:
-        if "lora" in method:
-            require_rank(args.settings[method], model.config)
+        METHODS[method].require(model.config, args.settings[method])
     with whole_files(folder, last="config.json") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -1,6 +1,6 @@
 """Results as Markdown tables."""
 
-from .results import NAMES
+from .results import title_of, titles
 
 
 def markdown(results: dict) -> str:
@@ -32,7 +32,8 @@ def markdown(results: dict) -> str:
             "",
             "| paired difference on the test split, points | mean | 95 % interval over sentences and seeds | |",
         ]
-        lines += ["| --- | ---: | ---: | --- |"] + [_comparison(row) for row in results["comparisons"]]
+        of_method = titles(results["summary"])
+        lines += ["| --- | ---: | ---: | --- |"] + [_comparison(row, of_method) for row in results["comparisons"]]
     return "\n".join(lines) + "\n"
 
 
@@ -41,14 +42,14 @@ def trials_table(records: list[dict]) -> str:
     names = ["learning_rate", "epochs", "dropout", "word_dropout", "warmup", "rank", "v_threshold"]
     head = ["method", *names, "best epoch", "validation %", "sparsity %"]
     rows = []
-    for method in [name for name in NAMES if any(record["method"] == name for record in records)]:
+    for method, title in titles(records).items():
         of_method = [record for record in records if record["method"] == method]
         for record in sorted(of_method, key=lambda record: -record["validation_accuracy"]):
             values = [f"{record['settings'][name]:g}" for name in names]
             accuracy = f"{100 * record['validation_accuracy']:.2f}"
             gates = (record["adapters"] or {}).get("sparsity")
             sparsity = "–" if gates is None else f"{100 * gates:.1f}"
-            rows.append([NAMES[method], *values, str(record["best_epoch"]), accuracy, sparsity])
+            rows.append([title, *values, str(record["best_epoch"]), accuracy, sparsity])
     return table(head, rows) + "\n"
 
 
@@ -67,7 +68,7 @@ _LEGEND = (
 
 
 def _seeds(summary: list[dict]) -> str:
-    by_method = {NAMES[row["method"]]: ", ".join(map(str, row["seeds"])) for row in summary}
+    by_method = {title_of(row): ", ".join(map(str, row["seeds"])) for row in summary}
     if len(set(by_method.values())) <= 1:
         return next(iter(by_method.values()), "(none yet)")
     return "that differ: " + "; ".join(f"{name} {seeds}" for name, seeds in by_method.items())
@@ -82,15 +83,15 @@ def _row(row: dict) -> str:
 
     contribution = "–" if row["contribution"] is None else f"{row['contribution']:.3f}"
     return (
-        f"| {NAMES[row['method']]} | {row['trainable_parameters']:,} | {percent('test_accuracy')} | "
+        f"| {title_of(row)} | {row['trainable_parameters']:,} | {percent('test_accuracy')} | "
         f"{percent('validation_accuracy')} | {row['seconds']:.0f} | {percent('sparsity')} | {percent('dead_ranks')} | "
         f"{contribution} | {percent('accuracy_without')} |"
     )
 
 
-def _comparison(row: dict) -> str:
+def _comparison(row: dict, titles: dict[str, str]) -> str:
     verdict = "noise: the interval holds 0" if row["is_noise"] else ""
     return (
-        f"| {NAMES[row['a']]} − {NAMES[row['b']]} | {100 * row['difference']:+.2f} | "
+        f"| {titles[row['a']]} − {titles[row['b']]} | {100 * row['difference']:+.2f} | "
         f"{100 * row['low']:+.2f} … {100 * row['high']:+.2f} | {verdict} |"
     )

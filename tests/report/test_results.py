@@ -67,6 +67,13 @@ def test_the_summary_is_mean_and_sample_deviation_in_a_fixed_order():
     assert full["sparsity"] is None
 
 
+def test_a_method_of_ones_own_stands_last_under_its_title():
+    mine = run("adaptive", 0, "1111") | {"title": "mine"}
+    table = markdown(results([mine, *RUNS]))
+    assert [row["title"] for row in summarize([mine, *RUNS])] == ["full fine-tuning", "SpikeLoRA", "mine"]
+    assert "| mine | 1,234 | 100.00 |" in table and "| SpikeLoRA − mine | -25.00 |" in table
+
+
 def test_one_seed_has_no_spread():
     (row,) = summarize(RUNS[:1])
     assert row["test_accuracy_spread"] is None
