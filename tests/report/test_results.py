@@ -7,7 +7,8 @@ from spikegpt_lora import SpikeTrace
 from spikegpt_lora.report.cards import model_card
 from spikegpt_lora.report.markdown import markdown, trials_table
 from spikegpt_lora.report.plots import draw_accuracy, draw_raster
-from spikegpt_lora.report.results import PUBLISHED, compare, summarize
+from spikegpt_lora.report.results import compare, summarize
+from spikegpt_lora.tasks.registry import TASKS
 
 GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}, "accuracy_without": 0.25}
 
@@ -51,7 +52,7 @@ BASELINE = {
 
 def results(runs=RUNS, complete=True, published="subj"):
     return {
-        "task": "subj", "model": "random", "complete": complete, "runs": runs, "published": PUBLISHED[published],
+        "task": "subj", "model": "random", "complete": complete, "runs": runs, "published": TASKS[published].published,
         "data": {"train": 7000, "validation": 1000, "test": 4},
         "baselines": [BASELINE],
         "summary": summarize(runs), "comparisons": compare(runs),
