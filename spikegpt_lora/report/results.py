@@ -17,6 +17,7 @@ results.json, schema "spikegpt_lora/finetune/2":
 Accuracies, sparsity and dead_ranks are fractions of 1; seconds are wall-clock.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -41,17 +42,23 @@ _TITLES = {
 }
 
 
-def read_runs(out: Path) -> list[dict]:
-    """The records of the finished runs in a comparison's folder.
+def folder_of(run: dict) -> str:
+    """Where a comparison's folder holds a run: METHOD/seed0, or METHOD-rank8/seed0 where ranks are compared too."""
+    rank = f"-rank{run['rank']}" if "rank" in run else ""
+    return f"{run['method']}{rank}/seed{run['seed']}"
+
+
+def read_runs(out: Path, keys: Sequence[str] = RUN_KEYS) -> list[dict]:
+    """The records of the finished runs in a comparison's folder; `keys`: what each must hold.
 
     Raises:
         DamagedFile: a run.json that is none, or of another run than its folder's name says.
     """
     runs = []
     for file in sorted(out.glob("*/seed*/run.json")):
-        run = read_json(file, keys=RUN_KEYS)
+        run = read_json(file, keys=keys)
         place = f"{file.parents[1].name}/{file.parent.name}"
-        if place != f"{run['method']}/seed{run['seed']}":
+        if place != folder_of(run):
             raise DamagedFile(
                 f"{file} must be the record of {place}, is that of {run['method']!r} with seed {run['seed']!r}: "
                 "move it out of this folder"
