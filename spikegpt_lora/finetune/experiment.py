@@ -102,15 +102,8 @@ def begin(plan: Plan, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, bas
 
 def header(schema: str, task: str, model: str, options: dict) -> dict:
     """What every results.json begins with."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "schema": schema,
-        "task": task,
-        "model": model,
-        "complete": False,
-        "options": options,
-        "versions": versions,
-    }
+    named = {"schema": schema, "task": task, "model": model, "complete": False, "options": options}
+    return named | {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 def sha256_of_text(data: DatasetDict) -> str:
@@ -184,9 +177,8 @@ def run_missing(out: Path, runs: list[dict], train: Callable[[dict, str], None],
     for run in missing:
         if devices.is_main_process:
             write(False)
-        method, *rest = run.values()
-        named = [method, *(f"{key} {value}" for key, value in zip(list(run)[1:], rest))]
-        train(run, f"{runs.index(run) + 1}/{len(runs)} {' '.join(named)}")
+        named = " ".join(f"{key} {value}" for key, value in run.items()).removeprefix("method ")
+        train(run, f"{runs.index(run) + 1}/{len(runs)} {named}")
         devices.wait_for_everyone()
     if devices.is_main_process:
         write(True)
