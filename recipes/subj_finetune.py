@@ -20,12 +20,10 @@ or "paper", as far as it says.
 
 import argparse
 import contextlib
-import hashlib
-import importlib.metadata
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,33 +39,31 @@ from spikegpt_lora import (
     load_upstream_checkpoint,
     record_spikes,
 )
-from spikegpt_lora.checkpoint import load_model, load_tokenizer, require_same_tokens
+from spikegpt_lora.checkpoint import UPSTREAM_TOKENIZERS, load_model, load_tokenizer, require_same_tokens
 from spikegpt_lora.config import POOLINGS, read_config
-from spikegpt_lora.finetune.options import (
-    METHODS,
-    PARITY,
-    SETTINGS,
-    choose,
-    drawn,
+from spikegpt_lora.finetune.experiment import (
+    Comparison,
+    Plan,
+    begin,
+    counted,
+    run_missing,
+    run_trials,
+    sha256_of_text,
+    sha256_of_weights,
+    take_up,
+    write_results,
 )
-from spikegpt_lora.finetune.run import (
-    adapt,
-    adapter_config,
-    finetune,
-    require_rank,
-    tokenize,
-)
+from spikegpt_lora.finetune.methods import METHODS, MODELS, resolve_options
+from spikegpt_lora.finetune.options import PARITY, FinetuneOptions
+from spikegpt_lora.finetune.run import adapt, finetune
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.report.cards import model_card
-from spikegpt_lora.report.markdown import markdown, trials_table
-from spikegpt_lora.report.plots import draw_accuracy, draw_raster
-from spikegpt_lora.report.results import PUBLISHED, SCHEMA, TRIAL_KEYS, compare, read_runs, summarize
-from spikegpt_lora.tasks.baselines import bag_of_words_baselines
-from spikegpt_lora.tasks.splits import resplit
-from spikegpt_lora.tasks.subj import LABELS
+from spikegpt_lora.report.plots import draw_raster
+from spikegpt_lora.report.results import folder_of, read_runs
+from spikegpt_lora.tasks.registry import TASKS
+from spikegpt_lora.tasks.splits import BY_SEED, ONE_SPLIT
 from spikegpt_lora.utils import command_line
-from spikegpt_lora.utils.errors import read_json
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
 
 # What the command line may change, for all methods or for one.
@@ -85,9 +81,8 @@ ADJUSTABLE = {
     "learn": (str, "of SpikeLoRA's gate: none, threshold, tau or both"),
     "target_sparsity": (float, "of SpikeLoRA's gate, held while training"),
 }
+COMPARED = ["full", "lora", "spikelora", "head"]
 RANDOM_SIZES = {"n_layer": 2, "n_embd": 128, "vocab_size": 4096}
-UPSTREAM_TOKENIZERS = {"ridger/SpikeGPT-OpenWebText-216M": "EleutherAI/gpt-neox-20b"}
-PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
 STOPPED = "stopped. What is finished stands in results.md; the same command goes on from here."
 
 
@@ -96,33 +91,25 @@ def main() -> int:
     command_line.set_up()
     PartialState(cpu=not torch.cuda.is_available())  # one process, or what torchrun started
     task, data = load_data(args)
-    args.output_dir = (args.output_dir or Path("runs") / task).resolve()  # adapters keep the path to their base model
-    with locked(args.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
-        comparison = prepare(args, task, data)
+    plan = plan_of(args, task, data)
+    with locked(plan.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
+        comparison = prepare(plan, data, baselines=not args.tune)
         use_extension("auto", PartialState().device)  # built now: no log line breaks a progress bar
-        return tune(comparison) if args.tune else run_all(comparison)
+        return tune(comparison, args.tune) if args.tune else run_all(comparison)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     add, positive = parser.add_argument, command_line.positive
-    add(
-        "--task",
-        choices=["subj", "subj-mini"],
-        help="default: subj, or the built-in subj-mini where it is not found",
-    )
+    add("--task", choices=TASKS, help="default: subj, or the built-in subj-mini where it is not found")
     add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub")
     add("--output-dir", type=Path, help="results go here (default: runs/ and the task's name)")
-    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS[:4]), help="which to compare")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=COMPARED, help="which to compare")
     add("--seeds", nargs="+", type=command_line.seed, metavar="SEED", default=[0], help="one run a method and seed")
     add("--trace-sentences", type=positive, default=32, help="test sentences whose spikes are recorded")
     add("--tune", type=positive, metavar="N", help="N trials a method instead, on the validation split")
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        default="embedded",
-        help="embedded, random, a folder, an upstream .pth file, or a hub id",
-    )
+    add("--model", default="embedded", help="embedded, random, a folder, an upstream .pth file, or a hub id")
     add("--tokenizer", help="folder or hub id, where the model does not bring its own")
     add("--pooling", choices=POOLINGS, help="what the classifier reads (default: last_mean)")
     for name, size in RANDOM_SIZES.items():
@@ -135,9 +122,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-train-samples", type=positive, help="use only so many training sentences (a quick try)")
     add("--bf16", action="store_true", help="bfloat16 mixed precision")
     args = parser.parse_args()
-    args.seeds = list(dict.fromkeys(args.seeds))
     try:
-        resolve(args)
+        require_consistent(args)
+        settings_of(args)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -145,13 +132,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def usual(name: str) -> str:
     """What a setting is for the embedded model if nothing is said, as the help shows it."""
-    values = {method: getattr(options, name) for method, options in choose("embedded").items()}
+    values = {method: getattr(options, name) for method, options in resolve_options("embedded").items()}
     shown = [str(values["full"])] if len(set(values.values())) == 1 else [f"{m}={v:g}" for m, v in values.items()]
     return f" (default, embedded model: {' '.join(shown)})"
 
 
-def resolve(args) -> None:
-    """What follows from several arguments together, and which of them exclude each other."""
+def require_consistent(args: argparse.Namespace) -> None:
+    """Raise ValueError for arguments that exclude each other."""
     if args.tune and args.parity:
         raise ValueError("--tune searches for settings and --parity fixes them: give one of the two")
     if args.parity == "library" and (args.max_train_samples or args.pooling):
@@ -159,14 +146,36 @@ def resolve(args) -> None:
     sizes = [name for name in RANDOM_SIZES if getattr(args, name) is not None]
     if sizes and args.model != "random":
         raise ValueError(f"--{sizes[0].replace('_', '-')} is for --model random; {args.model} has its own")
-    for name, size in RANDOM_SIZES.items():
-        setattr(args, name, getattr(args, name) or size)
-    args.pooling = args.pooling or ("last" if args.parity == "library" else "last_mean")
-    args.source = embedded_checkpoint() if args.model == "embedded" else args.model
-    kind = args.model if args.model in SETTINGS else "embedded" if is_small(args.model) else "other"
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, FinetuneOptions]:
+    """Of every method; raises ValueError, before anything is trained, for what an adapter refuses."""
+    kind = args.model if args.model in MODELS else "embedded" if is_small(args.model) else "other"
     changes = {name: getattr(args, name) or [] for name in ADJUSTABLE}
-    args.settings = choose(kind, args.parity, args.bf16, changes)
-    adapter_config("spikelora", args.settings["spikelora"])  # what it refuses is refused before anything is trained
+    settings = resolve_options(kind, args.parity, args.bf16, changes)
+    for name, method in METHODS.items():
+        if method.adapter is not None:
+            method.adapter(settings[name])
+    return settings
+
+
+def plan_of(args: argparse.Namespace, task: str, data: DatasetDict) -> Plan:
+    by_seed = args.parity == "library"
+    source = embedded_checkpoint() if args.model == "embedded" else args.model
+    same = ("model", "tokenizer", "parity", "max_length", "max_train_samples", "methods", "trace_sentences")
+    return Plan(
+        task=task,
+        pooling=args.pooling or ("last" if by_seed else "last_mean"),
+        settings=settings_of(args),
+        model_sha256=sha256_of_weights(Path(source)),
+        text_sha256=sha256_of_text(data),
+        source=source,
+        output_dir=(args.output_dir or Path("runs") / task).resolve(),  # adapters keep the path to their base model
+        seeds=list(dict.fromkeys(args.seeds)),
+        protocol=BY_SEED if by_seed else ONE_SPLIT,
+        **{name: getattr(args, name) or size for name, size in RANDOM_SIZES.items()},
+        **{name: getattr(args, name) for name in same},
+    )
 
 
 def is_small(model: str) -> bool:
@@ -190,47 +199,18 @@ def per_method(kind: type):
     return parse
 
 
-@dataclass
-class Comparison:
-    """What all runs share: settings, the data, and the results so far (see report/results.py)."""
-
-    args: argparse.Namespace
-    data: DatasetDict
-    tokens: DatasetDict
-    tokenizer: PreTrainedTokenizerBase
-    results: dict
-
-    def data_of(self, seed: int) -> tuple[DatasetDict, DatasetDict]:
-        """Text and tokens: the one split, or with --parity library the seed's own."""
-        if self.args.parity != "library":
-            return self.data, self.tokens
-        data = resplit(self.data, seed)
-        return data, tokenize(data, self.tokenizer, self.args.max_length)[0]
-
-
-def prepare(args: argparse.Namespace, task: str, data: DatasetDict) -> Comparison:
+def prepare(plan: Plan, data: DatasetDict, baselines: bool) -> Comparison:
     with PartialState().main_process_first():  # on several devices: one writes, then all read
-        options = check_options(args, task, data)
-        tokenizer = get_tokenizer(args, data)
-    tokens, cut = tokenize(data, tokenizer, args.max_length)
-    used = resplit(data, args.seeds[0]) if args.parity == "library" else data
-    sizes = {split: len(rows) for split, rows in used.items()}
-    say(f"{task}: " + ", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " sentences")
+        if PartialState().is_main_process:
+            take_up(plan.output_dir, counted(plan), read_runs(plan.output_dir))
+        tokenizer = get_tokenizer(plan, data)
+    comparison = begin(plan, data, tokenizer, baselines)
+    sizes = dict(comparison.results["data"])
+    cut = sizes.pop("cut_short")
+    say(f"{plan.task}: " + ", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " sentences")
     if cut:
-        say(f"note: {cut} sentences are cut to --max-length {args.max_length} tokens")
-    results = {
-        "schema": SCHEMA,
-        "task": task,
-        "model": args.model,
-        "complete": False,
-        "options": options,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "data": sizes | {"cut_short": cut},
-        # Under --parity library each seed tests other sentences, so there is no one row for these.
-        "baselines": [] if args.parity == "library" or args.tune else bag_of_words_baselines(data),
-        "published": PUBLISHED.get(task, []),
-    }
-    return Comparison(args, data, tokens, tokenizer, results)
+        say(f"note: {cut} sentences are cut to --max-length {plan.max_length} tokens")
+    return comparison
 
 
 def load_data(args) -> tuple[str, DatasetDict]:
@@ -253,82 +233,15 @@ def load_data(args) -> tuple[str, DatasetDict]:
     return task, data
 
 
-def check_options(args, task: str, data: DatasetDict) -> dict:
-    """The settings that results depend on; raises if the output folder holds results of other ones. A method that has
-    nothing there yet may have any."""
-    not_results = {
-        "source",
-        "output_dir",
-        "data_dir",
-        "methods",
-        "seeds",
-        "trace_sentences",
-        "tune",
-        "bf16",
-        *ADJUSTABLE,
-    }
-    options = {key: value for key, value in vars(args).items() if key not in not_results} | {"task": task}
-    options["model_sha256"] = fingerprint(Path(args.source))
-    options["settings"] = {method: asdict(of_method) for method, of_method in args.settings.items()}
-    texts = "\n".join(text for split in data.values() for text in split["text"])
-    options["text_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
-    if PartialState().is_main_process:
-        out = args.output_dir
-        begun = {file.parents[1].name for file in [*out.glob("*/seed*/*"), *out.glob("trials/*/seed*/*")]}
-        if begun:  # else a false start, which is forgotten
-            refuse_other_settings(out, options, begun)
-        else:
-            shutil.rmtree(out / "tokenizer", ignore_errors=True)
-        write_json(out / "options.json", options)
-    return options
-
-
-def refuse_other_settings(out: Path, options: dict, begun: set[str]) -> None:
-    """Raise where `out` holds results of other settings; of a method's own, only those in `begun` count."""
-    results = out / "results.json"
-    if (out / "options.json").is_file():
-        before = read_json(out / "options.json")
-    elif results.is_file():
-        before = read_json(results, keys=("options",))["options"]
-    elif not any(out.glob("*/seed*/*.json")):  # nothing that was finished
-        return
-    else:
-        raise ValueError(f"{out} holds results, but no options.json says of which settings: give another --output-dir")
-    settings = before.get("settings")
-    finished = {run["method"]: run["settings"] for run in read_runs(out)}
-    before["settings"] = (settings if isinstance(settings, dict) else {}) | finished
-    old, new = flat(before), flat(options)
-    others = tuple(f"settings.{method}." for method in set(METHODS) - begun)
-    if differing := [key for key in new if old.get(key) != new[key] and not key.startswith(others)]:
-        changes = "; ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in differing)
-        raise ValueError(
-            f"{out} holds results of other settings ({changes}): give another --output-dir, or delete this one"
-        )
-
-
-def fingerprint(source: Path) -> str | None:
-    """sha256 of the weights that a run starts from; None for random ones and for a hub id."""
-    file = source / "model.safetensors" if source.is_dir() else source
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
-
-def flat(options: dict, prefix: str = "") -> dict:
-    """Nested dicts as one, with dotted keys."""
-    pairs = {}
-    for key, value in options.items():
-        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return pairs
-
-
-def get_tokenizer(args, data: DatasetDict) -> PreTrainedTokenizerBase:
-    if args.model == "random":
-        folder = args.output_dir / "tokenizer"
+def get_tokenizer(plan: Plan, data: DatasetDict) -> PreTrainedTokenizerBase:
+    if plan.model == "random":
+        folder = plan.output_dir / "tokenizer"
         if not (folder / "tokenizer_config.json").is_file():
             with whole_files(folder, last="tokenizer_config.json") as temporary:
-                train_tokenizer(data["train"]["text"], args.vocab_size).save_pretrained(temporary)
+                train_tokenizer(data["train"]["text"], plan.vocab_size).save_pretrained(temporary)
         return load_tokenizer(folder)
     try:
-        tokenizer = load_tokenizer(args.tokenizer or UPSTREAM_TOKENIZERS.get(args.source, args.source))
+        tokenizer = load_tokenizer(plan.tokenizer or UPSTREAM_TOKENIZERS.get(plan.source, plan.source))
     except ValueError as error:
         raise ValueError(f"{error}: name its folder or hub id with --tokenizer") from error
     if tokenizer.pad_token is None:
@@ -336,70 +249,37 @@ def get_tokenizer(args, data: DatasetDict) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tune(comparison: Comparison) -> int:
-    """--tune trials of each method on the first seed, judged on validation: the test labels are not used."""
+def tune(comparison: Comparison, trials: int) -> int:
     if PartialState().num_processes > 1:
         raise ValueError("--tune runs in one process: start it without torchrun")
-    args, seed = comparison.args, comparison.args.seeds[0]
-    trials = [(trial, method) for trial in range(args.tune) for method in args.methods]
-    tokens = DatasetDict({split: comparison.tokens[split] for split in ("train", "validation")})
-    records = []
-    for number, (trial, method) in enumerate(trials, 1):
-        folder = args.output_dir / "trials" / method / f"seed{seed}-trial{trial}"
-        if not (folder / "trial.json").is_file():
-            options = drawn(args.settings[method], trial)
-            model = adapt(get_base(comparison, seed), method, options, seed)
-            description = f"{number}/{len(trials)} {method} trial {trial}"
-            _, record = finetune(
-                model, method, tokens, comparison.tokenizer, folder / "training", seed, options, description
-            )
-            write_json(folder / "trial.json", record)
-        shutil.rmtree(folder / "training", ignore_errors=True)
-        records.append(read_json(folder / "trial.json", keys=TRIAL_KEYS))
-    write_text(args.output_dir / "trials.md", table := trials_table(records))
-    print(f"\n{table}\nWritten to {args.output_dir / 'trials.md'}.")
+    plan = comparison.plan
+    table = run_trials(comparison, trials, lambda: get_base(comparison, plan.seeds[0]))
+    print(f"\n{table}\nWritten to {plan.output_dir / 'trials.md'}.")
     return 0
 
 
 def run_all(comparison: Comparison) -> int:
-    args, out, devices = comparison.args, comparison.args.output_dir, PartialState()
-    runs = [(seed, method) for seed in args.seeds for method in args.methods]
-    missing = [run for run in runs if not run_folder(out, *run).joinpath("run.json").is_file()]
-    if devices.is_main_process:
-        for finished in out.glob("*/seed*/run.json"):  # whose process may have been killed just after it
-            shutil.rmtree(finished.with_name("training"), ignore_errors=True)
-    started = time.perf_counter()
-    for seed, method in missing:
-        if devices.is_main_process:
-            write_results(comparison.results, out, complete=False)
-        run(comparison, method, seed, f"{runs.index((seed, method)) + 1}/{len(runs)} {method} seed {seed}")
-        devices.wait_for_everyone()
-    if not devices.is_main_process:
-        return 0
-    write_results(comparison.results, out, complete=True)
-    print("\n" + (out / "results.md").read_text(encoding="utf-8"))
-    print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Written to {out}:")
-    print(
-        "results.md, results.json, accuracy.png; models and adapters by method and seed; traces/ with a picture each."
-    )
+    plan, started = comparison.plan, time.perf_counter()
+    runs = [{"method": method, "seed": seed} for seed in plan.seeds for method in plan.methods]
+    run_missing(plan.output_dir, runs, partial(train, comparison), partial(write_results, comparison))
+    if PartialState().is_main_process:
+        print("\n" + (plan.output_dir / "results.md").read_text(encoding="utf-8"))
+        print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Written to {plan.output_dir}:")
+        left = "results.md, results.json, accuracy.png; models and adapters by method and seed"
+        print(f"{left}; traces/ with a picture each.")
     return 0
 
 
-def run_folder(out: Path, seed: int, method: str) -> Path:
-    return out / method / f"seed{seed}"
-
-
-def run(comparison: Comparison, method: str, seed: int, description: str) -> None:
+def train(comparison: Comparison, run: dict, description: str) -> None:
     """Train one method on one seed, save the model, its card and its spikes; `run.json`, last, says it is finished."""
-    args, tokenizer = comparison.args, comparison.tokenizer
-    folder = run_folder(args.output_dir, seed, method)
-    options = args.settings[method]
+    plan, tokenizer, method, seed = comparison.plan, comparison.tokenizer, run["method"], run["seed"]
+    folder, options = plan.output_dir / folder_of(run), plan.settings[method]
     data, tokens = comparison.data_of(seed)
     model = adapt(get_base(comparison, seed), method, options, seed)
     model, record = finetune(model, method, tokens, tokenizer, folder / "training", seed, options, description)
     if not PartialState().is_main_process:
         return
-    record = {"task": comparison.results["task"], **record}
+    record = {"task": plan.task, **record}
     record_traces(comparison, model, data["test"], f"{method}-seed{seed}")
     with whole_files(folder, last="run.json") as temporary:
         model.save_pretrained(temporary)
@@ -411,7 +291,7 @@ def run(comparison: Comparison, method: str, seed: int, description: str) -> Non
 
 def get_base(comparison: Comparison, seed: int) -> SpikeGPTForSequenceClassification:
     """The model that every method of this seed starts from, its initial `score` included; made once, then read."""
-    folder = comparison.args.output_dir / "base" / f"seed{seed}"
+    folder = comparison.plan.output_dir / "base" / f"seed{seed}"
     with PartialState().main_process_first():  # on several devices: one writes, then all read
         if not (folder / "config.json").is_file():
             make_base(comparison, seed, folder)
@@ -419,13 +299,14 @@ def get_base(comparison: Comparison, seed: int) -> SpikeGPTForSequenceClassifica
 
 
 def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
-    args, source, tokenizer = comparison.args, comparison.args.source, comparison.tokenizer
+    plan, source, tokenizer = comparison.plan, comparison.plan.source, comparison.tokenizer
     set_seed(seed)
-    changes = {"pooling": args.pooling, "id2label": dict(enumerate(LABELS))}
-    changes |= {"label2id": {name: i for i, name in enumerate(LABELS)}}
+    labels = TASKS[plan.task].labels
+    changes = {"pooling": plan.pooling, "id2label": dict(enumerate(labels))}
+    changes |= {"label2id": {name: i for i, name in enumerate(labels)}}
     changes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    if args.model == "random":
-        sizes = {"vocab_size": len(tokenizer), "n_embd": args.n_embd, "n_layer": args.n_layer}
+    if plan.model == "random":
+        sizes = {"vocab_size": len(tokenizer), "n_embd": plan.n_embd, "n_layer": plan.n_layer}
         model = SpikeGPTForSequenceClassification(SpikeGPTConfig(**sizes, **changes))
     elif Path(source).is_dir():
         model = load_model(SpikeGPTForSequenceClassification, source, new_head=True, **changes)
@@ -433,39 +314,23 @@ def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
         lm = load_upstream_checkpoint(source)
         model = SpikeGPTForSequenceClassification.from_language_model(lm, **changes)
     require_same_tokens(tokenizer, model.config, source)
-    for method in args.methods:
-        if "lora" in method:
-            require_rank(args.settings[method], model.config)
+    for method in plan.methods:
+        METHODS[method].require(model.config, plan.settings[method])
     with whole_files(folder, last="config.json") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 
 def record_traces(comparison: Comparison, model, test: Dataset, name: str) -> None:
-    args = comparison.args
-    rows = test[: args.trace_sentences]
-    batch = comparison.tokenizer(
-        rows["text"], padding=True, truncation=True, max_length=args.max_length, return_tensors="pt"
-    )
+    plan, tokenizer, folder = comparison.plan, comparison.tokenizer, comparison.plan.output_dir / "traces"
+    rows, title = test[: plan.trace_sentences], f"{plan.task}: {name}"
+    batch = tokenizer(rows["text"], padding=True, truncation=True, max_length=plan.max_length, return_tensors="pt")
     batch["labels"] = rows["label"]
-    title = f"{comparison.results['task']}: {name}"
-    trace = record_spikes(model, batch, comparison.tokenizer, note=f"{title}, first test sentences")
-    folder = args.output_dir / "traces"
+    trace = record_spikes(model, batch, tokenizer, note=f"{title}, first test sentences")
     folder.mkdir(exist_ok=True)
     trace.save(folder / f"{name}.npz")
-    draw_raster(trace, folder / f"{name}.png", title=f"{title}, first test sentence ({LABELS[trace.labels[0]]})")
-
-
-def write_results(results: dict, out: Path, complete: bool) -> None:
-    """results.json, results.md and accuracy.png from every finished run in the folder."""
-    runs = read_runs(out)
-    # Under --parity library each seed tests other sentences: no interval over sentences and seeds.
-    comparisons = [] if results["options"]["parity"] == "library" else compare(runs)
-    results |= {"runs": runs, "summary": summarize(runs), "comparisons": comparisons}
-    results["complete"] = complete and len({tuple(row["seeds"]) for row in results["summary"]}) == 1
-    write_json(out / "results.json", results)
-    write_text(out / "results.md", markdown(results))
-    draw_accuracy(results, out / "accuracy.png")
+    label = TASKS[plan.task].labels[trace.labels[0]]
+    draw_raster(trace, folder / f"{name}.png", title=f"{title}, first test sentence ({label})")
 
 
 if __name__ == "__main__":

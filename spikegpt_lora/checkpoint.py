@@ -27,7 +27,9 @@ from .utils.saved import read_torch_file, some
 
 EMBEDDED = Path(__file__).parent / "assets" / "spikegpt-reviews"
 
+# Of models that were published as a bare .pth file: its name, and the tokenizer that it was trained with.
 KNOWN_FILES = {"ridger/SpikeGPT-OpenWebText-216M": "SpikeGPT-216M.pth"}
+UPSTREAM_TOKENIZERS = {"ridger/SpikeGPT-OpenWebText-216M": "EleutherAI/gpt-neox-20b"}
 
 HEADS = {"head.weight", "score.weight"}  # of a language model, of a classifier
 KINDS = {SpikeGPTForCausalLM: "language model", SpikeGPTForSequenceClassification: "SpikeGPT classifier"}

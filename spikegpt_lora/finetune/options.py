@@ -1,12 +1,10 @@
-"""Settings of fine-tuning: the defaults by model and method, the SpikeLoRA authors', and trials around them."""
+"""Settings of one fine-tuning, those of the SpikeLoRA authors, and trials around them."""
 
 import math
 import random
 from dataclasses import dataclass, replace
 
 from ..utils.checks import check
-
-METHODS = ("full", "lora", "spikelora", "head", "scratch")
 
 
 @dataclass
@@ -70,56 +68,8 @@ PARITY = {
 }
 PROTOCOL = ("keep", "group_by_length", "read_padding")  # of these, what holds for every method of a comparison
 
-# Of the embedded model: the best of three trials a method on Subj's validation split (recipes/results/subj.md), V_theta
-# so that 70 % of the gates are silent. Of a random one: the best of three rates, likewise. Of "other", larger models
-# (216M): untested, no such model was available.
-SETTINGS = {
-    "embedded": {
-        "full": {"learning_rate": 1e-3, "word_dropout": 0.1, "warmup": 0.2},
-        "lora": {"learning_rate": 3e-3},
-        "spikelora": {"learning_rate": 3e-3, "v_threshold": 0.65},
-        "head": {"learning_rate": 1e-2, "word_dropout": 0.1, "warmup": 0.2},
-        "scratch": {"learning_rate": 3e-3, "word_dropout": 0.1, "warmup": 0.2},
-    },
-    "random": {
-        "full": {"learning_rate": 1e-2, "dropout": 0.2},
-        "lora": {"learning_rate": 3e-3, "dropout": 0.2},
-        "spikelora": {"learning_rate": 3e-3, "dropout": 0.2},
-        "head": {"learning_rate": 3e-3, "dropout": 0.2},
-        "scratch": {"learning_rate": 1e-2, "dropout": 0.2},
-    },
-    "other": {
-        "full": {"learning_rate": 5e-5, "dropout": 0.03},
-        "lora": {"learning_rate": 3e-4, "dropout": 0.03},
-        "spikelora": {"learning_rate": 3e-4, "dropout": 0.03},
-        "head": {"learning_rate": 1e-3, "dropout": 0.03},
-        "scratch": {"learning_rate": 1e-4, "dropout": 0.03},
-    },
-}
-
-
-def choose(
-    model: str, parity: str | None = None, bf16: bool = False, changes: dict[str, list[dict]] | None = None
-) -> dict[str, FinetuneOptions]:
-    """Of each method: `SETTINGS[model]`, then what `parity` sets, then `changes`.
-
-    Args:
-        changes: by the option's name, values by method; where two name a method, that for fewer methods counts.
-    """
-    authors = PARITY.get(parity, {})
-    protocol = {key: value for key, value in authors.items() if key in PROTOCOL}
-    chosen = {}
-    for method in METHODS:
-        chosen[method] = {"bf16": bf16} | SETTINGS[model][method] | (authors if "lora" in method else protocol)
-        for name, given in (changes or {}).items():
-            for values in sorted(given, key=len, reverse=True):
-                if method in values:
-                    chosen[method][name] = values[method]
-    return {method: FinetuneOptions(**values) for method, values in chosen.items()}
-
-
-# What trials draw from; learning rates as factors.
-DRAWN = {
+# Of each setting, what trials take; learning rates as factors.
+TRIAL_VALUES = {
     "learning_rate": (1 / 3, 1 / 2, 1, 2),
     "epochs": (3, 4, 5),
     "dropout": (0.1, 0.2, 0.3),
@@ -129,13 +79,13 @@ DRAWN = {
 }
 
 
-def drawn(options: FinetuneOptions, trial: int) -> FinetuneOptions:
-    """Trial 0 is `options` themselves. The others are spread evenly: of each setting, every value of `DRAWN` once, in
-    an order of its own, before one comes again; the same for every method."""
+def sample_trial(options: FinetuneOptions, trial: int) -> FinetuneOptions:
+    """Trial 0 is `options` themselves. The others are spread evenly: of each setting, every value of `TRIAL_VALUES`
+    once, in an order of its own, before one comes again; the same for every method."""
     if trial == 0:
         return options
     values = {}
-    for name, choices in DRAWN.items():
+    for name, choices in TRIAL_VALUES.items():
         cycle, place = divmod(trial - 1, len(choices))
         order = random.Random(f"{name} {3 * cycle}")  # with this seed the first 30 trials all differ
         values[name] = order.sample(choices, len(choices))[place]

@@ -1,8 +1,8 @@
-"""Fine-tuning a SpikeGPT classifier in five ways, on `transformers.Trainer`, so that the ways can be compared.
+"""Fine-tuning a SpikeGPT classifier by any of `METHODS`, on `transformers.Trainer`, so that they can be compared.
 
 Methods are paired: for one seed they start from the same model (the same initial `score` included) and read the same
 sentences in the same order. The epoch is picked on the validation split; the test split is read once, at the end.
-Settings of the SpikeLoRA authors, for comparison with their figures, are options: see `settings.PARITY`.
+Settings of the SpikeLoRA authors, for comparison with their figures, are options: see `options.PARITY`.
 """
 
 import shutil
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,15 +19,15 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Train
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import ParallelMode
 
-from ..adapters import SparsityCallback, SpikeLoraConfig
-from ..adapters.config import PRESETS
 from ..forward import run
-from ..model import SpikeGPTConfig, SpikeGPTForSequenceClassification
+from ..model import SpikeGPTForSequenceClassification
 from ..observe.adapters import observe_adapters
+from ..ops.dropout import set_dropout
 from ..utils.errors import writing
 from ..utils.inputs import require_finite
 from ..utils.stopping import deferred
-from .options import METHODS, FinetuneOptions
+from .methods import METHODS
+from .options import FinetuneOptions
 from .trainer import (
     PaddingAsText,
     PairedTrainer,
@@ -41,8 +40,7 @@ from .trainer import (
 
 
 def adapt(model: SpikeGPTForSequenceClassification, method: str, options: FinetuneOptions, seed: int) -> nn.Module:
-    """`model` made ready for `method`: "full" trains everything, "head" only `score`, "lora" and "spikelora" adapters
-    (`options.targets`) and `score`, "scratch" everything, from new initial values but for `score`'s.
+    """`model` made ready for `method`, one of `METHODS`.
 
     Raises:
         ValueError: unknown method, or a rank larger than any of the model's matrices.
@@ -51,50 +49,7 @@ def adapt(model: SpikeGPTForSequenceClassification, method: str, options: Finetu
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     set_seed(seed)
     set_dropout(model, options.dropout)
-    if method == "full":
-        return model
-    if method == "scratch":
-        new = SpikeGPTForSequenceClassification(model.config)
-        new.score.load_state_dict(model.score.state_dict())
-        return new
-    if method == "head":
-        model.spikegpt.requires_grad_(False)
-        return model
-    require_rank(options, model.config)
-    return get_peft_model(model, adapter_config(method, options))
-
-
-def require_rank(options: FinetuneOptions, config: SpikeGPTConfig) -> None:
-    """Raise ValueError where an adapter's rank exceeds both sides of every matrix that it could stand beside."""
-    if options.rank > (most := max(config.n_embd, config.n_ffn)):
-        raise ValueError(f"rank must be <= {most}, the longest side of the model's matrices, got {options.rank}")
-
-
-def adapter_config(method: str, options: FinetuneOptions) -> LoraConfig:
-    """The adapter of "lora" or "spikelora".
-
-    Raises:
-        ValueError: settings of the gate that it does not have.
-    """
-    shared = {
-        "task_type": "SEQ_CLS",
-        "r": options.rank,
-        "lora_alpha": options.rank,
-        "target_modules": PRESETS.get(options.targets, options.targets),
-    }
-    if method == "lora":
-        return LoraConfig(**shared)
-    names = ("v_threshold", "time", "gate", "learn", "target_sparsity")
-    return SpikeLoraConfig(**shared, **{f"spikelora_{name}": getattr(options, name) for name in names})
-
-
-def set_dropout(model: nn.Module, dropout: float) -> nn.Module:
-    """`model` with another dropout probability after each block; changed in place."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
-    model.config.dropout = dropout
-    return model
+    return METHODS[method].ready(model, options)
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[DatasetDict, int]:
@@ -146,7 +101,8 @@ def finetune(
         with writing(directory):
             trainer = _trained(model, method, data, tokenizer, directory, seed, options, description)
         require_trained(trainer.model)
-        record = {"method": method, "seed": seed, "settings": asdict(options), **_record(trainer)}
+        named = {"method": method, "title": METHODS[method].title, **METHODS[method].record}
+        record = named | {"seed": seed, "settings": asdict(options), **_record(trainer)}
         if "test" in data:
             record |= _test(trainer, data["test"])
         else:
@@ -162,9 +118,6 @@ def finetune(
 
 def _trained(model, method, data, tokenizer, directory, seed, options, description) -> Trainer:
     with deferred() as stop:
-        callbacks = [Stopwatch(), Resumption(stop)]
-        if method == "spikelora" and options.target_sparsity:
-            callbacks.append(SparsityCallback())
         trainer = PairedTrainer(
             model=model,
             args=training_arguments(directory, seed, options),
@@ -173,7 +126,7 @@ def _trained(model, method, data, tokenizer, directory, seed, options, descripti
             processing_class=tokenizer,
             data_collator=PaddingAsText(tokenizer) if options.read_padding else DataCollatorWithPadding(tokenizer),
             compute_metrics=_accuracy,
-            callbacks=callbacks,
+            callbacks=[Stopwatch(), Resumption(stop), *METHODS[method].callbacks(options)],
         )
         trainer.group_by_length, trainer.word_dropout = options.group_by_length, options.word_dropout
         for callback in (ProgressCallback, PrinterCallback):

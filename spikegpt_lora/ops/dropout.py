@@ -22,6 +22,15 @@ class Dropout(nn.Dropout):
         return torch.ops.spikegpt_lora.dropout(x, seed, self.p)
 
 
+def set_dropout(model: nn.Module, dropout: float) -> nn.Module:
+    """`model` with another dropout probability after each block, its configuration included; changed in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    model.config.dropout = dropout
+    return model
+
+
 @bind
 def _bind():
     def setup(ctx, inputs, output):

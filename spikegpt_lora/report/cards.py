@@ -2,7 +2,7 @@
 
 import json
 
-from .results import NAMES
+from .results import title_of
 
 
 def model_card(results: dict, record: dict) -> str:
@@ -14,8 +14,8 @@ def model_card(results: dict, record: dict) -> str:
         library="peft" if adapter else "transformers",
         auto="AutoPeftModelForSequenceClassification" if adapter else "AutoModelForSequenceClassification",
         task=results["task"],
-        name=NAMES[record["method"]],
-        start="new weights in the shape of" if record["method"] == "scratch" else "starts from",
+        name=title_of(record),
+        start=record.get("start", "starts from"),
         model=results["model"],
         test_sentences=results["data"]["test"],
         validation=_validation(record),

@@ -1,39 +1,44 @@
 """Results as Markdown tables."""
 
-from .results import NAMES
+from .results import title_of, titles
 
 
 def markdown(results: dict) -> str:
     """The tables of results.json as Markdown; the task's and the model's name stand on top."""
     data = results["data"]
     counts = " / ".join(f"{data[split]:,} {split}" for split in ("train", "validation", "test") if split in data)
-    lines = [
+    parts = [
         f"# {results['task']}: {results['model']}" + ("" if results["complete"] else " (incomplete: runs are missing)"),
-        "",
         f"Sentences: {counts}. "
         + ("The epoch was picked on validation, the" if "validation" in data else "The last epoch counts; the")
         + " test split was read once a run.",
-        "",
-        "| method | trained parameters | test accuracy % | validation % | seconds | sparsity % | dead ranks % "
-        "| adapter / W0x | adapters off % |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        _methods_table(results),
+        f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.\n{_LEGEND}",
     ]
-    lines += [_row(row) for row in results["summary"]]
-    for row in results["baselines"]:
-        lines.append(
-            f"| {row['method']} | {row['parameters']:,} | {100 * row['accuracy_test']:.2f} | "
-            f"{100 * row['accuracy_validation']:.2f} | {row['seconds']:.1f} | – | – | – | – |"
-        )
-    for row in results["published"]:
-        lines.append(f"| *published, 216M model: {row['method']}* | | *{row['accuracy']:.2f}* | | | | | | |")
-    lines += ["", f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.", _LEGEND]
     if results["comparisons"]:
-        lines += [
-            "",
-            "| paired difference on the test split, points | mean | 95 % interval over sentences and seeds | |",
-        ]
-        lines += ["| --- | ---: | ---: | --- |"] + [_comparison(row) for row in results["comparisons"]]
-    return "\n".join(lines) + "\n"
+        parts.append(_comparisons_table(results))
+    return "\n\n".join(parts) + "\n"
+
+
+def _methods_table(results: dict) -> str:
+    names = ["trained parameters", "test accuracy %", "validation %", "seconds", "sparsity %", "dead ranks %"]
+    rows = [_row(row) for row in results["summary"]]
+    for row in results["baselines"]:
+        accuracy = [f"{100 * row[f'accuracy_{split}']:.2f}" for split in ("test", "validation")]
+        rows.append([row["method"], f"{row['parameters']:,}", *accuracy, f"{row['seconds']:.1f}", *["–"] * 4])
+    for row in results["published"]:
+        rows.append([f"*published, 216M model: {row['method']}*", None, f"*{row['accuracy']:.2f}*", *[None] * 6])
+    return table(["method", *names, "adapter / W0x", "adapters off %"], rows)
+
+
+def _comparisons_table(results: dict) -> str:
+    title, rows = titles(results["summary"]), []
+    for row in results["comparisons"]:
+        difference, low, high = (f"{100 * row[key]:+.2f}" for key in ("difference", "low", "high"))
+        verdict = "noise: the interval holds 0" if row["is_noise"] else ""
+        rows.append([f"{title[row['a']]} − {title[row['b']]}", difference, f"{low} … {high}", verdict])
+    names = ["paired difference on the test split, points", "mean", "95 % interval over sentences and seeds", None]
+    return table(names, rows, text=(0, 3))
 
 
 def trials_table(records: list[dict]) -> str:
@@ -41,21 +46,22 @@ def trials_table(records: list[dict]) -> str:
     names = ["learning_rate", "epochs", "dropout", "word_dropout", "warmup", "rank", "v_threshold"]
     head = ["method", *names, "best epoch", "validation %", "sparsity %"]
     rows = []
-    for method in [name for name in NAMES if any(record["method"] == name for record in records)]:
+    for method, title in titles(records).items():
         of_method = [record for record in records if record["method"] == method]
         for record in sorted(of_method, key=lambda record: -record["validation_accuracy"]):
             values = [f"{record['settings'][name]:g}" for name in names]
             accuracy = f"{100 * record['validation_accuracy']:.2f}"
             gates = (record["adapters"] or {}).get("sparsity")
             sparsity = "–" if gates is None else f"{100 * gates:.1f}"
-            rows.append([NAMES[method], *values, str(record["best_epoch"]), accuracy, sparsity])
+            rows.append([title, *values, str(record["best_epoch"]), accuracy, sparsity])
     return table(head, rows) + "\n"
 
 
-def table(names: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table: the first column to the left, the others (numbers) to the right."""
-    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(names: list[str | None], rows: list[list[str | None]], text: tuple[int, ...] = (0,)) -> str:
+    """A Markdown table: columns `text` to the left, the others (numbers) to the right; None is a cell of nothing."""
+    rule = ["---" if column in text else "---:" for column in range(len(names))]
+    lines = [["" if cell is None else f" {cell}" for cell in line] for line in [names, rule, *rows]]
+    return "\n".join("|" + "".join(f"{cell} |" for cell in line) for line in lines)
 
 
 _LEGEND = (
@@ -67,30 +73,20 @@ _LEGEND = (
 
 
 def _seeds(summary: list[dict]) -> str:
-    by_method = {NAMES[row["method"]]: ", ".join(map(str, row["seeds"])) for row in summary}
+    by_method = {title_of(row): ", ".join(map(str, row["seeds"])) for row in summary}
     if len(set(by_method.values())) <= 1:
         return next(iter(by_method.values()), "(none yet)")
     return "that differ: " + "; ".join(f"{name} {seeds}" for name, seeds in by_method.items())
 
 
-def _row(row: dict) -> str:
+def _row(row: dict) -> list[str]:
     def percent(key):
         if row[key] is None:
             return "–"
         spread = row.get(f"{key}_spread")
         return f"{100 * row[key]:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
 
+    accuracy = [percent("test_accuracy"), percent("validation_accuracy"), f"{row['seconds']:.0f}"]
     contribution = "–" if row["contribution"] is None else f"{row['contribution']:.3f}"
-    return (
-        f"| {NAMES[row['method']]} | {row['trainable_parameters']:,} | {percent('test_accuracy')} | "
-        f"{percent('validation_accuracy')} | {row['seconds']:.0f} | {percent('sparsity')} | {percent('dead_ranks')} | "
-        f"{contribution} | {percent('accuracy_without')} |"
-    )
-
-
-def _comparison(row: dict) -> str:
-    verdict = "noise: the interval holds 0" if row["is_noise"] else ""
-    return (
-        f"| {NAMES[row['a']]} − {NAMES[row['b']]} | {100 * row['difference']:+.2f} | "
-        f"{100 * row['low']:+.2f} … {100 * row['high']:+.2f} | {verdict} |"
-    )
+    gates = [percent("sparsity"), percent("dead_ranks"), contribution, percent("accuracy_without")]
+    return [title_of(row), f"{row['trainable_parameters']:,}", *accuracy, *gates]

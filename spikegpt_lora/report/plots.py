@@ -6,7 +6,7 @@ import numpy as np
 
 from ..observe.traces import GATE, SpikeTrace
 from ..utils.files import whole_file
-from .results import NAMES
+from .results import title_of
 
 
 def draw_raster(trace: SpikeTrace, path: Path, sentence: int = 0, title: str = "") -> None:
@@ -46,7 +46,7 @@ def draw_accuracy(results: dict, path: Path) -> None:
         axis.hlines(np.mean(accuracy), x - 0.25, x + 0.25, color="C0")
     for style, row in zip(("--", ":"), results["baselines"]):
         axis.axhline(100 * row["accuracy_test"], color="gray", linestyle=style, label=row["method"])
-    axis.set_xticks(range(len(results["summary"])), [NAMES[row["method"]] for row in results["summary"]], fontsize=8)
+    axis.set_xticks(range(len(results["summary"])), [title_of(row) for row in results["summary"]], fontsize=8)
     axis.set_ylabel("test accuracy, %")
     axis.set_title(f"{results['task']}, {results['model']}: one dot a seed", fontsize=9)
     axis.grid(axis="y", alpha=0.3)

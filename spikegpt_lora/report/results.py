@@ -5,17 +5,19 @@ results.json, schema "spikegpt_lora/finetune/2":
     options, versions, data         settings; package versions; sentences per split and how many were cut short
     baselines                       [{method, accuracy_validation, accuracy_test, seconds, parameters}]
     published                       [{method, accuracy}]: figures of the papers, in percent, with a 216M model
-    runs                            one a (method, seed), as `training.finetune` returns it:
-        task, method, seed, settings (`settings.FinetuneOptions`), trainable_parameters, total_parameters, seconds
-        (training and validation), best_epoch, validation_accuracy (null where no epoch was picked),
-        validation_by_epoch, sparsity_by_epoch (on validation, of gates), sparsity_by_step (of training batches, where a
-        target is held), test_accuracy, test_correct ("0110...", one a sentence), adapters: null or {sparsity,
-        dead_ranks, contribution, modules (see `trace.AdapterActivity`), accuracy_without: with adapters turned off}
-    summary                         one a method: seeds, mean and spread (sample standard deviation) of what runs hold
-    comparisons                     [{a, b, difference, low, high, per_seed, is_noise}]: see `statistics`
+    runs                            one a (method, seed), as `finetune.run.finetune` returns it:
+        task, method, title, seed, settings (`finetune.options.FinetuneOptions`), trainable_parameters,
+        total_parameters, seconds (training and validation), best_epoch, validation_accuracy (null where no epoch was
+        picked), validation_by_epoch, sparsity_by_epoch (on validation, of gates), sparsity_by_step (of training
+        batches, where a target is held), test_accuracy, test_correct ("0110...", one a sentence), adapters: null or
+        {sparsity, dead_ranks, contribution, modules (see `observe.adapters.AdapterActivity`), accuracy_without: with
+        adapters turned off}
+    summary                         one a method: title, seeds; mean and spread (sample deviation) of what runs hold
+    comparisons                     [{a, b, difference, low, high, per_seed, is_noise}]: see `paired`
 Accuracies, sparsity and dead_ranks are fractions of 1; seconds are wall-clock.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -30,17 +32,8 @@ TRIAL_KEYS = ("method", "seed", "settings", "best_epoch", "validation_accuracy",
 
 RUN_KEYS = (*TRIAL_KEYS, "test_accuracy", "test_correct", "seconds", "trainable_parameters", "total_parameters")
 
-# Subj, SpikeGPT-216M on a GPU: SpikeGPT's own figures for the first two, SpikeLoRA's for the others.
-PUBLISHED = {
-    "subj": [
-        {"method": "SpikeGPT from scratch", "accuracy": 89.10},
-        {"method": "full fine-tuning", "accuracy": 95.30},
-        {"method": "LoRA", "accuracy": 90.70},
-        {"method": "SpikeLoRA", "accuracy": 91.10},
-    ]
-}
-
-NAMES = {
+# Of records that hold no title, as those of 0.2.0; and the order in which tables name methods, others last.
+_TITLES = {
     "full": "full fine-tuning",
     "lora": "LoRA",
     "spikelora": "SpikeLoRA",
@@ -49,17 +42,23 @@ NAMES = {
 }
 
 
-def read_runs(out: Path) -> list[dict]:
-    """The records of the finished runs in a comparison's folder.
+def folder_of(run: dict) -> str:
+    """Where a comparison's folder holds a run: METHOD/seed0, or METHOD-rank8/seed0 where ranks are compared too."""
+    rank = f"-rank{run['rank']}" if "rank" in run else ""
+    return f"{run['method']}{rank}/seed{run['seed']}"
+
+
+def read_runs(out: Path, keys: Sequence[str] = RUN_KEYS) -> list[dict]:
+    """The records of the finished runs in a comparison's folder; `keys`: what each must hold.
 
     Raises:
         DamagedFile: a run.json that is none, or of another run than its folder's name says.
     """
     runs = []
     for file in sorted(out.glob("*/seed*/run.json")):
-        run = read_json(file, keys=RUN_KEYS)
+        run = read_json(file, keys=keys)
         place = f"{file.parents[1].name}/{file.parent.name}"
-        if run["method"] not in NAMES or place != f"{run['method']}/seed{run['seed']}":
+        if place != folder_of(run):
             raise DamagedFile(
                 f"{file} must be the record of {place}, is that of {run['method']!r} with seed {run['seed']!r}: "
                 "move it out of this folder"
@@ -68,12 +67,22 @@ def read_runs(out: Path) -> list[dict]:
     return runs
 
 
+def titles(records: list[dict]) -> dict[str, str]:
+    """The title of each method that `records` (runs, trials, rows of the summary) name, in the order of tables."""
+    named = _TITLES | {record["method"]: title_of(record) for record in records}
+    return {method: title for method, title in named.items() if any(record["method"] == method for record in records)}
+
+
+def title_of(record: dict) -> str:
+    return record.get("title") or _TITLES.get(record["method"], record["method"])
+
+
 def summarize(runs: list[dict]) -> list[dict]:
-    """One row a method, in the order of NAMES: mean and spread over its seeds."""
+    """One row a method: mean and spread over its seeds."""
     rows = []
-    for method in [name for name in NAMES if any(run["method"] == name for run in runs)]:
+    for method, title in titles(runs).items():
         of_method = [run for run in runs if run["method"] == method]
-        row = {"method": method, "seeds": sorted(run["seed"] for run in of_method)}
+        row = {"method": method, "title": title, "seeds": sorted(run["seed"] for run in of_method)}
         row["trainable_parameters"] = of_method[0]["trainable_parameters"]
         for key in ("validation_accuracy", "test_accuracy", "seconds"):
             row[key], row[f"{key}_spread"] = _mean_and_spread([run[key] for run in of_method])
@@ -93,7 +102,7 @@ def _mean_and_spread(values: list[float | None]) -> tuple[float | None, float | 
 def compare(runs: list[dict]) -> list[dict]:
     """Paired difference in test accuracy for each pair of methods, on the seeds that both have."""
     comparisons = []
-    for a, b in combinations([name for name in NAMES if any(run["method"] == name for run in runs)], 2):
+    for a, b in combinations(titles(runs), 2):
         correct = {name: {run["seed"]: run["test_correct"] for run in runs if run["method"] == name} for name in (a, b)}
         seeds = sorted(correct[a].keys() & correct[b].keys())
         if seeds:

@@ -6,12 +6,12 @@ A task of your own is a function that gives its sentences, and a row in `TASKS`.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .splits import Row, digest_of, hash_split
-from .subj import LABELS, SUBJ_FINGERPRINT, read_mini, read_subj
+from .subj import LABELS, PUBLISHED, SUBJ_FINGERPRINT, read_mini, read_subj
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -20,14 +20,25 @@ logger = logging.getLogger(__name__)
 
 
 class Task(NamedTuple):
-    """How to read a task; `fingerprint` is the sha256 of its sorted digests, None where no text was released."""
+    """How to read a task, and what is known of it.
+
+    labels: names of its classes, in the order of `Row.label`.
+    per_class: sentences of each class.
+    fingerprint: sha256 of its sorted digests, None where no text was released.
+    published: [{method, accuracy}], figures of papers in percent, for the table of results.
+    """
 
     read: Callable[[str | Path | None], Iterable[Row]]
+    labels: Sequence[str]
     per_class: int
     fingerprint: str | None = None
+    published: Sequence[dict] = ()
 
 
-TASKS = {"subj": Task(read_subj, 5000, SUBJ_FINGERPRINT), "subj-mini": Task(read_mini, 300)}
+TASKS = {
+    "subj": Task(read_subj, LABELS, 5000, SUBJ_FINGERPRINT, PUBLISHED),
+    "subj-mini": Task(read_mini, LABELS, 300),
+}
 
 
 def load_task(name: str, data_dir: str | Path | None = None) -> "DatasetDict":
@@ -44,16 +55,16 @@ def load_task(name: str, data_dir: str | Path | None = None) -> "DatasetDict":
     """
     if name not in TASKS:
         raise ValueError(f"name must be one of {', '.join(TASKS)}, got {name!r}")
-    read, per_class, fingerprint = TASKS[name]
-    rows = [(digest_of(row), row) for row in read(data_dir)]
-    _check(name, rows, per_class)
+    task = TASKS[name]
+    rows = [(digest_of(row), row) for row in task.read(data_dir)]
+    _check(name, task, rows)
     digests = "".join(sorted(digest for digest, _ in rows))
-    if fingerprint not in (None, hashlib.sha256(digests.encode()).hexdigest()):
+    if task.fingerprint not in (None, hashlib.sha256(digests.encode()).hexdigest()):
         logger.warning("the sentences of %s are not the released ones, so the split is not the usual one", name)
-    return hash_split(rows, LABELS)
+    return hash_split(rows, list(task.labels))
 
 
-def _check(name: str, rows: list[tuple[str, Row]], per_class: int) -> None:
+def _check(name: str, task: Task, rows: list[tuple[str, Row]]) -> None:
     first: dict[str, Row] = {}
     for digest, row in rows:
         other = first.setdefault(digest, row)
@@ -61,6 +72,8 @@ def _check(name: str, rows: list[tuple[str, Row]], per_class: int) -> None:
             raise ValueError(f"{row.where} must be in one class, found {row.text!r} in the other at {other.where}")
     counts = Counter(row.label for _, row in rows)
     files = ", ".join(dict.fromkeys(row.where.rpartition(" line ")[0] for _, row in rows))
-    for label, label_name in enumerate(LABELS):
-        if counts[label] != per_class:
-            raise ValueError(f"{name} must hold {per_class} {label_name} sentences, found {counts[label]} in {files}")
+    for label, label_name in enumerate(task.labels):
+        if counts[label] != task.per_class:
+            raise ValueError(
+                f"{name} must hold {task.per_class} {label_name} sentences, found {counts[label]} in {files}"
+            )

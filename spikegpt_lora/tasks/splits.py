@@ -6,7 +6,8 @@ train: u < 0.7, validation: 0.7 <= u < 0.8, test: 0.8 <= u; inside a split sente
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -48,6 +49,19 @@ def resplit(data: "DatasetDict", seed: int) -> "DatasetDict":
     from datasets import concatenate_datasets
 
     return concatenate_datasets(list(data.values())).train_test_split(0.1, stratify_by_column="label", seed=seed)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How seeds are tested. `split`: (data, seed) to the splits that the seed reads; `one_split`: they are the same for
+    every seed, so that intervals over sentences and seeds, and baselines, have a meaning."""
+
+    split: Callable[["DatasetDict", int], "DatasetDict"]
+    one_split: bool
+
+
+ONE_SPLIT = Protocol(lambda data, seed: data, one_split=True)
+BY_SEED = Protocol(resplit, one_split=False)
 
 
 def lines_of(path: Path, encoding: str) -> Iterator[tuple[str, str]]:

@@ -2,20 +2,15 @@
 
 import pytest
 
-from spikegpt_lora.finetune.options import (
-    METHODS,
-    PARITY,
-    SETTINGS,
-    choose,
-    drawn,
-)
+from spikegpt_lora.finetune.methods import METHODS, resolve_options
+from spikegpt_lora.finetune.options import PARITY, sample_trial
 
 
 @pytest.mark.parametrize("name", PARITY)
 def test_the_authors_settings_are_given_to_adapters_whole(name):
-    chosen = choose("embedded", parity=name)
-    assert all(getattr(chosen["spikelora"], key) == value for key, value in PARITY[name].items())
-    assert chosen["head"].learning_rate == SETTINGS["embedded"]["head"]["learning_rate"]
+    resolved = resolve_options("embedded", parity=name)
+    assert all(getattr(resolved["spikelora"], key) == value for key, value in PARITY[name].items())
+    assert resolved["head"].learning_rate == METHODS["head"].settings["embedded"]["learning_rate"]
 
 
 def test_parity_differs_by_what_the_paper_leaves_open():
@@ -26,17 +21,17 @@ def test_parity_differs_by_what_the_paper_leaves_open():
 
 def test_a_change_for_one_method_counts_before_one_for_all():
     for_all = dict.fromkeys(METHODS, 7)
-    chosen = choose("random", changes={"epochs": [{"lora": 2}, for_all]})
-    assert chosen["lora"].epochs == 2 and chosen["full"].epochs == 7
+    resolved = resolve_options("random", changes={"epochs": [{"lora": 2}, for_all]})
+    assert resolved["lora"].epochs == 2 and resolved["full"].epochs == 7
 
 
 def test_the_first_trial_is_the_settings_and_the_others_differ():
-    options = choose("embedded")["lora"]
-    trials = [drawn(options, trial) for trial in range(31)]
+    options = resolve_options("embedded")["lora"]
+    trials = [sample_trial(options, trial) for trial in range(31)]
     assert trials[0] == options and len({repr(trial) for trial in trials}) == 31
 
 
 def test_a_trial_draws_the_same_factors_for_every_method():
-    chosen = choose("embedded")
-    factors = {drawn(chosen[m], 3).learning_rate / chosen[m].learning_rate for m in METHODS}
+    resolved = resolve_options("embedded")
+    factors = {sample_trial(resolved[m], 3).learning_rate / resolved[m].learning_rate for m in METHODS}
     assert len({round(factor, 9) for factor in factors}) == 1

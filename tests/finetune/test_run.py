@@ -14,7 +14,8 @@ from transformers import DataCollatorWithPadding, TrainerCallback
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, load_task
 from spikegpt_lora.finetune import trainer
-from spikegpt_lora.finetune.options import METHODS, FinetuneOptions
+from spikegpt_lora.finetune.methods import METHODS
+from spikegpt_lora.finetune.options import FinetuneOptions
 from spikegpt_lora.finetune.run import adapt, adapters_off, finetune, tokenize
 from spikegpt_lora.finetune.trainer import PaddingAsText, SeededLengthSampler, SeededSampler
 from spikegpt_lora.forward import run
@@ -57,7 +58,7 @@ def test_each_method_trains_what_it_says(method, trained, mini):
 
 
 def test_an_unknown_method_is_told_the_names(mini):
-    with pytest.raises(ValueError, match="full, lora, spikelora, head, scratch, got 'dora'"):
+    with pytest.raises(ValueError, match=f"{', '.join(METHODS)}, got 'dora'"):
         adapt(fresh(mini[1]), "dora", OPTIONS, seed=0)
 
 

@@ -55,7 +55,13 @@ def test_finished_runs_are_not_repeated_and_other_settings_are_refused(here, tmp
     after = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert done.returncode == 0 and after[:1] == before and len(after) == 2
     done = recipe(here, tmp_path, "--methods", "lora", "--seeds", "0", "--batch-size", "4")
-    assert done.returncode == 2 and "holds runs of other settings" in done.stderr
+    assert done.returncode == 2 and "holds results of other settings (batch_size was 32, is 4)" in done.stderr
+
+
+def test_results_of_a_version_without_run_folders_are_refused(here, tmp_path):
+    (tmp_path / "results.json").write_text('{"settings": {}, "runs": []}')
+    done = recipe(here, tmp_path, "--methods", "lora", "--seeds", "0")
+    assert done.returncode == 2 and "is not of schema spikegpt_lora/cola/1" in done.stderr
 
 
 def test_holdout_does_not_touch_the_dev_set(here, tmp_path):

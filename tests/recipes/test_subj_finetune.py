@@ -19,11 +19,12 @@ from spikegpt_lora import (
     load_task,
     save_upstream_checkpoint,
 )
-from spikegpt_lora.finetune.options import METHODS
+from spikegpt_lora.finetune.methods import METHODS
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
-from spikegpt_lora.report.results import NAMES, SCHEMA
+from spikegpt_lora.report.results import SCHEMA
 
 NAME = "subj_finetune.py"
+DEFAULT = ["full", "lora", "spikelora", "head"]
 SMALL = ["--epochs", "2", "--batch-size", "16"]
 RANDOM = ["--model", "random", "--n-embd", "8", "--n-layer", "1", "--vocab-size", "300"]
 
@@ -63,7 +64,7 @@ def test_the_printed_table_is_the_file_and_has_every_row(finished):
     out, done = finished
     table = (out / "results.md").read_text(encoding="utf-8")
     assert table in done.stdout
-    for name in [*(NAMES[method] for method in METHODS[:4]), "naive Bayes", "TF-IDF logistic regression"]:
+    for name in [*(METHODS[method].title for method in DEFAULT), "naive Bayes", "TF-IDF logistic regression"]:
         assert f"| {name}" in table
     assert "seeds 0, 1" in table and "paired difference" in table
 
@@ -85,9 +86,7 @@ def test_a_file_gets_a_line_when_a_run_begins_and_one_when_it_ends(finished):
 def test_results_follow_the_documented_schema(finished):
     results = results_in(finished[0])
     assert results["schema"] == SCHEMA and results["complete"] is True
-    assert [(run["method"], run["seed"]) for run in results["runs"]] == sorted(
-        (m, s) for m in METHODS[:4] for s in (0, 1)
-    )
+    assert [(run["method"], run["seed"]) for run in results["runs"]] == sorted((m, s) for m in DEFAULT for s in (0, 1))
     for run in results["runs"]:
         assert len(run["test_correct"]) == results["data"]["test"]
         assert run["test_accuracy"] == pytest.approx(run["test_correct"].count("1") / len(run["test_correct"]))
@@ -113,7 +112,7 @@ def test_methods_of_a_seed_start_from_the_same_model(finished):
     assert not torch.equal(base["score.weight"], other["score.weight"])
 
 
-@pytest.mark.parametrize("method", METHODS[:4])
+@pytest.mark.parametrize("method", DEFAULT)
 def test_the_saved_model_gives_the_recorded_test_accuracy(finished, method):
     out, _ = finished
     auto = AutoModelForSequenceClassification if method in ("full", "head") else AutoPeftModelForSequenceClassification

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spikegpt_lora.report.markdown import markdown, table
-from spikegpt_lora.report.results import NAMES
+from spikegpt_lora.report.results import title_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "recipes" / "results"
@@ -35,7 +35,7 @@ def figures(name):
 
 
 def title(method):
-    return NAMES[method]
+    return title_of({"method": method})
 
 
 def percent(value, spread=None, digits=2):

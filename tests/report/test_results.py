@@ -7,7 +7,8 @@ from spikegpt_lora import SpikeTrace
 from spikegpt_lora.report.cards import model_card
 from spikegpt_lora.report.markdown import markdown, trials_table
 from spikegpt_lora.report.plots import draw_accuracy, draw_raster
-from spikegpt_lora.report.results import NAMES, PUBLISHED, compare, summarize
+from spikegpt_lora.report.results import compare, summarize
+from spikegpt_lora.tasks.registry import TASKS
 
 GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}, "accuracy_without": 0.25}
 
@@ -51,7 +52,7 @@ BASELINE = {
 
 def results(runs=RUNS, complete=True, published="subj"):
     return {
-        "task": "subj", "model": "random", "complete": complete, "runs": runs, "published": PUBLISHED[published],
+        "task": "subj", "model": "random", "complete": complete, "runs": runs, "published": TASKS[published].published,
         "data": {"train": 7000, "validation": 1000, "test": 4},
         "baselines": [BASELINE],
         "summary": summarize(runs), "comparisons": compare(runs),
@@ -65,6 +66,13 @@ def test_the_summary_is_mean_and_sample_deviation_in_a_fixed_order():
     assert full["test_accuracy_spread"] == pytest.approx(np.std([1.0, 0.75], ddof=1))
     assert spikelora["seconds"] == pytest.approx(10.5) and spikelora["sparsity"] == 0.75
     assert full["sparsity"] is None
+
+
+def test_a_method_of_ones_own_stands_last_under_its_title():
+    mine = run("adaptive", 0, "1111") | {"title": "mine"}
+    table = markdown(results([mine, *RUNS]))
+    assert [row["title"] for row in summarize([mine, *RUNS])] == ["full fine-tuning", "SpikeLoRA", "mine"]
+    assert "| mine | 1,234 | 100.00 |" in table and "| SpikeLoRA − mine | -25.00 |" in table
 
 
 def test_one_seed_has_no_spread():
@@ -158,6 +166,6 @@ def test_accuracy_is_a_dot_a_run_a_line_at_the_mean_and_one_for_the_baseline(fig
     heights = [line.get_segments()[0][:, 1].tolist() for line in means]
     assert heights == [[np.mean(accuracy[method])] * 2 for method in order]
     assert axis.lines[0].get_ydata() == pytest.approx([92, 92]) and axis.lines[0].get_label() == "naive Bayes"
-    assert [label.get_text() for label in axis.get_xticklabels()] == [NAMES[method] for method in order]
+    assert [label.get_text() for label in axis.get_xticklabels()] == [row["title"] for row in summarize(RUNS)]
     assert axis.get_ylabel() == "test accuracy, %"
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

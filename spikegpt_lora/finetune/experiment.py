@@ -1,0 +1,228 @@
+"""A comparison of methods: a plan, a folder for each run so that it can be taken up again, and the results.
+
+FOLDER/options.json                the settings that results depend on
+FOLDER/METHOD/seed0/run.json       the record of a finished run, written last
+FOLDER/results.json, results.md    of every finished run (schema: report/results.py)
+"""
+
+import hashlib
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import DatasetDict
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..report.markdown import markdown, trials_table
+from ..report.plots import draw_accuracy
+from ..report.results import SCHEMA, TRIAL_KEYS, compare, folder_of, read_runs, summarize
+from ..tasks.baselines import bag_of_words_baselines
+from ..tasks.registry import TASKS
+from ..tasks.splits import ONE_SPLIT, Protocol
+from ..utils.errors import read_json
+from ..utils.files import write_json, write_text
+from .methods import METHODS
+from .options import FinetuneOptions, sample_trial
+from .run import adapt, finetune, tokenize
+
+PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
+
+
+def aside(default=MISSING):
+    """A field of a plan that results do not depend on; on every other one they do."""
+    return field(default=default, metadata={"results": False})
+
+
+def counted(plan) -> dict:
+    """The fields of `plan`, a dataclass, that results depend on, as JSON holds them."""
+    values = asdict(plan)
+    return {one.name: values[one.name] for one in fields(plan) if one.metadata.get("results", True)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison of fine-tuning methods does. `settings`: of every method; `source`: where `model` is read."""
+
+    task: str
+    model: str
+    tokenizer: str | None
+    pooling: str
+    n_layer: int  # these three of a random model
+    n_embd: int
+    vocab_size: int
+    parity: str | None
+    max_length: int  # tokens a sentence
+    max_train_samples: int | None
+    settings: dict[str, FinetuneOptions]
+    model_sha256: str | None  # of the weights that a run starts from
+    text_sha256: str
+    source: str = aside()
+    output_dir: Path = aside()
+    methods: list[str] = aside()
+    seeds: list[int] = aside()
+    trace_sentences: int = aside(32)
+    protocol: Protocol = aside(ONE_SPLIT)  # `parity` says which
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all runs of a plan share. `results`: what is known before the first run (see report/results.py)."""
+
+    plan: Plan
+    data: DatasetDict
+    tokens: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    results: dict
+
+    def data_of(self, seed: int) -> tuple[DatasetDict, DatasetDict]:
+        """Text and tokens as `seed` reads them."""
+        if self.plan.protocol.one_split:
+            return self.data, self.tokens
+        data = self.plan.protocol.split(self.data, seed)
+        return data, tokenize(data, self.tokenizer, self.plan.max_length)[0]
+
+
+def begin(plan: Plan, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, baselines: bool = True) -> Comparison:
+    """The comparison that `plan` describes, before its first run; `baselines`: whether to fit them."""
+    tokens, cut = tokenize(data, tokenizer, plan.max_length)
+    sizes = {split: len(rows) for split, rows in plan.protocol.split(data, plan.seeds[0]).items()}
+    results = {
+        **header(SCHEMA, plan.task, plan.model, counted(plan)),
+        "data": sizes | {"cut_short": cut},
+        # Where each seed tests other sentences there is no one row for these.
+        "baselines": bag_of_words_baselines(data) if baselines and plan.protocol.one_split else [],
+        "published": list(TASKS[plan.task].published),
+    }
+    return Comparison(plan, data, tokens, tokenizer, results)
+
+
+def header(schema: str, task: str, model: str, options: dict) -> dict:
+    """What every results.json begins with."""
+    named = {"schema": schema, "task": task, "model": model, "complete": False, "options": options}
+    return named | {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def sha256_of_text(data: DatasetDict) -> str:
+    texts = "\n".join(text for split in data.values() for text in split["text"])
+    return hashlib.sha256(texts.encode()).hexdigest()
+
+
+def sha256_of_weights(source: Path) -> str | None:
+    """Of the file that a run starts from; None for random weights and for a hub id."""
+    file = source / "model.safetensors" if source.is_dir() else source
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def take_up(out: Path, options: dict, runs: list[dict]) -> None:
+    """Make `out` the folder of a comparison with `options` (see `counted`), begun or new; `runs`: its finished ones.
+
+    Raises:
+        ValueError: it holds results of other settings. A method that has nothing there yet may have any.
+    """
+    begun = {file.parents[1].name for file in [*out.glob("*/seed*/*"), *out.glob("trials/*/seed*/*")]}
+    if begun:
+        _refuse_other_settings(out, options, begun, runs)
+    else:  # a false start, which is forgotten
+        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+    write_json(out / "options.json", options)
+
+
+def _refuse_other_settings(out: Path, options: dict, begun: set[str], runs: list[dict]) -> None:
+    results = out / "results.json"
+    if (out / "options.json").is_file():
+        before = read_json(out / "options.json")
+    elif results.is_file():
+        before = read_json(results, keys=("options",))["options"]
+    elif not any(out.glob("*/seed*/*.json")):  # nothing that was finished
+        return
+    else:
+        raise ValueError(f"{out} holds results, but no options.json says of which settings: give another --output-dir")
+    settings = before.get("settings")
+    finished = {run["method"]: run["settings"] for run in runs if "settings" in run}
+    before["settings"] = (settings if isinstance(settings, dict) else {}) | finished
+    old, new = _flat(before), _flat(options)
+    others = tuple(f"settings.{method}." for method in set(METHODS) - begun)
+    if differing := [key for key in new if old.get(key) != new[key] and not key.startswith(others)]:
+        changes = "; ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in differing)
+        raise ValueError(
+            f"{out} holds results of other settings ({changes}): give another --output-dir, or delete this one"
+        )
+
+
+def _flat(options: dict, prefix: str = "") -> dict:
+    """Nested dicts as one, with dotted keys."""
+    pairs = {}
+    for key, value in options.items():
+        pairs |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return pairs
+
+
+def run_missing(out: Path, runs: list[dict], train: Callable[[dict, str], None], write: Callable[[bool], None]) -> None:
+    """Call `train(run, description)` for each of `runs` that has no run.json yet.
+
+    Args:
+        runs: what makes each one: method, seed and, where it is compared too, rank; its folder is `folder_of(run)`.
+        train: leaves run.json there, last.
+        write: of all finished runs, the results; called before each run (False: more are to come) and at the end.
+    """
+    devices = PartialState()
+    missing = [run for run in runs if not (out / folder_of(run) / "run.json").is_file()]
+    if devices.is_main_process:
+        for finished in out.glob("*/seed*/run.json"):  # whose process may have been killed just after it
+            shutil.rmtree(finished.with_name("training"), ignore_errors=True)
+    for run in missing:
+        if devices.is_main_process:
+            write(False)
+        named = " ".join(f"{key} {value}" for key, value in run.items()).removeprefix("method ")
+        train(run, f"{runs.index(run) + 1}/{len(runs)} {named}")
+        devices.wait_for_everyone()
+    if devices.is_main_process:
+        write(True)
+
+
+def run_trials(comparison: Comparison, number: int, base: Callable[[], nn.Module]) -> str:
+    """`number` trials of each method on the first seed, judged on validation: the test labels are not used.
+
+    Args:
+        base: gives the model that all of them start from.
+
+    Returns:
+        The table of trials.md.
+    """
+    plan, seed = comparison.plan, comparison.plan.seeds[0]
+    trials = [(trial, method) for trial in range(number) for method in plan.methods]
+    tokens = DatasetDict({split: comparison.tokens[split] for split in ("train", "validation")})
+    records = []
+    for done, (trial, method) in enumerate(trials, 1):
+        folder = plan.output_dir / "trials" / method / f"seed{seed}-trial{trial}"
+        if not (folder / "trial.json").is_file():
+            options = sample_trial(plan.settings[method], trial)
+            model, description = adapt(base(), method, options, seed), f"{done}/{len(trials)} {method} trial {trial}"
+            place = folder / "training"
+            _, record = finetune(model, method, tokens, comparison.tokenizer, place, seed, options, description)
+            write_json(folder / "trial.json", record)
+        shutil.rmtree(folder / "training", ignore_errors=True)
+        records.append(read_json(folder / "trial.json", keys=TRIAL_KEYS))
+    write_text(plan.output_dir / "trials.md", table := trials_table(records))
+    return table
+
+
+def write_results(comparison: Comparison, complete: bool) -> None:
+    """results.json, results.md and accuracy.png from every finished run in the folder."""
+    out = comparison.plan.output_dir
+    runs = read_runs(out)
+    summary = summarize(runs)
+    results = comparison.results | {
+        "complete": complete and len({tuple(row["seeds"]) for row in summary}) == 1,
+        "runs": runs,
+        "summary": summary,
+        # Where each seed tests other sentences there is no interval over sentences and seeds.
+        "comparisons": compare(runs) if comparison.plan.protocol.one_split else [],
+    }
+    write_json(out / "results.json", results)
+    write_text(out / "results.md", markdown(results))
+    draw_accuracy(results, out / "accuracy.png")
