@@ -97,7 +97,7 @@ def main() -> int:
     print(", ".join(f"{name} {len(rows):,}" for name, rows in data.items()) + " sentences")
     runs = [{"method": m, "rank": r, "seed": s} for s in plan.seeds for r in plan.ranks for m in plan.methods]
     with locked(plan.output_dir):
-        require_schema(plan.output_dir / "results.json")
+        give_old_runs_folders(plan)
         take_up(plan.output_dir, counted(plan), finished(plan))
         run_missing(plan.output_dir, runs, partial(train, plan, tokens, tokenizer), partial(write_results, plan))
     print("\n" + (plan.output_dir / "results.md").read_text(encoding="utf-8"))
@@ -148,10 +148,31 @@ def tokenize(data: DatasetDict, tokenizer) -> DatasetDict:
     return encoded
 
 
-def require_schema(file: Path) -> None:
-    """Raise ValueError where results.json is of a version that kept no folder for each run."""
-    if file.is_file() and read_json(file, keys=("runs",)).get("schema") != SCHEMA:
-        raise ValueError(f"{file} is not of schema {SCHEMA}, so its runs cannot go on: give another --output-dir")
+def give_old_runs_folders(plan: Plan) -> None:
+    """Let a results.json of 0.2.0, which had no schema and no folder for each run, go on under `plan`.
+
+    Raises:
+        ValueError: another schema, or runs of other settings.
+        DamagedFile: what is no results.json.
+    """
+    file = plan.output_dir / "results.json"
+    if not file.is_file() or (held := read_json(file, keys=("runs",))).get("schema") == SCHEMA:
+        return
+    if "schema" in held:
+        raise ValueError(f"{file} is of schema {held['schema']}, not {SCHEMA}: give another --output-dir")
+    before, now = read_json(file, keys=("settings",))["settings"], counted(plan)
+    if differing := [key for key in now.keys() & before.keys() if before[key] != str(now[key])]:
+        changes = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in sorted(differing))
+        raise ValueError(f"{file} holds results of other settings ({changes}): give another --output-dir")
+    write_json(plan.output_dir / "options.json", now)
+    for run in held["runs"]:
+        save(plan, run)
+
+
+def save(plan: Plan, record: dict) -> None:
+    folder = plan.output_dir / folder_of(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", record)
 
 
 def finished(plan: Plan) -> list[dict]:
@@ -207,9 +228,7 @@ def train(plan: Plan, data: DatasetDict, tokenizer, run: dict, description: str)
         "step_ms": 1000 * float(np.median(steps.seconds)),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-    folder = plan.output_dir / folder_of(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "run.json", record)
+    save(plan, record)
 
 
 class StepTimes(TrainerCallback):

@@ -58,10 +58,22 @@ def test_finished_runs_are_not_repeated_and_other_settings_are_refused(here, tmp
     assert done.returncode == 2 and "holds results of other settings (batch_size was 32, is 4)" in done.stderr
 
 
-def test_results_of_a_version_without_run_folders_are_refused(here, tmp_path):
-    (tmp_path / "results.json").write_text('{"settings": {}, "runs": []}')
+def test_results_of_0_2_0_which_had_no_run_folders_go_on(here, tmp_path):
+    settings = {"model": str(here / "model"), "epochs": "1", "batch_size": "32", "holdout": "False"}
+    run = {"method": "lora", "rank": 2, "seed": 0, "mcc": 0.25, "train_mcc": 0.5, "sparsity": None, "dead_ranks": None}
+    run |= {"accuracy": 0.5, "step_ms": 1.0, "trainable": 3}
+    (tmp_path / "results.json").write_text(json.dumps({"settings": settings, "runs": [run]}))
+    done = recipe(here, tmp_path, "--methods", "lora", "--seeds", "0", "--holdout")
+    assert done.returncode == 2 and "other settings (holdout was False, is True)" in done.stderr
+    done = recipe(here, tmp_path, "--methods", "lora", "spikelora", "--seeds", "0")
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert done.returncode == 0 and runs[0] == run and [one["method"] for one in runs] == ["lora", "spikelora"]
+
+
+def test_results_of_another_schema_are_refused(here, tmp_path):
+    (tmp_path / "results.json").write_text('{"schema": "spikegpt_lora/cola/9", "runs": []}')
     done = recipe(here, tmp_path, "--methods", "lora", "--seeds", "0")
-    assert done.returncode == 2 and "is not of schema spikegpt_lora/cola/1" in done.stderr
+    assert done.returncode == 2 and "is of schema spikegpt_lora/cola/9, not spikegpt_lora/cola/1" in done.stderr
 
 
 def test_holdout_does_not_touch_the_dev_set(here, tmp_path):
