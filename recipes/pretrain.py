@@ -26,11 +26,10 @@ from spikegpt_lora.pretrain.loop import (
     NEWEST,
     Pretraining,
     PretrainOptions,
-    per_token_word_character,
-    perplexity,
     save_rounded,
     write_log,
 )
+from spikegpt_lora.pretrain.perplexity import per_token_word_character, perplexity
 from spikegpt_lora.report.markdown import table
 from spikegpt_lora.tasks.registry import TASKS
 from spikegpt_lora.utils import command_line

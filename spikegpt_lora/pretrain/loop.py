@@ -30,6 +30,7 @@ from ..utils.checks import check
 from ..utils.errors import DamagedFile
 from ..utils.files import whole_file, write_text
 from ..utils.inputs import require_finite
+from .perplexity import next_token_loss
 from .sentence_pairs import SentencePairs
 
 LOG_EVERY = 50  # steps
@@ -276,50 +277,6 @@ def _optimizer(parameters: dict[str, nn.Parameter], options: PretrainOptions) ->
     others = [p for name, p in parameters.items() if name not in names]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98), fused=True)
-
-
-def next_token_loss(
-    model: SpikeGPTForCausalLM, ids: Tensor, state: SpikeGPTState | None, bf16: bool
-) -> tuple[Tensor, SpikeGPTState]:
-    """Mean loss in nats a token of ids `(B, T + 1)`, each predicted from those before it; and the state after T."""
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
-        output = model(ids[:, :-1], state=state, use_cache=True)
-    loss = nn.functional.cross_entropy(output.logits.float().flatten(0, 1), ids[:, 1:].flatten())
-    return loss, SpikeGPTState(**{name: tensor.detach() for name, tensor in output.state.items()})
-
-
-@torch.no_grad()
-def perplexity(model: SpikeGPTForCausalLM, tokens: np.ndarray, facts: dict, bf16: bool = False) -> dict[str, float]:
-    """How well `model` predicts a text that it reads once, in 64 streams with the state carried along.
-
-    Args:
-        tokens, facts: a split of a `Corpus`, and its facts.
-
-    Returns:
-        See `per_token_word_character`.
-    """
-    model.eval()
-    streams, length = 64, 64
-    rows = (
-        torch.from_numpy(tokens[: len(tokens) // streams * streams].astype(np.int64)).view(streams, -1).to(model.device)
-    )
-    total, count, state = 0.0, 0, None
-    for start in range(0, rows.shape[1] - 1, length):
-        ids = rows[:, start : start + length + 1]
-        loss, state = next_token_loss(model, ids, state, bf16)
-        total, count = total + loss.item() * ids[:, 1:].numel(), count + ids[:, 1:].numel()
-    return per_token_word_character(total / count, facts)
-
-
-def per_token_word_character(nats: float, facts: dict) -> dict[str, float]:
-    """`nats` a token said in four ways; a word's share of a text is the text's sum of nats over its words."""
-    total = nats * facts["tokens"]
-    return {
-        "nats_per_token": nats,
-        "token_perplexity": math.exp(nats),
-        "word_perplexity": math.exp(total / facts["words"]),
-        "bits_per_character": total / facts["characters"] / math.log(2),
-    }
 
 
 def save_rounded(model: SpikeGPTForCausalLM, directory: str | Path) -> SpikeGPTForCausalLM:

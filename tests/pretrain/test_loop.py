@@ -13,11 +13,10 @@ from spikegpt_lora.pretrain.loop import (
     Pretraining,
     PretrainOptions,
     Streams,
-    next_token_loss,
-    perplexity,
     save_rounded,
     write_log,
 )
+from spikegpt_lora.pretrain.perplexity import next_token_loss, perplexity
 
 TOKENS = np.random.default_rng(0).integers(0, 20, 1000).astype(np.uint16)
 
