@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from builders import model_with
 from helpers import SIZES
 from matplotlib.image import imread
-from test_interpreter import model_with
 
 from spikegpt_lora.export import pictures
 from spikegpt_lora.export.write import Bundle, export_bundle
