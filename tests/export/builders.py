@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import torch
-from helpers import SIZES, lively
+from helpers import fresh_classifier, padded_batch
 from peft import LoraConfig, get_peft_model
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
+from spikegpt_lora import SpikeLoraConfig
 from spikegpt_lora.adapters import SpikeGate
 from spikegpt_lora.export.manifest import write_manifest
 
@@ -25,9 +25,7 @@ ADAPTERS = {
 
 
 def model_with(adapter, **config):
-    torch.manual_seed(0)
-    model = SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES, pad_token_id=0, **config))
-    model = lively(model.float())
+    model = fresh_classifier(pad_token_id=0, **config)
     if ADAPTERS[adapter] is not None:
         model = get_peft_model(model, ADAPTERS[adapter])
         for name, p in model.named_parameters():
@@ -37,15 +35,13 @@ def model_with(adapter, **config):
 
 
 def sentences():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([11, 1, 7, 4])
-    ids = torch.randint(1, SIZES["vocab_size"], (4, 11), generator=generator)
-    return ids, lengths, {"input_ids": ids, "attention_mask": (torch.arange(11) < lengths[:, None]).long()}
+    """Four sentences: their ids, their lengths, and both as a batch."""
+    batch = padded_batch([11, 1, 7, 4])
+    return batch["input_ids"], batch["attention_mask"].sum(1), batch
 
 
 def batch_of():
-    ids, lengths, batch = sentences()
-    return batch | {"labels": torch.tensor([0, 1, 1, 0])}
+    return sentences()[-1] | {"labels": torch.tensor([0, 1, 1, 0])}
 
 
 def small(adapter="graded", **config):
