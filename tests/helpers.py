@@ -80,6 +80,15 @@ def current(*shape, dtype=torch.float64, scale=2.0):
     return scale * torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
 
 
+def wkv_inputs(B=2, T=7, C=3, dtype=torch.float64, k_scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=dtype, generator=generator)
+
+    return draw(C), draw(C), k_scale * draw(B, T, C), draw(B, T, C)
+
+
 def everything(folder):
     """Of every file and folder its mode, its time of change and its bytes."""
     paths = [folder, *sorted(folder.rglob("*"))]
