@@ -22,6 +22,7 @@ def lively(model, seed=0):
 
 
 def fresh_classifier(**config):
+    """A lively classifier, the same on every call."""
     torch.manual_seed(0)
     return lively(SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES, **config)))
 
@@ -29,7 +30,7 @@ def fresh_classifier(**config):
 def adapted(model, config, drawn="lora_B", seed=0, dtype=torch.float64):
     """`model` in evaluation mode with an adapter that has been trained, so to speak: B is not 0.
 
-    drawn: in the names of the weights that are drawn from a normal distribution; the others are as peft starts them.
+    Weights with `drawn` in their names come from a standard normal distribution, the others are as peft starts them.
     """
     torch.manual_seed(seed)
     model = get_peft_model(model, config).to(dtype).eval()
@@ -42,6 +43,7 @@ def adapted(model, config, drawn="lora_B", seed=0, dtype=torch.float64):
 
 
 def trained_classifier(config=None):
+    """A fresh classifier with a trained adapter: SpikeLoRA with the settings of GATE unless `config` says another."""
     return adapted(fresh_classifier(), config or SpikeLoraConfig(task_type="SEQ_CLS", r=4, **GATE), "lora_")
 
 
