@@ -1,4 +1,4 @@
-"""The package as a whole: a silent import, one-way imports between modules, the public names."""
+"""The package as a whole: a silent import, one-way imports between modules and none between tests, the public names."""
 
 import ast
 import subprocess
@@ -82,6 +82,13 @@ def test_every_folder_has_a_row_and_imports_only_from_those_before_it():
 def test_an_arrow_that_goes_up_is_seen(line, tmp_path):
     (tmp_path / "wkv.py").write_text(f"def late():\n    {line}\n")
     assert list(violations("ops.wkv", tmp_path / "wkv.py"))
+
+
+def test_no_test_file_imports_another():
+    """What several need stands in a helpers.py, builders.py or conftest.py: a file can be moved, or run, alone."""
+    files = list(Path(__file__).parent.rglob("*.py"))
+    found = [f"{file.name} -> {other}" for file in files for other in imported("", file) if "test_" in other]
+    assert len(files) > 50 and not found
 
 
 def test_importing_prints_nothing_builds_nothing_and_changes_no_setting():

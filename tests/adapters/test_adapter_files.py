@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import SIZES, lively
+from helpers import SIZES, fresh_classifier, lively, trained_classifier
 from peft import (
     AutoPeftModelForSequenceClassification,
     KasaConfig,
@@ -16,7 +16,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
-from test_spikelora import adapted, fresh_classifier
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
 from spikegpt_lora.adapters import SpikeLoraLinear
@@ -71,7 +70,7 @@ def other_classifier():
 
 
 def test_a_wrong_setting_in_a_file_is_said_with_its_folder(tmp_path):
-    adapted().save_pretrained(tmp_path)
+    trained_classifier().save_pretrained(tmp_path)
     set_in_config(tmp_path, r="4", spikelora_tau=math.inf)
     with pytest.raises(
         ValueError, match=f"the adapter in {re.escape(str(tmp_path))}: SpikeLoraConfig: r must.*tau must"
@@ -80,7 +79,7 @@ def test_a_wrong_setting_in_a_file_is_said_with_its_folder(tmp_path):
 
 
 def test_an_adapter_of_a_method_that_is_gone_is_refused_by_name(tmp_path):
-    adapted().save_pretrained(tmp_path)
+    trained_classifier().save_pretrained(tmp_path)
     set_in_config(tmp_path, peft_type="SPIKEADALORA")
     with pytest.raises(DamagedFile, match="peft_type must be SPIKELORA or .*got 'SPIKEADALORA': load it with"):
         load_adapter(fresh_classifier(), tmp_path)
@@ -90,7 +89,7 @@ def test_an_adapter_of_a_method_that_is_gone_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("part", ["lora_A", "lora_gate._extra_state", "score"])
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_weights_that_are_not_finite_are_refused_by_name(load, part, value, tmp_path):
-    adapted().save_pretrained(tmp_path)
+    trained_classifier().save_pretrained(tmp_path)
     spoil(tmp_path, **{part: lambda tensor: torch.full_like(tensor, value)})
     with pytest.raises(ValueError, match=f"weights of adapter .* must be finite, got NaN or infinity in .*{part}"):
         load(fresh_classifier(), tmp_path)
@@ -98,7 +97,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(load, part, value, tmp_
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_another_base_of_the_same_sizes_is_noticed(load, tmp_path):
-    adapted().save_pretrained(tmp_path)
+    trained_classifier().save_pretrained(tmp_path)
     load(fresh_classifier(), tmp_path)
     with pytest.raises(ValueError, match=r"belongs to another base model .*32 of 32 weights"):
         load(other_classifier(), tmp_path)
@@ -134,7 +133,7 @@ def test_a_base_that_was_trained_on_a_little_is_noticed_where_precisions_show_it
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_without_a_fingerprint_an_adapter_is_loaded_as_ever(load, tmp_path):
-    adapted().save_pretrained(tmp_path)
+    trained_classifier().save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     old = {k: v for k, v in json.loads(file.read_text()).items() if k != "spikelora_base_fingerprint"}
     file.write_text(json.dumps(old))
@@ -143,7 +142,7 @@ def test_without_a_fingerprint_an_adapter_is_loaded_as_ever(load, tmp_path):
 
 @pytest.mark.parametrize("settings", [{"use_spikelora": False}, {}])
 def test_a_base_that_cannot_be_seen_has_no_fingerprint(settings, tmp_path):
-    model = adapted(SpikeLoraConfig(task_type="SEQ_CLS", **settings))
+    model = trained_classifier(SpikeLoraConfig(task_type="SEQ_CLS", **settings))
     model.save_pretrained(tmp_path / "seen")
     assert SpikeLoraConfig.from_pretrained(tmp_path / "seen").spikelora_base_fingerprint.startswith("float64:")
     if settings:
@@ -173,7 +172,7 @@ def test_one_configuration_serves_for_two_bases(tmp_path):
 
 
 def test_a_gate_without_its_threshold_in_the_file_is_said(tmp_path):
-    adapted().save_pretrained(tmp_path)
+    trained_classifier().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if "_extra_state" not in k}, file, {"format": "pt"})
     with warnings.catch_warnings(record=True) as said:
@@ -183,7 +182,7 @@ def test_a_gate_without_its_threshold_in_the_file_is_said(tmp_path):
 
 
 def test_transformers_own_load_adapter_looks_at_thresholds_too(tmp_path):
-    adapted().save_pretrained(tmp_path)
+    trained_classifier().save_pretrained(tmp_path)
     spoil(tmp_path, **{"_extra_state": lambda tensor: torch.full_like(tensor, -1.0)})
     with pytest.raises(Exception, match="must be one finite number >= 0, got -1.0"):
         fresh_classifier().load_adapter(tmp_path)

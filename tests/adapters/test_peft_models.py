@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from helpers import largest_difference
-from peft import LoraConfig, PeftModel, get_peft_model
+from helpers import adapted, largest_difference, padded_batch
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import (
     BertConfig,
@@ -52,28 +52,19 @@ def base(name):
     return MODELS[name][0]()
 
 
-def adapted(name, config=SpikeLoraConfig, **changes):
+def trained(name, config=SpikeLoraConfig, **changes):
     _, task_type, targets = MODELS[name]
     settings = {"task_type": task_type, "target_modules": targets, "r": 4}
-    model = get_peft_model(base(name), config(**settings | changes))
-    set_seed(1)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if "lora_B" in key:
-                p.normal_()
-    return model.eval()
+    return adapted(base(name), config(**settings | changes), seed=1, dtype=torch.float32)
 
 
 def batch(labels=False):
-    generator = torch.Generator().manual_seed(0)
-    given = {"input_ids": torch.randint(1, 37, (4, 9), generator=generator), "attention_mask": torch.ones(4, 9).long()}
-    given["attention_mask"][0, 5:] = 0
-    return given | ({"labels": torch.tensor([0, 1, 1, 0])} if labels else {})
+    return padded_batch([5, 9, 9, 9]) | ({"labels": torch.tensor([0, 1, 1, 0])} if labels else {})
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_target_has_a_gate_and_every_adapter_learns(name):
-    model = adapted(name, spikelora_v_threshold=0.0).train()  # so that many fire in so small a model
+    model = trained(name, spikelora_v_threshold=0.0).train()  # so that many fire in so small a model
     gates = [module for module in model.modules() if isinstance(module, SpikeGate)]
     layers = [module for module in model.modules() if hasattr(module, "lora_gate")]
     assert len(gates) == len(layers) > 4
@@ -89,7 +80,7 @@ def test_saved_adapters_come_back_bit_for_bit(name, time, tmp_path):
         pytest.skip("its projections are refused in token time")
     targets = [target for target in MODELS[name][2] if target != "dense"]  # BERT's pooler is one, and no row of tokens
     changes = {"target_modules": targets, "spikelora_time": time, "spikelora_learn": "both", "spikelora_gate": "binary"}
-    model = adapted(name, rank_pattern={targets[0]: 2}, alpha_pattern={targets[-1]: 3}, use_rslora=True, **changes)
+    model = trained(name, rank_pattern={targets[0]: 2}, alpha_pattern={targets[-1]: 3}, use_rslora=True, **changes)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base(name), tmp_path).eval()
     assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
@@ -99,7 +90,7 @@ def test_saved_adapters_come_back_bit_for_bit(name, time, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_disabled_adapters_are_the_base_model_bit_for_bit(name):
-    model = adapted(name)
+    model = trained(name)
     with model.disable_adapter():
         assert torch.equal(model(**batch()).logits, base(name).eval()(**batch()).logits)
     assert not torch.equal(model(**batch()).logits, base(name).eval()(**batch()).logits)
@@ -109,7 +100,7 @@ def test_disabled_adapters_are_the_base_model_bit_for_bit(name):
 def test_without_the_gate_it_is_stock_lora_bit_for_bit(name):
     results = []
     for config, changes in ((LoraConfig, {}), (SpikeLoraConfig, {"use_spikelora": False})):
-        model = adapted(name, config, **changes).train()
+        model = trained(name, config, **changes).train()
         set_seed(2)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(2):
@@ -138,7 +129,7 @@ def test_a_trainer_that_resumes_ends_where_a_straight_one_does_thresholds_includ
     for stretches in ((4,), (2, 4)):
         for steps in stretches:
             set_seed(0)
-            run = trainer(adapted("bert", **settings), tmp_path / str(len(stretches)), steps, [SparsityCallback()])
+            run = trainer(trained("bert", **settings), tmp_path / str(len(stretches)), steps, [SparsityCallback()])
             run.train(resume_from_checkpoint=steps != stretches[0])
         gates = [m for m in run.model.modules() if isinstance(m, SpikeGate)]
         ends.append(({k: p.clone() for k, p in run.model.named_parameters()}, [gate.v_threshold for gate in gates]))
@@ -146,7 +137,7 @@ def test_a_trainer_that_resumes_ends_where_a_straight_one_does_thresholds_includ
 
 
 def test_thresholds_of_the_best_checkpoint_come_back_with_it(tmp_path):
-    model = adapted("bert")
+    model = trained("bert")
     model.save_pretrained(tmp_path)
     expected = model(**batch()).logits
     for module in model.modules():
@@ -158,7 +149,7 @@ def test_thresholds_of_the_best_checkpoint_come_back_with_it(tmp_path):
 
 
 def test_several_adapters_switch_and_mix():
-    model = adapted("bert")
+    model = trained("bert")
     model.add_adapter("other", SpikeLoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2))
     with torch.no_grad():
         for key, p in model.named_parameters():
@@ -178,14 +169,14 @@ def test_several_adapters_switch_and_mix():
 
 
 def test_a_compiled_model_gives_the_same_and_is_one_graph():
-    model = adapted("llama")
+    model = trained("llama")
     expected = model(**batch()).logits
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert largest_difference(compiled(**batch()).logits, expected) < 1e-5
 
 
 def test_debertas_positions_are_not_counted():
-    model = adapted("deberta")
+    model = trained("deberta")
     with observe_adapters(model) as seen:
         model(**batch())
     activity = seen.activity()
@@ -202,7 +193,7 @@ def test_debertas_positions_are_not_counted():
 
 
 def test_the_authors_folders_load_with_a_notice(tmp_path, caplog):
-    model = adapted("bert", spikelora_v_threshold=0.25)
+    model = trained("bert", spikelora_v_threshold=0.25)
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     saved = json.loads(file.read_text())
@@ -216,7 +207,7 @@ def test_the_authors_folders_load_with_a_notice(tmp_path, caplog):
 
 
 def test_a_stock_lora_folder_read_as_spikelora_stays_plain(tmp_path):
-    model = adapted("bert", LoraConfig)
+    model = trained("bert", LoraConfig)
     model.save_pretrained(tmp_path)
     config = SpikeLoraConfig.from_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base("bert"), tmp_path, config=config).eval()
@@ -224,7 +215,7 @@ def test_a_stock_lora_folder_read_as_spikelora_stays_plain(tmp_path):
 
 
 def test_another_base_model_is_an_error_that_names_what_does_not_fit(tmp_path):
-    adapted("bert").save_pretrained(tmp_path)
+    trained("bert").save_pretrained(tmp_path)
     other = BertForSequenceClassification(BertConfig(**TINY | {"hidden_size": 24}))
     with pytest.raises(RuntimeError, match=r"size mismatch for .*lora_A.default.weight.*16.*24"):
         PeftModel.from_pretrained(other, tmp_path)
@@ -235,7 +226,7 @@ def test_another_base_model_is_an_error_that_names_what_does_not_fit(tmp_path):
 def test_an_adapter_adds_one_number_a_module_to_the_file(tmp_path):
     sizes = []
     for config in (LoraConfig, SpikeLoraConfig):
-        adapted("llama", config).save_pretrained(tmp_path)
+        trained("llama", config).save_pretrained(tmp_path)
         sizes.append(load_file(tmp_path / "adapter_model.safetensors"))
     assert {key for key in sizes[1].keys() - sizes[0].keys()} == {
         key.replace("lora_A.weight", "lora_gate._extra_state") for key in sizes[0] if "lora_A" in key
@@ -247,7 +238,7 @@ def gradients_of_half(rank, folder):
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    plain = adapted("bert", **TOKEN).double()
+    plain = trained("bert", **TOKEN).double()
     model = torch.nn.parallel.DistributedDataParallel(plain)
     half = {key: value[2 * rank : 2 * rank + 2] for key, value in batch().items()}
     model(**half).logits.pow(2).sum().backward()
@@ -268,7 +259,7 @@ TOKEN = {"spikelora_time": "token", "target_modules": ["query", "value"]}
 
 def test_two_processes_have_the_gradients_of_the_whole_batch_and_the_same_thresholds(tmp_path):
     torch.multiprocessing.spawn(gradients_of_half, (str(tmp_path),), nprocs=2)
-    model = adapted("bert", **TOKEN).double()
+    model = trained("bert", **TOKEN).double()
     model(**batch()).logits.pow(2).sum().backward()
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")

@@ -5,8 +5,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import SIZES, largest_difference, lively
-from peft import get_peft_model
+from helpers import SIZES, adapted, fresh_classifier, largest_difference
 from transformers import (
     BertConfig,
     BertModel,
@@ -18,38 +17,31 @@ from transformers import (
     T5Model,
 )
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeLoraConfig
+from spikegpt_lora import SpikeGPTForCausalLM, SpikeLoraConfig
 from spikegpt_lora.adapters import sequence
 
 TOKEN = {"spikelora_time": "token", "spikelora_v_threshold": 0.2, "r": 4}
 TINY = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-def adapted(model, **config):
-    """With adapters in token time that have been trained, so to speak: B is not 0."""
-    model = get_peft_model(model, SpikeLoraConfig(**TOKEN | config)).double().eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return model
+def in_token_time(model, **config):
+    return adapted(model, SpikeLoraConfig(**TOKEN | config), "lora_", seed=1)
 
 
 @pytest.fixture
 def classifier(classifier):
-    return adapted(classifier, task_type="SEQ_CLS")
+    return in_token_time(classifier, task_type="SEQ_CLS")
 
 
 @pytest.fixture
 def lm(lm):
-    return adapted(lm)
+    return in_token_time(lm)
 
 
 @pytest.fixture
 def bert():
     torch.manual_seed(0)
-    return adapted(BertModel(BertConfig(**TINY), add_pooling_layer=False), target_modules=["query", "value"])
+    return in_token_time(BertModel(BertConfig(**TINY), add_pooling_layer=False), target_modules=["query", "value"])
 
 
 def padded(ids, left):
@@ -167,9 +159,7 @@ def test_copies_have_gates_of_their_own(lm, ids, copied):
 
 
 def test_a_batch_of_several_adapters_sees_its_own_rows(ids):
-    torch.manual_seed(0)
-    model = lively(SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES)))
-    model = adapted(model, task_type="SEQ_CLS", modules_to_save=None)
+    model = in_token_time(fresh_classifier(), task_type="SEQ_CLS", modules_to_save=None)
     model.add_adapter("other", SpikeLoraConfig(task_type="SEQ_CLS", **TOKEN | {"r": 2, "spikelora_v_threshold": 0.1}))
     model = model.double().eval()
     with torch.no_grad():
@@ -185,7 +175,7 @@ def test_a_batch_of_several_adapters_sees_its_own_rows(ids):
 
 def llama(**config):
     torch.manual_seed(0)
-    return adapted(LlamaForCausalLM(LlamaConfig(**TINY)), target_modules=["q_proj", "v_proj"], **config)
+    return in_token_time(LlamaForCausalLM(LlamaConfig(**TINY)), target_modules=["q_proj", "v_proj"], **config)
 
 
 def test_cached_generation_of_another_model_is_refused_and_uncached_works(ids):
@@ -228,20 +218,20 @@ def test_debertas_projections_of_relative_positions_are_refused_by_name():
         **TINY, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=8
     )
     with pytest.raises(ValueError, match="query_proj reads DeBERTa's relative positions too"):
-        adapted(DebertaV2Model(config), target_modules=["query_proj", "value_proj"])
-    model = adapted(DebertaV2Model(config), target_modules=["value_proj", "dense"])
+        in_token_time(DebertaV2Model(config), target_modules=["query_proj", "value_proj"])
+    model = in_token_time(DebertaV2Model(config), target_modules=["value_proj", "dense"])
     assert model(input_ids=torch.ones(2, 5).long()).last_hidden_state.shape == (2, 5, 16)
 
 
 def test_an_encoder_decoder_is_refused():
     config = T5Config(vocab_size=37, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="T5Model reads two sequences in one forward"):
-        adapted(T5Model(config), target_modules=["q"])
+        in_token_time(T5Model(config), target_modules=["q"])
 
 
 def test_a_pooler_is_refused_when_it_is_called(ids):
     torch.manual_seed(0)
-    model = adapted(BertModel(BertConfig(**TINY)), target_modules=["pooler.dense"])
+    model = in_token_time(BertModel(BertConfig(**TINY)), target_modules=["pooler.dense"])
     with pytest.raises(ValueError, match=r"got activations \(4, 4\) for tokens .*leave this module out"):
         model(input_ids=ids)
 

@@ -2,18 +2,17 @@
 
 import pytest
 import torch
-from helpers import SIZES, lively
+from helpers import SIZES, fresh_classifier
 from peft import LoraConfig, get_peft_model
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
+from spikegpt_lora import SpikeLoraConfig
 from spikegpt_lora.adapters import SparsityController, SpikeGate, calibrate_thresholds
 from spikegpt_lora.adapters.sparsity import controllable
 from spikegpt_lora.observe.adapters import observe_adapters
 
 
-def adapted(**config):
-    torch.manual_seed(0)
-    model = lively(SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES, pad_token_id=0)))
+def untrained(**config):
+    model = fresh_classifier(pad_token_id=0)
     return get_peft_model(model, SpikeLoraConfig(task_type="SEQ_CLS", r=8, **config)).double()
 
 
@@ -36,14 +35,14 @@ def sparsities(model):
 @pytest.mark.parametrize("v_reset", [0.0, -0.2, None])
 @pytest.mark.parametrize("sparsity", [0.8, 0.95])
 def test_calibration_makes_every_module_as_silent_as_asked(time, v_reset, sparsity):
-    model = adapted(spikelora_time=time, spikelora_v_reset=v_reset).train()
+    model = untrained(spikelora_time=time, spikelora_v_reset=v_reset).train()
     thresholds = calibrate_thresholds(model, batches(), sparsity)
     assert len(thresholds) == 18 and model.training
     assert all(abs(found - sparsity) < 0.01 for found in sparsities(model))
 
 
 def test_calibration_warns_of_modules_that_are_more_silent_without_any_threshold(caplog):
-    model = adapted()
+    model = untrained()
     with torch.no_grad():
         model.get_submodule("base_model.model.spikegpt.blocks.0.ffn.value.lora_A.default").weight.copy_(
             -torch.ones(8, 48)
@@ -56,7 +55,7 @@ def test_calibration_warns_of_modules_that_are_more_silent_without_any_threshold
 
 @pytest.mark.parametrize("time", ["pointwise", "token"])
 def test_the_controller_reaches_its_target_in_every_module(time):
-    model = adapted(spikelora_time=time, spikelora_target_sparsity=0.9).train()
+    model = untrained(spikelora_time=time, spikelora_target_sparsity=0.9).train()
     with SparsityController(model, rate=1.0) as controller:
         for _ in range(80):
             for batch in batches(2):
@@ -66,7 +65,7 @@ def test_the_controller_reaches_its_target_in_every_module(time):
 
 
 def test_a_target_may_be_a_schedule():
-    model = adapted().train()
+    model = untrained().train()
     targets = []
     with SparsityController(model, lambda progress: targets.append(progress) or 0.5) as controller:
         model(**next(batches()))
@@ -75,7 +74,7 @@ def test_a_target_may_be_a_schedule():
 
 
 def test_validation_does_not_move_thresholds():
-    model = adapted().train()
+    model = untrained().train()
     with SparsityController(model, 0.9) as controller:
         model.eval()
         model(**next(batches()))
@@ -84,7 +83,7 @@ def test_validation_does_not_move_thresholds():
 
 
 def test_a_controller_that_is_closed_sees_nothing():
-    model = adapted().train()
+    model = untrained().train()
     with SparsityController(model, 0.9) as controller:
         pass
     model(**next(batches()))
@@ -94,15 +93,15 @@ def test_a_controller_that_is_closed_sees_nothing():
 @pytest.mark.parametrize("target", [None, 0.0, 1.0])
 def test_a_controller_without_a_target_in_range_is_refused(target):
     with pytest.raises(ValueError, match=rf"needs a target sparsity in \(0, 1\), got {target}: give target="):
-        SparsityController(adapted(), target)
+        SparsityController(untrained(), target)
 
 
 def test_models_without_a_free_threshold_are_refused():
-    model = get_peft_model(lively(SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES))), LoraConfig())
-    for wrong in (model, adapted(spikelora_learn="threshold")):
+    model = get_peft_model(fresh_classifier(), LoraConfig())
+    for wrong in (model, untrained(spikelora_learn="threshold")):
         with pytest.raises(ValueError, match="has no spiking adapter whose threshold is free"):
             calibrate_thresholds(wrong, batches(), 0.5)
-    assert any(isinstance(module, SpikeGate) for module in adapted(spikelora_learn="tau").modules())
+    assert any(isinstance(module, SpikeGate) for module in untrained(spikelora_learn="tau").modules())
 
 
 @pytest.mark.parametrize(
@@ -111,11 +110,11 @@ def test_models_without_a_free_threshold_are_refused():
 )
 def test_calibration_says_what_is_wrong(given, sparsity, message):
     with pytest.raises(ValueError, match=message):
-        calibrate_thresholds(adapted(), given, sparsity)
+        calibrate_thresholds(untrained(), given, sparsity)
 
 
 def test_activations_that_are_not_finite_move_no_threshold():
-    model = adapted().train()
+    model = untrained().train()
     model.get_submodule("base_model.model.spikegpt.blocks.1.att.key.lora_A.default").weight.data[0] = float("nan")
     with SparsityController(model, 0.9) as controller:
         model(**next(batches()))

@@ -7,35 +7,17 @@ import re
 
 import pytest
 import torch
-from helpers import SIZES, largest_difference, lively
+from helpers import GATE, fresh_classifier, largest_difference, trained_classifier
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
+from spikegpt_lora import SpikeGPTForSequenceClassification, SpikeLoraConfig
 from spikegpt_lora.adapters import SpikeGate, SpikeLoraLinear
 
-GATE = {"spikelora_v_threshold": 0.3, "spikelora_tau": 3.0, "spikelora_surrogate_alpha": 1.5}
 RKV = [
     f"blocks.{i}.{half}.{name}" for i in range(3) for half in ("att", "ffn") for name in ("key", "receptance", "value")
 ]
-
-
-def fresh_classifier():
-    torch.manual_seed(0)
-    return lively(SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES)))
-
-
-def adapted(config=None):
-    """A classifier with an adapter that has been trained, so to speak: B is not 0."""
-    model = (
-        get_peft_model(fresh_classifier(), config or SpikeLoraConfig(task_type="SEQ_CLS", r=4, **GATE)).double().eval()
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64))
-    return model
 
 
 def adapted_modules(model):
@@ -79,7 +61,7 @@ def test_all_linear_adds_the_output_projection():
 
 
 def test_only_adapters_and_score_are_trained(ids):
-    model = adapted()
+    model = trained_classifier()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "score" in name for name in trained)
     assert any("score" in name for name in trained) and len(trained) == 2 * len(RKV) + 1
@@ -90,7 +72,7 @@ def test_only_adapters_and_score_are_trained(ids):
 def test_a_new_adapter_changes_nothing_and_a_disabled_one_neither(ids):
     base = fresh_classifier()(ids).logits
     assert torch.equal(get_peft_model(fresh_classifier(), SpikeLoraConfig(task_type="SEQ_CLS"))(ids).logits, base)
-    model = adapted()
+    model = trained_classifier()
     assert largest_difference(model(ids).logits, base) > 1e-3
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, base)
@@ -117,7 +99,7 @@ def test_without_the_gate_it_is_stock_lora_bit_for_bit(ids):
 @pytest.mark.parametrize("method", ["spikelora", "lora"])
 def test_saved_adapters_come_back_with_score_bit_for_bit(method, ids, tmp_path):
     config = LoraConfig(task_type="SEQ_CLS", r=4) if method == "lora" else None
-    model = adapted(config)
+    model = trained_classifier(config)
     with torch.no_grad():
         model.get_submodule("base_model.model.score.modules_to_save.default").weight.add_(1.0)
     model.save_pretrained(tmp_path)
@@ -127,7 +109,7 @@ def test_saved_adapters_come_back_with_score_bit_for_bit(method, ids, tmp_path):
 
 
 def test_every_gate_setting_is_saved(tmp_path):
-    adapted().save_pretrained(tmp_path)
+    trained_classifier().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "SPIKELORA" and saved["use_spikelora"] is True
     assert {key: saved[key] for key in GATE} == GATE
@@ -159,7 +141,7 @@ MERGES = {
 
 @pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
 def test_merging_is_refused_with_the_reason_and_changes_nothing(merge, ids):
-    model = adapted()
+    model = trained_classifier()
     before = model(ids).logits
     with pytest.raises(RuntimeError, match="'default' cannot be merged: its gate SN.A x. depends on the input"):
         merge(model)
@@ -170,7 +152,7 @@ def test_merging_is_refused_with_the_reason_and_changes_nothing(merge, ids):
     "config", [LoraConfig(task_type="SEQ_CLS"), SpikeLoraConfig(task_type="SEQ_CLS", use_spikelora=False)]
 )
 def test_plain_lora_merges(config, ids):
-    model = adapted(config)
+    model = trained_classifier(config)
     before = model(ids).logits
     merged = model.merge_and_unload()
     assert not any(isinstance(module, LoraLayer) for module in merged.modules())
@@ -178,7 +160,7 @@ def test_plain_lora_merges(config, ids):
 
 
 def test_a_plain_and_a_spiking_adapter_live_side_by_side(ids, tmp_path):
-    model = adapted()
+    model = trained_classifier()
     spiking = model(ids).logits
     model.add_adapter("plain", SpikeLoraConfig(task_type="SEQ_CLS", r=2, use_spikelora=False))
     model.set_adapter("plain")
@@ -274,5 +256,5 @@ def test_one_message_lists_every_problem():
 
 
 def test_config_and_model_can_be_pickled(ids):
-    model = adapted()
+    model = trained_classifier()
     assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, model(ids).logits)

@@ -11,9 +11,9 @@ import nir
 import numpy as np
 import pytest
 import torch
+from builders import batch_of, edit, put, reseal, rewrite, small
 from helpers import everything
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from test_interpreter import model_with, sentences
 
 from spikegpt_lora.adapters import SpikeGate
 from spikegpt_lora.convert.weights import quantize, quantized_copy
@@ -30,26 +30,12 @@ from spikegpt_lora.export import (
 from spikegpt_lora.export.__main__ import main
 from spikegpt_lora.export.graph import graph_of
 from spikegpt_lora.export.interpreter import Program
-from spikegpt_lora.export.manifest import write_manifest
 from spikegpt_lora.export.reruns import unable
 from spikegpt_lora.export.sentences import left_aligned
 from spikegpt_lora.model import SpikeGPTModel
 from spikegpt_lora.utils.files import UNFINISHED
 
 ADAPTED = ["none", "lora", "graded", "binary", "token"]
-
-
-def batch_of():
-    ids, lengths, batch = sentences()
-    return batch | {"labels": torch.tensor([0, 1, 1, 0])}
-
-
-def small(adapter="graded", **config):
-    model = model_with(adapter, **config).float()
-    for module in model.modules():
-        if isinstance(module, SpikeGate) and module.tau == 3.0:
-            module.tau = 4.0  # a power of two, for the simulators
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +47,6 @@ def graded(tmp_path_factory):
 def copy(graded, tmp_path):
     """The bundle, to be spoilt."""
     return shutil.copytree(graded, tmp_path / "bundle")
-
-
-def reseal(folder):
-    """The hashes of what lies there now: a forger's."""
-    write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
 
 
 @pytest.mark.parametrize(("adapter", "weights"), [*((one, "float32") for one in ADAPTED), ("graded", "int8")])
@@ -186,24 +167,6 @@ def test_a_spike_altered_with_its_hash_is_named_by_every_part_of_the_check(copy)
     kinds += [f"{simulator}, island:" for simulator in simulators.installed()]
     for kind in kinds:
         assert any(line.startswith(kind) and where in line for line in problems), (kind, problems)
-
-
-def rewrite(path, **changes):
-    """An .npz file with other arrays under some names."""
-    with np.load(path) as file:
-        arrays = dict(file)
-    np.savez_compressed(path, **arrays | {name: change(arrays[name]) for name, change in changes.items()})
-
-
-def edit(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def put(array, at, value):
-    array[at] = value
-    return array
 
 
 def other_threshold(folder):

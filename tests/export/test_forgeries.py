@@ -10,9 +10,9 @@ import zipfile
 import h5py
 import numpy as np
 import pytest
-from test_bundle import batch_of, edit, export_bundle, put, reseal, rewrite, small
+from builders import batch_of, edit, put, reseal, rewrite, small
 
-from spikegpt_lora.export import simulators
+from spikegpt_lora.export import export_bundle, simulators
 from spikegpt_lora.export.__main__ import main
 from spikegpt_lora.export.manifest import own_hash
 from spikegpt_lora.export.results import NOT_PROVEN

@@ -8,49 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SIZES, current, lively
-from peft import LoraConfig, get_peft_model
+from builders import ADAPTERS, model_with, sentences
+from helpers import SIZES, current
 from torch import nn
 
 import spikegpt_lora.export.interpreter
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig, record_spikes
+from spikegpt_lora import record_spikes
 from spikegpt_lora.export.event_driven import EventDriven
 from spikegpt_lora.export.graph import graph_of
 from spikegpt_lora.export.interpreter import NEURONS, OPERATIONS, Program
 from spikegpt_lora.export.simulators import run_neurons
 from spikegpt_lora.neurons.lif import LIF
 from spikegpt_lora.ops.backend import default_backend
-
-ADAPTERS = {
-    "none": None,
-    "lora": LoraConfig(task_type="SEQ_CLS", r=4),
-    "graded": SpikeLoraConfig(task_type="SEQ_CLS", r=4),
-    "binary": SpikeLoraConfig(task_type="SEQ_CLS", r=4, spikelora_gate="binary", target_modules="all-linear"),
-    "token": SpikeLoraConfig(task_type="SEQ_CLS", r=4, spikelora_time="token", spikelora_tau=3.0),
-    "learned": SpikeLoraConfig(
-        task_type="SEQ_CLS", r=4, spikelora_time="token", spikelora_learn="both", spikelora_per_rank=True,
-        spikelora_v_reset=None,
-    ),
-}  # fmt: skip
-
-
-def model_with(adapter, **config):
-    torch.manual_seed(0)
-    model = SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES, pad_token_id=0, **config))
-    model = lively(model.float())
-    if ADAPTERS[adapter] is not None:
-        model = get_peft_model(model, ADAPTERS[adapter])
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
-    return model.float().double().eval()  # rounded to float32 once, as a bundle's weights are
-
-
-def sentences():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([11, 1, 7, 4])
-    ids = torch.randint(1, SIZES["vocab_size"], (4, 11), generator=generator)
-    return ids, lengths, {"input_ids": ids, "attention_mask": (torch.arange(11) < lengths[:, None]).long()}
 
 
 @pytest.mark.parametrize("kind", [Program, EventDriven])

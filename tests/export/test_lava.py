@@ -7,8 +7,9 @@ import subprocess
 import h5py
 import pytest
 import running
-from test_bundle import batch_of as four_sentences
-from test_bundle import export_bundle, small
+from builders import batch_of, small
+
+from spikegpt_lora.export import export_bundle
 
 LAVA = "SPIKEGPT_LORA_LAVA"
 pytestmark = pytest.mark.skipif(LAVA not in os.environ, reason=f"{LAVA} names no Python that has Lava")
@@ -21,7 +22,7 @@ def replayed(bundle):
 
 
 def test_spikes_are_those_of_loihis_arithmetic_and_an_altered_one_is_not(tmp_path):
-    bundle = export_bundle(small(), four_sentences(), tmp_path / "bundle", weights="int8")
+    bundle = export_bundle(small(), batch_of(), tmp_path / "bundle", weights="int8")
     done = replayed(bundle)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"LIF: (\d+) wrong, \d+ rounded of ([\d,]+) .* it got (\d+) wrong", done.stdout)

@@ -5,9 +5,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_bundle import batch_of, check_bundle, edit, export_bundle, reseal, small
+from builders import batch_of, edit, reseal, small
 
-from spikegpt_lora.export import AddressEventDataset, Bundle, EventDataset, draw_all, interpreter, simulators
+from spikegpt_lora.export import (
+    AddressEventDataset,
+    Bundle,
+    EventDataset,
+    check_bundle,
+    draw_all,
+    export_bundle,
+    interpreter,
+    simulators,
+)
 from spikegpt_lora.export.event_driven import EventDriven
 from spikegpt_lora.export.graph import Graph
 from spikegpt_lora.export.islands import island

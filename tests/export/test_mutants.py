@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from test_bundle import batch_of, export_bundle, reseal, small
+from builders import batch_of, reseal, small
 
-from spikegpt_lora.export import Bundle, simulators
+from spikegpt_lora.export import Bundle, export_bundle, simulators
 from spikegpt_lora.export.__main__ import main
 
 MUTANTS = 500

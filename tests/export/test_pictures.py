@@ -5,21 +5,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from helpers import SIZES
+from builders import model_with
+from helpers import SIZES, padded_batch
 from matplotlib.image import imread
-from test_interpreter import model_with
 
 from spikegpt_lora.export import pictures
 from spikegpt_lora.export.write import Bundle, export_bundle
 
-LENGTHS = torch.tensor([12, 1, 8, 5, 7, 8, 9])  # five sentences reach position 7, four position 8, two position 9
+LENGTHS = [12, 1, 8, 5, 7, 8, 9]  # five sentences reach position 7, four position 8, two position 9
 
 
 def bundle_of(adapter, folder, **options):
-    ids = torch.randint(1, SIZES["vocab_size"], (len(LENGTHS), 12), generator=torch.Generator().manual_seed(5))
-    batch = {"input_ids": ids, "attention_mask": (torch.arange(12) < LENGTHS[:, None]).long()}
-    return Bundle(export_bundle(model_with(adapter).float(), batch, folder, **options))
+    return Bundle(export_bundle(model_with(adapter).float(), padded_batch(LENGTHS, seed=5), folder, **options))
 
 
 @pytest.fixture(scope="module")

@@ -2,40 +2,26 @@
 
 import pytest
 import torch
-from helpers import SIZES, lively
+from helpers import adapted, fresh_classifier, padded_batch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
+from spikegpt_lora import SpikeLoraConfig
 from spikegpt_lora.adapters import SpikeGate
 from spikegpt_lora.observe.adapters import observe_adapters
 
+BATCH = padded_batch([7, 4, 4, 8, 9, 2], seed=6)
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-def adapted(**config):
-    torch.manual_seed(0)
-    model = lively(SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES, pad_token_id=0)))
-    model = get_peft_model(model, SpikeLoraConfig(task_type="SEQ_CLS", r=4, **config)).double().eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_()
-    return model
-
-
-def batch(sentences=6, length=9, left=False):
-    generator = torch.Generator().manual_seed(sentences)
-    ids = torch.randint(1, SIZES["vocab_size"], (sentences, length), generator=generator)
-    lengths = torch.randint(2, length + 1, (sentences, 1), generator=generator)
-    places = torch.arange(length).flip(0) if left else torch.arange(length)
-    return {"input_ids": ids, "attention_mask": (places < lengths).long()}
+def trained(**config):
+    return adapted(fresh_classifier(pad_token_id=0), SpikeLoraConfig(task_type="SEQ_CLS", r=4, **config))
 
 
 @pytest.mark.parametrize("time", ["pointwise", "token"])
 def test_counts_are_those_of_the_real_tokens_one_sentence_at_a_time(time):
-    model, given = adapted(spikelora_time=time), batch()
+    model, given = trained(spikelora_time=time), BATCH
     with observe_adapters(model, membranes=True) as together:
         model(**given)
     with observe_adapters(model, membranes=True) as alone:
@@ -50,41 +36,41 @@ def test_counts_are_those_of_the_real_tokens_one_sentence_at_a_time(time):
 
 
 def test_it_leaves_nothing_behind():
-    model = adapted()
+    model = trained()
     with observe_adapters(model) as seen:
-        model(**batch())
+        model(**BATCH)
     before = seen.activity()
-    model(**batch())
+    model(**BATCH)
     assert seen.activity() == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_training_with_checkpointing_is_counted_once():
-    model = adapted().train()
+    model = trained().train()
     counts = []
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(0)
         with observe_adapters(model) as seen:
-            model(**batch()).logits.sum().backward()
+            model(**BATCH).logits.sum().backward()
         counts.append(seen.activity())
     assert counts[0] == counts[1]
 
 
 def test_learned_settings_are_shown():
-    module = next(iter(seen_once(adapted(spikelora_learn="both", spikelora_tau=3.0)).modules.values()))
+    module = next(iter(seen_once(trained(spikelora_learn="both", spikelora_tau=3.0)).modules.values()))
     assert module["threshold"] == pytest.approx(0.1, rel=1e-5) and module["tau"] == pytest.approx(3.0, rel=1e-5)
 
 
 def seen_once(model, given=None):
     with observe_adapters(model) as seen:
-        model(**(given or batch()))
+        model(**(given or BATCH))
     return seen.activity()
 
 
 def test_a_larger_spike_fires_once_and_counts_as_many():
-    model = adapted()
+    model = trained()
     one = seen_once(model)
     for module in model.modules():
         if isinstance(module, SpikeGate):
@@ -96,7 +82,7 @@ def test_a_larger_spike_fires_once_and_counts_as_many():
 
 
 def test_plain_lora_has_a_contribution_and_no_spikes():
-    model = get_peft_model(lively(SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES))), LoraConfig(r=2))
+    model = get_peft_model(fresh_classifier(), LoraConfig(r=2))
     activity = seen_once(model)
     assert activity.sparsity is None and activity.dead_ranks is None and activity.contribution == 0.0
 
@@ -121,7 +107,7 @@ def test_without_adapters_there_is_nothing_to_see():
 
 
 def test_without_a_real_token_it_says_so():
-    with observe_adapters(adapted()) as seen:
+    with observe_adapters(trained()) as seen:
         pass
     with pytest.raises(ValueError, match="at least one batch with a real token"):
         seen.activity()

@@ -5,11 +5,10 @@ from itertools import chain
 
 import pytest
 import torch
-from helpers import SIZES, lively
-from peft import get_peft_model
+from helpers import SIZES, adapted, fresh_classifier, padded_batch
 from torch import nn
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
+from spikegpt_lora import SpikeLoraConfig
 from spikegpt_lora.neurons.lif import LIF
 from spikegpt_lora.observe.operations import ENERGY, arithmetic_energy, as_json, count_operations
 
@@ -90,20 +89,11 @@ def test_counts_are_those_that_neurobench_gives(kind):
 
 
 def classifier(**config):
-    torch.manual_seed(0)
-    model = lively(SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES, pad_token_id=0)))
-    model = get_peft_model(model, SpikeLoraConfig(task_type="SEQ_CLS", r=4, **config)).double()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_()
-    return model
+    return adapted(fresh_classifier(pad_token_id=0), SpikeLoraConfig(task_type="SEQ_CLS", r=4, **config))
 
 
 def batch(left=False):
-    ids = torch.randint(1, SIZES["vocab_size"], (6, 9), generator=torch.Generator().manual_seed(6))
-    places = torch.arange(9).flip(0) if left else torch.arange(9)
-    return {"input_ids": ids, "attention_mask": (places < torch.tensor([[9], [2], [5], [7], [3], [4]])).long()}
+    return padded_batch([9, 2, 5, 7, 3, 4], left, seed=6)
 
 
 @pytest.mark.parametrize("left", [False, True])

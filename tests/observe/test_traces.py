@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers import largest_difference
+from helpers import adapted, largest_difference
 from peft import LoraConfig, get_peft_model
 from spikingjelly.activation_based import functional, monitor
 
@@ -22,13 +22,8 @@ from spikegpt_lora.utils.errors import DamagedFile
 LIFS = ["emb"] + [f"blocks.{i}.lif{n}" for i in range(3) for n in (1, 2)]
 
 
-def spiking(classifier):
-    model = get_peft_model(classifier, SpikeLoraConfig(task_type="SEQ_CLS", r=4)).double().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
-    return model
+def spiking(classifier, **settings):
+    return adapted(classifier, SpikeLoraConfig(task_type="SEQ_CLS", r=4, **settings))
 
 
 def batch_of(ids, side="right"):
@@ -143,20 +138,10 @@ def test_a_saved_trace_comes_back(classifier, ids, tmp_path):
     assert again.note == "four sentences"
 
 
-def token_time(classifier, learn="none"):
-    config = SpikeLoraConfig(task_type="SEQ_CLS", r=4, spikelora_time="token", spikelora_learn=learn)
-    model = get_peft_model(classifier, config).double().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
-    return model
-
-
-@pytest.mark.parametrize("wrap", [spiking, token_time, lambda model: token_time(model, "both")])
+@pytest.mark.parametrize("time, learn", [("pointwise", "none"), ("token", "none"), ("token", "both")])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_recorded_membranes_explain_the_spikes_of_neurons_and_gates(classifier, ids, backend, wrap, side):
-    model, rows = wrap(classifier), batch_of(ids, side)
+def test_recorded_membranes_explain_the_spikes_of_neurons_and_gates(classifier, ids, backend, time, learn, side):
+    model, rows = spiking(classifier, spikelora_time=time, spikelora_learn=learn), batch_of(ids, side)
     trace = record_spikes(model, rows, currents=True, membranes=True)
     plain = record_spikes(model, rows)
     assert plain.membranes == {} and trace.membranes.keys() == trace.spikes.keys() - {"emb"}
@@ -184,9 +169,9 @@ def test_recording_membranes_leaves_none_behind(classifier, ids):
     assert not any(hasattr(block.lif1, "v") for block in classifier.spikegpt.blocks)
 
 
-@pytest.mark.parametrize("wrap", [spiking, token_time])
-def test_spikingjellys_monitor_sees_the_membranes_of_neurons_and_gates(classifier, ids, wrap):
-    model = wrap(classifier)
+@pytest.mark.parametrize("time", ["pointwise", "token"])
+def test_spikingjellys_monitor_sees_the_membranes_of_neurons_and_gates(classifier, ids, time):
+    model = spiking(classifier, spikelora_time=time)
     with (
         monitor.AttributeMonitor("v", False, model, LIF),
         pytest.raises(AttributeError, match="set store_v_seq = True"),

@@ -7,8 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from helpers import NEURONS, current, need_extension
-from test_wkv import inputs as wkv_inputs
+from helpers import NEURONS, current, need_extension, wkv_inputs
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification
 from spikegpt_lora.neurons.lif import LIF, NeuronParameters

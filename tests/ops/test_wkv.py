@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-from helpers import largest_difference
+from helpers import largest_difference, wkv_inputs
 
 from spikegpt_lora.ops.wkv import NOTHING_YET, wkv, wkv_reference
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-
-def inputs(B=2, T=7, C=3, dtype=torch.float64, k_scale=1.0):
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(shape, dtype=dtype, generator=generator)
-
-    return draw(C), draw(C), k_scale * draw(B, T, C), draw(B, T, C)
 
 
 def by_definition(time_decay, time_first, k, v):
@@ -30,12 +21,12 @@ def by_definition(time_decay, time_first, k, v):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 3), (3, 33, 17)], ids=str)
 def test_values_equal_the_definition(shape):
-    arguments = inputs(*shape)
+    arguments = wkv_inputs(*shape)
     assert largest_difference(wkv(*arguments)[0], by_definition(*arguments)) < 1e-12
 
 
 def test_the_state_holds_numerator_and_denominator_scaled_by_the_exponent():
-    time_decay, time_first, k, v = inputs()
+    time_decay, time_first, k, v = wkv_inputs()
     numerator, denominator, p = wkv(time_decay, time_first, k, v)[1].unbind(1)
     age = torch.arange(k.shape[1]).flip(0)[:, None]  # (T, 1)
     weights = torch.exp(k - age * torch.exp(time_decay))
@@ -45,7 +36,7 @@ def test_the_state_holds_numerator_and_denominator_scaled_by_the_exponent():
 
 @pytest.mark.parametrize("cut", [1, 3, 6])
 def test_chunks_with_the_state_carried_equal_the_whole(cut):
-    time_decay, time_first, k, v = inputs()
+    time_decay, time_first, k, v = wkv_inputs()
     y, state = wkv(time_decay, time_first, k, v)
     first, carried = wkv(time_decay, time_first, k[:, :cut], v[:, :cut])
     second, carried = wkv(time_decay, time_first, k[:, cut:], v[:, cut:], carried)
@@ -54,7 +45,7 @@ def test_chunks_with_the_state_carried_equal_the_whole(cut):
 
 
 def test_masked_tokens_do_not_exist():
-    time_decay, time_first, k, v = inputs(B=4, T=11)
+    time_decay, time_first, k, v = wkv_inputs(B=4, T=11)
     mask = torch.rand(4, 11, generator=torch.Generator().manual_seed(2)) < 0.6
     mask[2] = False
     y, state = wkv(time_decay, time_first, k, v, mask=mask)
@@ -66,13 +57,13 @@ def test_masked_tokens_do_not_exist():
 
 
 def test_a_sequence_without_tokens_keeps_its_state():
-    time_decay, time_first, k, v = inputs()
+    time_decay, time_first, k, v = wkv_inputs()
     _, state = wkv(time_decay, time_first, k, v)
     assert torch.equal(wkv(time_decay, time_first, k, v, state, torch.zeros(2, 7).bool())[1], state)
 
 
 def test_masked_tokens_get_no_gradient_and_may_hold_anything():
-    time_decay, time_first, k, v = inputs(B=1, T=4)
+    time_decay, time_first, k, v = wkv_inputs(B=1, T=4)
     mask = torch.tensor([[True, False, True, False]])
     k, v = (x.masked_fill(~mask[..., None], float("nan")).requires_grad_() for x in (k, v))
     y, state = wkv(time_decay, time_first, k, v, mask=mask)
@@ -83,8 +74,8 @@ def test_masked_tokens_get_no_gradient_and_may_hold_anything():
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]]).bool()], ids=["whole", "mask"])
 def test_gradcheck_of_every_input_and_output(mask):
-    time_decay, time_first, k, v = inputs(T=5)
-    _, state = wkv(*inputs(T=3))
+    time_decay, time_first, k, v = wkv_inputs(T=5)
+    _, state = wkv(*wkv_inputs(T=3))
     arguments = [x.detach().requires_grad_() for x in (time_decay, time_first, k, v, state)]
     assert torch.autograd.gradcheck(lambda *a: wkv(*a, mask=mask), arguments)
     assert torch.autograd.gradcheck(lambda *a: wkv(*a, mask=mask), arguments[:4])
@@ -99,7 +90,7 @@ MASKS = {  # of five tokens
 
 def offset_inputs(offsets, dtype):
     """Leaves time_decay, time_first, k, v and a state of three earlier tokens; k is lifted by one offset a token."""
-    time_decay, time_first, k, v = inputs(T=8)
+    time_decay, time_first, k, v = wkv_inputs(T=8)
     k = k + torch.tensor([*offsets, *offsets[:3]], dtype=torch.float64)[:, None]
     _, state = wkv_reference(time_decay, time_first, k[:, 5:], v[:, 5:])
     return [x.detach().to(dtype).requires_grad_() for x in (time_decay, time_first, k[:, :5], v[:, :5], state)]
@@ -144,13 +135,13 @@ def test_a_masked_token_after_a_very_small_k_leaves_the_gradient_finite():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_exponent_of_an_empty_state_is_one_number_in_every_dtype(dtype):
-    state = wkv(*(x.to(dtype) for x in inputs()), mask=torch.zeros(2, 7).bool())[1]
+    state = wkv(*(x.to(dtype) for x in wkv_inputs()), mask=torch.zeros(2, 7).bool())[1]
     assert torch.equal(state.double(), torch.tensor([0.0, 0.0, NOTHING_YET]).double()[:, None].expand(2, 3, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_an_empty_state_saved_by_an_earlier_version_means_no_token_yet(dtype):
-    arguments = [x.to(dtype) for x in inputs()]
+    arguments = [x.to(dtype) for x in wkv_inputs()]
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 0]]).bool()
     saved = torch.tensor([0.0, 0.0, -1e38], dtype=dtype)[:, None].repeat(2, 1, 3)
     assert all(map(torch.equal, wkv(*arguments, saved, mask), wkv(*arguments, None, mask)))
@@ -159,7 +150,7 @@ def test_an_empty_state_saved_by_an_earlier_version_means_no_token_yet(dtype):
 @pytest.mark.parametrize("time_decay", [-14.0, 0.0, 3.4])  # w from 1e-6 to 30
 @pytest.mark.parametrize("k_scale", [0.0, 1.0, 80.0, 1e4])
 def test_extreme_values_stay_finite_and_between_the_values(k_scale, time_decay):
-    _, time_first, k, v = inputs(T=65, dtype=torch.float32, k_scale=k_scale)
+    _, time_first, k, v = wkv_inputs(T=65, dtype=torch.float32, k_scale=k_scale)
     arguments = [x.requires_grad_() for x in (torch.full((3,), time_decay), time_first, k, v)]
     y, state = wkv(*arguments)
     y.sum().backward()
@@ -168,25 +159,25 @@ def test_extreme_values_stay_finite_and_between_the_values(k_scale, time_decay):
 
 
 def test_float32_is_near_float64_over_a_long_sequence():
-    arguments = inputs(T=2000, dtype=torch.float64)
+    arguments = wkv_inputs(T=2000, dtype=torch.float64)
     y64, y32 = wkv(*arguments)[0], wkv(*(x.float() for x in arguments))[0]
     assert largest_difference(y32.double(), y64) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_input_keeps_a_float32_state(dtype):
-    y, state = wkv(*inputs(dtype=torch.float32)[:2], *(x.to(dtype) for x in inputs()[2:]))
+    y, state = wkv(*wkv_inputs(dtype=torch.float32)[:2], *(x.to(dtype) for x in wkv_inputs()[2:]))
     assert y.dtype == dtype and state.dtype == torch.float32
 
 
 def test_the_reference_can_be_asked_for():
-    arguments = inputs()
+    arguments = wkv_inputs()
     assert torch.equal(wkv(*arguments, backend="reference")[0], wkv_reference(*arguments)[0])
 
 
 def test_an_unknown_backend_is_named():
     with pytest.raises(ValueError, match="auto, extension, reference, got 'cupy'"):
-        wkv(*inputs(), backend="cupy")
+        wkv(*wkv_inputs(), backend="cupy")
 
 
 @pytest.mark.parametrize(
@@ -202,13 +193,13 @@ def test_an_unknown_backend_is_named():
     ],
 )
 def test_wrong_shapes_are_named(name, shape, message):
-    arguments = dict(zip(("time_decay", "time_first", "k", "v"), inputs())) | {name: torch.zeros(shape)}
+    arguments = dict(zip(("time_decay", "time_first", "k", "v"), wkv_inputs())) | {name: torch.zeros(shape)}
     with pytest.raises(ValueError, match=message):
         wkv(**arguments)
 
 
 def test_strided_inputs_are_read_as_they_are():
-    time_decay, time_first, k, v = inputs(2, 6, 4)
+    time_decay, time_first, k, v = wkv_inputs(2, 6, 4)
     y, state = wkv(time_decay, time_first, k, v)
     wide = torch.stack([k, v], -1)
     assert torch.equal(wkv(time_decay, time_first, wide[..., 0], wide[..., 1])[0], y)

@@ -10,11 +10,12 @@ import pytest
 import running
 import torch
 from helpers import everything
-from test_export_neuromorphic import NAME, SUBJ_MINI, run  # noqa: F401 - a fixture
 
 from spikegpt_lora.export.__main__ import main
 from spikegpt_lora.utils.files import UNFINISHED
 
+NAME = "export_neuromorphic.py"
+SUBJ_MINI = ["--task", "subj-mini", "--sentences", "6"]
 MOMENTS = 12
 EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "shutil.rmtree"}
 STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}  # of a process that got one
@@ -66,10 +67,10 @@ def hashes(folder):
 
 @pytest.mark.attack
 @pytest.mark.parametrize("by", STATUS)
-def test_a_stopped_export_goes_on_to_the_same_files(by, run, tmp_path):  # noqa: F811
+def test_a_stopped_export_goes_on_to_the_same_files(by, finetuned, tmp_path):
     def export(folder):
-        options = ["--sentences", "6", "--event-driven", "--accuracy", "--output-dir", folder]
-        return running.here(NAME, run / "spikelora", *SUBJ_MINI, *options).returncode
+        options = ["--event-driven", "--accuracy", "--output-dir", folder]
+        return running.here(NAME, finetuned / "spikelora", *SUBJ_MINI, *options).returncode
 
     unbroken, out = tmp_path / "unbroken", tmp_path / "out"
     status, events = forked(lambda: export(unbroken), unbroken)
@@ -86,9 +87,9 @@ def test_a_stopped_export_goes_on_to_the_same_files(by, run, tmp_path):  # noqa:
 
 @pytest.mark.attack
 @pytest.mark.parametrize("by", STATUS)
-def test_a_stopped_check_leaves_a_right_bundle_right(by, run, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stopped_check_leaves_a_right_bundle_right(by, finetuned, tmp_path, monkeypatch):
     bundle, results = tmp_path / "out" / "bundle", tmp_path / "results"
-    assert running.here(NAME, run / "base", *SUBJ_MINI, "--output-dir", tmp_path / "out").returncode == 0
+    assert running.here(NAME, finetuned / "base", *SUBJ_MINI, "--output-dir", tmp_path / "out").returncode == 0
     monkeypatch.setattr(sys, "argv", ["export", "check", str(bundle), "--write", str(results)])
     before = everything(bundle)
     status, events = forked(main, tmp_path)

@@ -6,37 +6,19 @@ import shutil
 
 import pytest
 import running
-from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 import spikegpt_lora.export
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig, load_task
 from spikegpt_lora.export import Bundle, check_bundle
-from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.utils.files import locked
 
 NAME = "export_neuromorphic.py"
 SUBJ_MINI = ["--task", "subj-mini", "--sentences", "6"]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of a fine-tuning run: base/ and spikelora/."""
-    folder = tmp_path_factory.mktemp("run")
-    tokenizer = train_tokenizer(load_task("subj-mini")["train"]["text"], 300)
-    sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2}
-    config = SpikeGPTConfig(**sizes, pooling="last_mean", pad_token_id=tokenizer.pad_token_id, num_labels=2)
-    SpikeGPTForSequenceClassification(config).save_pretrained(folder / "base")
-    model = SpikeGPTForSequenceClassification.from_pretrained(folder / "base")
-    get_peft_model(model, SpikeLoraConfig(task_type="SEQ_CLS", r=4)).save_pretrained(folder / "spikelora")
-    for part in ("base", "spikelora"):
-        tokenizer.save_pretrained(folder / part)
-    return folder
-
-
-def test_one_command_leaves_a_right_bundle_pictures_and_a_summary(run, tmp_path):
+def test_one_command_leaves_a_right_bundle_pictures_and_a_summary(finetuned, tmp_path):
     arguments = [*SUBJ_MINI, "--weights", "int8", "--event-driven", "--accuracy", "--output-dir", tmp_path]
-    done = running.here(NAME, run / "spikelora", *arguments)
+    done = running.here(NAME, finetuned / "spikelora", *arguments)
     assert done.returncode == 0, done.stderr + done.stdout
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert text in done.stdout and "the bundle is right" in text and "event-driven form" in text
@@ -58,18 +40,18 @@ def test_the_recipe_uses_what_the_export_says_is_public():
     assert not [node.module for node in imports if node.module.startswith("spikegpt_lora.export.")]
 
 
-def test_a_whole_model_and_a_text_file_are_read_too(run, tmp_path):
+def test_a_whole_model_and_a_text_file_are_read_too(finetuned, tmp_path):
     (tmp_path / "lines.txt").write_text("a small gem .\n\nthe plot is about a dog .\n", encoding="utf-8")
-    done = running.here(NAME, run / "base", "--text", tmp_path / "lines.txt", "--output-dir", tmp_path / "out")
+    done = running.here(NAME, finetuned / "base", "--text", tmp_path / "lines.txt", "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr + done.stdout
     bundle = Bundle(tmp_path / "out" / "bundle")
     assert bundle.sentences["labels"].tolist() == [-1, -1] and "gem" in bundle.sentences["words"][0]
 
 
-def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path):
+def test_what_cannot_be_exported_is_said_in_one_line(finetuned, tmp_path):
     lost = tmp_path / "lost"
     lost.mkdir()
-    settings = json.loads((run / "spikelora" / "adapter_config.json").read_text())
+    settings = json.loads((finetuned / "spikelora" / "adapter_config.json").read_text())
     (lost / "adapter_config.json").write_text(
         json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "gone")})
     )
@@ -77,12 +59,12 @@ def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path):
         done = running.here(NAME, folder, *SUBJ_MINI)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "bundle").mkdir()
-    done = running.here(NAME, run / "base", *SUBJ_MINI, "--output-dir", tmp_path)
+    done = running.here(NAME, finetuned / "base", *SUBJ_MINI, "--output-dir", tmp_path)
     assert done.returncode == 2 and "give another --output-dir" in done.stderr
     (tmp_path / "lines.txt").write_bytes(b"a caf\xe9 .\n")
-    done = running.here(NAME, run / "base", "--text", tmp_path / "lines.txt", "--output-dir", tmp_path / "new")
+    done = running.here(NAME, finetuned / "base", "--text", tmp_path / "lines.txt", "--output-dir", tmp_path / "new")
     assert done.returncode == 2 and "lines.txt must be UTF-8 text" in done.stderr
-    done = running.here(NAME, run / "base", "--text", tmp_path / "none.txt", "--accuracy")
+    done = running.here(NAME, finetuned / "base", "--text", tmp_path / "none.txt", "--accuracy")
     assert done.returncode == 2 and "--accuracy needs labels" in done.stderr
 
 
@@ -124,9 +106,9 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_model_is_refused_in_one_line(kind, run, tmp_path):
+def test_a_damaged_model_is_refused_in_one_line(kind, finetuned, tmp_path):
     source, damage, words = DAMAGED[kind]
-    folder = shutil.copytree(run / source, tmp_path / "model")
+    folder = shutil.copytree(finetuned / source, tmp_path / "model")
     damage(folder)
     done = running.here(NAME, folder, *SUBJ_MINI)
     last = done.stderr.strip().splitlines()[-1]
@@ -134,8 +116,8 @@ def test_a_damaged_model_is_refused_in_one_line(kind, run, tmp_path):
     assert not (folder / "export-float32").exists()
 
 
-def test_a_stopped_export_goes_on_and_another_one_is_refused(run, tmp_path):
-    arguments = [run / "spikelora", *SUBJ_MINI, "--output-dir", tmp_path]
+def test_a_stopped_export_goes_on_and_another_one_is_refused(finetuned, tmp_path):
+    arguments = [finetuned / "spikelora", *SUBJ_MINI, "--output-dir", tmp_path]
     assert running.here(NAME, *arguments).returncode == 0
     wanted, manifest = (tmp_path / "summary.md").read_bytes(), tmp_path / "bundle" / "manifest.json"
     written = manifest.stat().st_mtime_ns
@@ -151,11 +133,11 @@ def test_a_stopped_export_goes_on_and_another_one_is_refused(run, tmp_path):
     ]:
         done = running.here(NAME, *arguments, *other)
         assert done.returncode == 2 and words in done.stderr and "give another --output-dir" in done.stderr, words
-    done = running.here(NAME, run / "base", *SUBJ_MINI, "--output-dir", tmp_path)
+    done = running.here(NAME, finetuned / "base", *SUBJ_MINI, "--output-dir", tmp_path)
     assert done.returncode == 2 and "holds other weights" in done.stderr
 
 
-def test_two_exports_into_one_folder_are_refused(run, tmp_path):
+def test_two_exports_into_one_folder_are_refused(finetuned, tmp_path):
     with locked(tmp_path):
-        done = running.in_a_process(NAME, run / "base", *SUBJ_MINI, "--output-dir", tmp_path)
+        done = running.in_a_process(NAME, finetuned / "base", *SUBJ_MINI, "--output-dir", tmp_path)
     assert done.returncode == 2 and "another run (pid" in done.stderr and not (tmp_path / "bundle").exists()
