@@ -23,7 +23,7 @@ class Dropout(nn.Dropout):
 
 
 @bind
-def _bind():
+def _bind() -> None:
     def setup(ctx, inputs, output):
         _, seed, ctx.p = inputs
         ctx.save_for_backward(seed)
