@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import nir
 import numpy as np
@@ -132,8 +133,8 @@ def _write(folder: Path, graph: Graph, trace: SpikeTrace, batch: Mapping, weight
     (folder / "islands").mkdir()
     for node in neurons_in(graph.nodes):
         units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
-        for file, island in islands.islands_for(node, units, parts, graph.weights).items():
-            nir.write(str(folder / "islands" / file), island)
+        for name, island in islands.islands_for(node, units, parts, graph.weights).items():
+            nir.write(str(folder / "islands" / name), island)
 
 
 def _event_driven(folder: Path, recorded: Recorded, progress) -> dict:
@@ -144,11 +145,12 @@ def _event_driven(folder: Path, recorded: Recorded, progress) -> dict:
 
 
 def _manifest(trace: SpikeTrace, graph: Graph, weights: str) -> dict:
+    logits = cast(np.ndarray, trace.logits)  # a classifier's: they are recorded
     return {
         "schema": SCHEMA,
         "versions": {name: version(name) for name in PACKAGES},
         "weights": weights,
-        **statements(trace, graph.nodes, graph.labels, trace.logits),
+        **statements(trace, graph.nodes, graph.labels, logits),
     }
 
 
