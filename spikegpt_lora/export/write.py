@@ -15,7 +15,7 @@
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import cast
 import nir
 import numpy as np
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..convert.weights import WEIGHTS, quantized_copy
 from ..observe.operations import as_json, count_operations
@@ -46,10 +47,10 @@ def export_bundle(
     model: nn.Module,
     batch: Mapping,
     directory: str | Path,
-    tokenizer=None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     weights: str = "float32",
     event_driven: bool = False,
-    progress=lambda rounds, text: rounds,
+    progress: Callable[[list, str], Iterable] = lambda rounds, text: rounds,
 ) -> Path:
     """Write a bundle of a SpikeGPT classifier and what it does on `batch`; returns its folder.
 
@@ -137,7 +138,7 @@ def _write(folder: Path, graph: Graph, trace: SpikeTrace, batch: Mapping, weight
             nir.write(str(folder / "islands" / name), island)
 
 
-def _event_driven(folder: Path, recorded: Recorded, progress) -> dict:
+def _event_driven(folder: Path, recorded: Recorded, progress: Callable[[list, str], Iterable]) -> dict:
     """What the event-driven form takes, and how it compares with the model."""
     program = EventDriven(folder, np.float64)
     compared = compare(program, recorded, "event-driven form", progress)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ..forward import READ, hooked, real_first, run, tokens_of
 from ..model import SpikeGPTModel
@@ -137,7 +138,12 @@ class SpikeTrace:
 
 
 def record_spikes(
-    model: nn.Module, batch: Mapping, tokenizer=None, note: str = "", currents: bool = False, membranes: bool = False
+    model: nn.Module,
+    batch: Mapping,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    note: str = "",
+    currents: bool = False,
+    membranes: bool = False,
 ) -> SpikeTrace:
     """Run `model` on `batch` in evaluation mode and return the spikes of every population.
 
