@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, list_repo_files
@@ -116,14 +117,14 @@ def load_adapter(model: SpikeGPTPreTrainedModel, folder: str | os.PathLike) -> P
         )
     try:
         with warnings.catch_warnings(record=True) as said:
-            model = PeftModel.from_pretrained(model, str(folder))
+            adapted = PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # a damaged file can fail anywhere in the reader
         lines = (sentence(error) or f"{type(error).__name__}: {error}").split("\n")
         reason = " ".join(line.strip() for line in lines[:2])  # torch's list of sizes goes on
         raise DamagedFile(f"{folder} holds no adapter for this model, or a damaged one ({reason})") from error
     if missing := [str(warning.message) for warning in said if "missing adapter keys" in str(warning.message)]:
         raise DamagedFile(f"{folder} holds only a part of its adapter ({missing[0].splitlines()[0]})")
-    return model
+    return adapted
 
 
 def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
@@ -204,7 +205,7 @@ def save_upstream_checkpoint(model: SpikeGPTForCausalLM, path: str | os.PathLike
         torch.save(tensors, file)
 
 
-def _find(source) -> Path:
+def _find(source: str | os.PathLike) -> Path:
     path = Path(source)
     if path.is_file():
         return path
@@ -258,7 +259,8 @@ def _config_from_sizes(tensors: dict[str, Tensor], name: str) -> SpikeGPTConfig:
             f"got {len(tensors)} tensors named {', '.join(sorted(tensors)[:6])}, ..."
         )
     vocab_size, n_embd = embedding.shape
-    neox = {"eos_token_id": 0, "pad_token_id": 1} if vocab_size == 50277 else {}  # the GPT-NeoX-20B tokenizer's
+    # the GPT-NeoX-20B tokenizer's
+    neox: dict[str, Any] = {"eos_token_id": 0, "pad_token_id": 1} if vocab_size == 50277 else {}
     return SpikeGPTConfig(vocab_size=vocab_size, n_embd=n_embd, n_layer=layers, **neox)
 
 
@@ -266,7 +268,7 @@ def _our_name(key: str) -> str:
     return key if key.startswith("head.") else f"spikegpt.{key}"
 
 
-def _check_fit(given: dict[str, Tensor], expected: dict[str, Tensor], name: str):
+def _check_fit(given: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> None:
     problems = [f"missing {key} {tuple(expected[key].shape)}" for key in expected.keys() - given.keys()]
     problems += [f"unexpected {key} {tuple(given[key].shape)}" for key in given.keys() - expected.keys()]
     for key in expected.keys() & given.keys():

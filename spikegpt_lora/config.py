@@ -51,7 +51,7 @@ class SpikeGPTConfig(PretrainedConfig):
     model_type = "spikegpt"
     attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "intermediate_size": "n_ffn"}
     keys_to_ignore_at_inference = ["state"]
-    auto_map = {}  # trl reads it of every configuration that it loads from a folder
+    auto_map = dict[str, str]()  # trl reads it of every configuration that it loads from a folder
 
     vocab_size: int = 50277
     n_embd: int = 768
@@ -73,7 +73,7 @@ class SpikeGPTConfig(PretrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs) -> None:
         kwargs = {self.attribute_map.get(key, key): value for key, value in kwargs.items()}
         for key in ("n_embd", "n_layer", "n_ffn"):
             setattr(self, key, kwargs.pop(key, getattr(self, key)))
@@ -90,7 +90,7 @@ class SpikeGPTConfig(PretrainedConfig):
         return NeuronParameters(**{one.name: getattr(self, f"lif_{one.name}") for one in fields(NeuronParameters)})
 
     @staticmethod
-    def _unknown_keys(kwargs) -> list[str]:
+    def _unknown_keys(kwargs: dict) -> list[str]:
         known = _KNOWN_TO_TRANSFORMERS | set(GenerationConfig().to_dict())
         unknown = sorted(key for key in kwargs if key not in known and not key.startswith("_"))
         return [f"unknown key {key!r}" for key in unknown]

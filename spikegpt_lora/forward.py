@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def tokens_of(given: Mapping) -> Tensor | None:
 def real_first(batch: Mapping) -> tuple[Tensor, Tensor]:
     """Where `batch` has real tokens, bool `(B, T)`, and the places `(B, longest)` that put them first; on the CPU."""
     mask = batch.get("attention_mask")
-    mask = torch.ones(tokens_of(batch).shape[:2]).bool() if mask is None else mask.bool().cpu()
+    mask = torch.ones(cast(Tensor, tokens_of(batch)).shape[:2]).bool() if mask is None else mask.bool().cpu()
     return mask, real_steps_first(mask)[:, : int(mask.sum(1).max())]
 
 
@@ -60,7 +61,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def run(model: nn.Module, batch: Mapping, keys: Collection[str] = READ):
+def run(model: nn.Module, batch: Mapping, keys: Collection[str] = READ) -> Any:
     """What `model` gives for `batch`, in evaluation mode and without gradient, on the device that it is on.
 
     Args:

@@ -12,6 +12,7 @@ Names inside the base model are upstream's. Source: SpikeGPT (arXiv 2302.13939),
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class SpikeGPTHeadOutput(ModelOutput):
     state: SpikeGPTState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
-    def get(self, key, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         """As a dict's; under the names that transformers has for caches the state is found too (its classifier-free
         guidance asks so, and hands it back to `forward` by that name)."""
         return super().get("state" if key in CACHES else key, default)
@@ -99,7 +100,7 @@ class SpikeGPTHeadOutput(ModelOutput):
 def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
     """A linear layer without bias whose initial weight is orthogonal with this gain: see `_init_weights`."""
     linear = nn.Linear(inputs, outputs, bias=False)
-    linear.init_gain = gain
+    linear.init_gain = gain  # type: ignore[assignment]  # torch's hints know tensors and modules only
     return linear
 
 
@@ -120,7 +121,9 @@ class SRWKV(nn.Module):
         self.receptance = _linear(C, C, gain=0)
         self.output = _linear(C, C, gain=0)
 
-    def forward(self, x, shift=None, wkv_state=None, mask=None):
+    def forward(
+        self, x: Tensor, shift: Tensor | None = None, wkv_state: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x `(B, T, C)` -> current for lif1 `(B, T, C)`, new shift `(B, C)`, new wkv state `(B, 3, C)`."""
         for_k, for_v, for_r, shift = token_shift(x, shift, mask, self.time_mix_k, self.time_mix_v, self.time_mix_r)
         k, v, r = self.key(for_k), self.value(for_v), self.receptance(for_r)
@@ -133,15 +136,15 @@ class SRFFN(nn.Module):
 
     def __init__(self, config: SpikeGPTConfig, layer_id: int):
         super().__init__()
-        C = config.n_embd
+        C, hidden = config.n_embd, cast(int, config.n_ffn)  # a configuration that is made has no None there
         self.layer_id, self.n_layer = layer_id, config.n_layer
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
-        self.key = _linear(C, config.n_ffn, gain=math.sqrt(max(1, config.n_ffn / C)))
+        self.key = _linear(C, hidden, gain=math.sqrt(max(1, hidden / C)))
         self.receptance = _linear(C, C, gain=0)
-        self.value = _linear(config.n_ffn, C, gain=0)
+        self.value = _linear(hidden, C, gain=0)
 
-    def forward(self, x, shift=None, mask=None):
+    def forward(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x `(B, T, C)` -> current for lif2 `(B, T, C)`, new shift `(B, C)`."""
         for_k, for_r, shift = token_shift(x, shift, mask, self.time_mix_k, self.time_mix_r)
         k, r = self.key(for_k), self.receptance(for_r)
@@ -163,7 +166,9 @@ class Block(GradientCheckpointingLayer):
         self.lif2 = LIF(config.neuron)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x, state, mask=None):
+    def forward(
+        self, x: Tensor, state: tuple[Tensor | None, ...], mask: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x `(B, T, C)`, the five tensors of `SpikeGPTState.layer` or five None -> x, the five new ones."""
         att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane = state
         if hasattr(self, "ln0"):
@@ -179,6 +184,7 @@ class Block(GradientCheckpointingLayer):
 class SpikeGPTPreTrainedModel(PreTrainedModel):
     """What the three model classes share: names, initial values, gradient checkpointing."""
 
+    config: SpikeGPTConfig
     config_class = SpikeGPTConfig
     base_model_prefix = "spikegpt"
     supports_gradient_checkpointing = True
@@ -278,16 +284,16 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
 
     def __init__(self, config: SpikeGPTConfig):
         super().__init__(config)
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.emb: nn.Module = nn.Embedding(config.vocab_size, config.n_embd)
         self.emb_spike = EmbeddingSpike(config.lif_surrogate_alpha)
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_out = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.emb
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.emb = value
 
     def forward(
@@ -410,13 +416,13 @@ class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.spikegpt = SpikeGPTModel(config)
         gain = 0.5 * math.sqrt(max(1, config.vocab_size / config.n_embd))
-        self.head = _linear(config.n_embd, config.vocab_size, gain=gain)
+        self.head: nn.Module = _linear(config.n_embd, config.vocab_size, gain=gain)
         self.post_init()
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.head = value
 
     def forward(
@@ -450,7 +456,7 @@ class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return _head_output(self, loss, logits, output, return_dict)
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args, **kwargs) -> Tensor | ModelOutput:
         """transformers' `generate`, one token a step. With `return_dict_in_generate=True` the result has `.state`, what
         was read of each sequence: all of it but its newest token. So `generate(result.sequences[:, -1:],
         state=result.state)` goes on. After a beam search it is None (the beams' states are not the sequences')."""
@@ -503,10 +509,10 @@ class SpikeGPTForSequenceClassification(SpikeGPTPreTrainedModel):
 
     def __init__(self, config: SpikeGPTConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = cast(int, config.num_labels)
         self.spikegpt = SpikeGPTModel(config)
         width = config.n_embd * (2 if config.pooling == "last_mean" else 1)
-        self.score = nn.Linear(width, config.num_labels, bias=False)
+        self.score = nn.Linear(width, self.num_labels, bias=False)
         self.post_init()
 
     @classmethod

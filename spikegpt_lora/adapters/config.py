@@ -107,7 +107,7 @@ class SpikeLoraConfig(LoraConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self, self._types())
         if isinstance(self.target_modules, str):
             self.target_modules = PRESETS.get(self.target_modules, self.target_modules)
@@ -121,7 +121,7 @@ class SpikeLoraConfig(LoraConfig):
             (
                 "spikelora_base_fingerprint",
                 "as saving writes it",
-                not isinstance(saved, str) or re.fullmatch(FORM, saved),
+                not isinstance(saved, str) or bool(re.fullmatch(FORM, saved)),
             ),
             (
                 "target_parameters",
@@ -136,7 +136,7 @@ class SpikeLoraConfig(LoraConfig):
         return [
             ("r", ">= 1", self.r >= 1),
             ("lora_alpha", "> 0", self.lora_alpha > 0),
-            ("alpha_pattern", "> 0 everywhere", all(alpha > 0 for alpha in self.alpha_pattern.values())),
+            ("alpha_pattern", "> 0 everywhere", all(alpha > 0 for alpha in (self.alpha_pattern or {}).values())),
             ("lora_dropout", "in [0, 1)", 0 <= self.lora_dropout < 1),
             *self.neuron.rules("spikelora_", fires_at_rest=True),
             ("spikelora_time", "'pointwise' or 'token'", self.spikelora_time in ("pointwise", "token")),
@@ -170,7 +170,7 @@ class SpikeLoraConfig(LoraConfig):
             raise ValueError(f"the adapter in {pretrained_model_name_or_path}: {error}") from error
 
     @classmethod
-    def from_peft_type(cls, **kwargs):
+    def from_peft_type(cls, **kwargs) -> LoraConfig:
         """A configuration from what a file holds. Called on this class, a file of peft_type LORA will do: one that the
         SpikeLoRA authors' fork wrote, or stock LoRA's, which is use_spikelora=False."""
         if kwargs.get("peft_type") == "LORA":

@@ -76,6 +76,7 @@ def current() -> Sequence:
 
 @contextmanager
 def bound(sequence: Sequence):
+    """Within it, gates in token time read mask and state of `sequence`; yields it. May be nested."""
     token = _current.set(sequence)
     try:
         yield sequence

@@ -60,15 +60,18 @@ class SparsityController:
         self.looking.enter_context(hooked(_hooks(self.tokens, self.gates, self._see)))
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception) -> None:
         self.looking.close()
 
     @torch.no_grad()
-    def _see(self, name: str, gate: SpikeGate, inputs, spikes: Tensor):
-        if not gate.training or not self.tokens.first(name) or (real := self.tokens.real(spikes)) is None:
+    def _see(self, name: str, gate: SpikeGate, inputs: tuple, spikes: Tensor) -> None:
+        if not gate.training or not self.tokens.first(name):
+            return
+        real, current = self.tokens.real(spikes), self.tokens.real(inputs[0])
+        if real is None or current is None:
             return
         count = self.tokens.count(spikes).double() * spikes.shape[-1]
-        membrane = self.tokens.real(inputs[0]).abs() / gate.tau_now()
+        membrane = current.abs() / gate.tau_now()
         self.seen[gate] = self.seen.get(gate, 0) + torch.stack([count - (real != 0).sum(), membrane.sum(), count])
 
     def step(self, progress: float = 1.0) -> None:
@@ -174,7 +177,8 @@ def _configured_target(model: nn.Module) -> float | None:
 
 def _record(model: nn.Module, gates: dict[str, SpikeGate], batches: Iterable[Mapping]) -> dict:
     """Of each gate that saw tokens: itself, and the activations and mask of each batch."""
-    recorded, tokens = {}, RealTokens(model)
+    recorded: dict[str, tuple[SpikeGate, list]] = {}
+    tokens = RealTokens(model)
 
     def see(name, gate, inputs, output):
         if tokens.first(name) and tokens.real(output) is not None:

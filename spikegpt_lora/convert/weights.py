@@ -38,7 +38,7 @@ def quantized_copy(model: nn.Module, weights: str = "float32") -> nn.Module:
         for module in model.modules():
             if isinstance(module, LoraLayer) and isinstance(module.lora_B, nn.ModuleDict):  # AdaLoRA's is none
                 for adapter, b in module.lora_B.items():
-                    b.weight.mul_(module.scaling[adapter])
+                    b.get_parameter("weight").mul_(module.scaling[adapter])
                     module.scaling[adapter] = 1.0
         for module in model.modules():
             if type(module) is nn.Linear and weights == "int8":

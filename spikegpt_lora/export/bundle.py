@@ -4,6 +4,7 @@ import stat
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import nir
 import numpy as np
@@ -123,9 +124,10 @@ class Bundle:
         for kind, array in found.items():
             _require_array(path, f"{kind} of {name}", array, (types[kind],), shape)
             silent = ~array.any(axis=-1) | self.real
-            require(path, silent.all(), f"has {kind} of {name} behind a sentence's end")
+            require(path, bool(silent.all()), f"has {kind} of {name} behind a sentence's end")
         levels = graph.levels_of(node)
-        require(path, np.isin(found["spikes"], [0, *levels]).all(), f"has spikes of {name} that are none of {levels}")
+        possible = bool(np.isin(found["spikes"], [0, *levels]).all())
+        require(path, possible, f"has spikes of {name} that are none of {levels}")
 
     @cached_property
     def events(self) -> tuple[np.ndarray, list[str]]:
@@ -158,7 +160,7 @@ class Bundle:
         graded = [node["inputs"][0] for node in self.nodes if node["name"] == f"{node['inputs'][0]}.graded"]
         spikes = {name: self.traces[name]["spikes"].astype(np.int8) for name in names}
         values = {name: self.traces[name]["current"] * spikes[name] for name in names if name in graded}
-        given = {key: self.sentences[key] for key in ("lengths", "tokens", "words", "labels")}
+        given: dict[str, Any] = {key: self.sentences[key] for key in ("lengths", "tokens", "words", "labels")}
         return SpikeTrace(spikes, values, **given)
 
     @cached_property
@@ -203,7 +205,7 @@ def _require_sentences(path: Path, found: dict, vocabulary: int, classes: int) -
     require(path, _within(found["labels"], -(1 << 31), classes), f"must have labels below {classes}, the classes")
     behind = np.arange(ids.shape[1]) >= lengths[:, None]
     for name, nothing in (("ids", 0), ("tokens", ""), ("words", "")):
-        require(path, (found[name][behind] == nothing).all(), f"has {name} behind a sentence's end")
+        require(path, bool((found[name][behind] == nothing).all()), f"has {name} behind a sentence's end")
 
 
 def _require_array(path: Path, name: str, array: np.ndarray, kinds: tuple, shape: tuple) -> None:

@@ -38,6 +38,7 @@ def events_of(trace: SpikeTrace) -> np.ndarray:
 
 
 def save_events(trace: SpikeTrace, path: Path) -> None:
+    """Write events.npz: `events_of(trace)`, and the populations' names and sizes (neurons) by number."""
     names, sizes = list(trace.spikes), [spikes.shape[-1] for spikes in trace.spikes.values()]
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, events=events_of(trace), populations=np.array(names), sizes=np.array(sizes))

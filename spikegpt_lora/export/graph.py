@@ -39,10 +39,12 @@ class Graph:
     labels: list[str] = field(default_factory=list)
 
     def add(self, name: str, op: str, inputs: list[str], **settings) -> str:
+        """Append a node that reads the nodes `inputs`; returns its name, for whoever reads it."""
         self.nodes.append({"name": name, "op": op, "inputs": inputs, **settings})
         return name
 
     def weight(self, name: str, tensor: torch.Tensor) -> str:
+        """Keep `tensor`, of any shape, as float32 under `name`; returns the name, for a node's settings."""
         self.weights[name] = tensor.detach().float().cpu().numpy()
         return name
 

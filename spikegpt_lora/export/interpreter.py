@@ -17,7 +17,7 @@ import numpy as np
 OPERATIONS = "embed_spike layernorm delay mix linear wkv sigmoid squared_relu multiply add pool".split()
 
 
-def lif(node, x, v):
+def lif(node: dict, x: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One token of leaky integrate-and-fire neurons, in x's dtype and in the model's order of operations.
 
         h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau    charge
@@ -43,7 +43,7 @@ class Program:
         ValueError: an unknown operation, or weights that are not finite, which spikes would hide.
     """
 
-    def __init__(self, folder, dtype=np.float32):
+    def __init__(self, folder: str | Path, dtype: type | str = np.float32) -> None:
         self.dtype = np.dtype(dtype)
         graph = json.loads((Path(folder) / "graph.json").read_text(encoding="utf-8"))
         self.nodes, self.labels = graph["nodes"], graph["labels"]
@@ -53,20 +53,21 @@ class Program:
             if node["op"] not in (*OPERATIONS, *NEURONS):
                 raise ValueError(f"graph.json has an unknown operation, {node['op']!r} of {node['name']}")
 
-    def _real(self, stored, name):
+    def _real(self, stored: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
         """A weight as real numbers; int8 ones come with a scale, a power of two."""
         weight = stored[name].astype(self.dtype)
         if not np.isfinite(weight).all():
             raise ValueError(f"weights.npz holds values that are not finite in {name}: export the model again")
         return weight * stored[f"{name}/scale"].astype(self.dtype) if f"{name}/scale" in stored.files else weight
 
-    def run(self, ids, lengths, watch=(), teacher_forced=None):
+    def run(
+        self, ids: np.ndarray, lengths: np.ndarray, watch: list[str] | tuple = (), teacher_forced: dict | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Read sentences ids `(B, T)`, of `lengths` `(B,)` tokens each from the left.
 
-        teacher_forced: by name, values `(B, T, n)` that the nodes behind a node get in place of what it computed (the
-        recorded spikes, so that a difference cannot spread). Returns logits `(B, labels)`, and of each node named in
-        `watch` its values `(B, T, n)`, 0 behind a sentence's end."""
-        state, seen = {}, {name: [] for name in watch}
+        teacher_forced: by name, values `(B, T, n)` to pass on in place of a node's own (recorded spikes: no difference
+        spreads). Returns logits `(B, labels)`; by name in `watch`, values `(B, T, n)`, 0 behind a sentence's end."""
+        state, seen = dict[str, np.ndarray](), {name: list[np.ndarray]() for name in watch}
         for t in range(ids.shape[1]):
             before, state = state, {}
             self.reading = reading = t < np.asarray(lengths)  # of each sentence, whether it still goes on
@@ -78,19 +79,18 @@ class Program:
                 seen[name].append(values[name] * reading[:, None])
         return self.classify(state), {name: np.stack(rows, axis=1) for name, rows in seen.items()}
 
-    def step(self, token, before, after):
+    def step(self, token: np.ndarray, before: dict, after: dict) -> dict[str, np.ndarray]:
         """One token `(B,)` of each sentence: all values by node name; state is read from `before`, put into `after`."""
         values = {"token": token}
         for node in self.nodes:
             values[node["name"]] = self.value(node, [values[name] for name in node["inputs"]], before, after)
         return values
 
-    def value(self, node, inputs, before, after):
+    def value(self, node: dict, inputs: list[np.ndarray], before: dict, after: dict) -> np.ndarray:
         operation = self.neurons if node["op"] in NEURONS else getattr(self, node["op"])
-        value = operation(node, inputs, before.get(node["name"]), after)
-        return self.teacher_forced.get(node["name"], value)
+        return self.teacher_forced.get(node["name"], operation(node, inputs, before.get(node["name"]), after))
 
-    def classify(self, state):
+    def classify(self, state: dict[str, np.ndarray]) -> np.ndarray:
         """logits = W p, W `(labels, n or 2 n)`: p is the last token's x, the mean over tokens, or both end to end."""
         node = next(node for node in self.nodes if node["op"] == "pool")
         last, total, count = state[node["name"]]
@@ -100,40 +100,40 @@ class Program:
 
     # ---- operations: (node, inputs, its state before, states after) -> value `(B, n)`; x and y are inputs `(B, n)`
 
-    def neurons(self, node, inputs, state, after):
+    def neurons(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """s = spikes of x, see `lif`; the state is the membrane."""
         v = np.full_like(inputs[0], node["v_reset"] or 0) if state is None or node["from_rest"] else state
         _, spikes, after[node["name"]] = NEURONS[node["op"]](node, inputs[0], v)
         return spikes
 
-    def embed_spike(self, node, inputs, state, after):
+    def embed_spike(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """s = W[token], W `(vocabulary, n)` of 0 and 1."""
         return self.weights[node["weight"]][inputs[0]]
 
-    def layernorm(self, node, inputs, state, after):
+    def layernorm(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """(x - mean(x)) / sqrt(var(x) + eps) * w + b, mean and variance over the n values, w and b `(n,)`."""
         mu, sigma = self._statistics(node, inputs[0])
         return (inputs[0] - mu) / sigma * self.weights[node["weight"]] + self.weights[node["bias"]]
 
-    def _statistics(self, node, x):
+    def _statistics(self, node: dict, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mu = x.mean(axis=1, keepdims=True)
         return mu, np.sqrt(((x - mu) ** 2).mean(axis=1, keepdims=True) + self.dtype.type(node["eps"]))
 
-    def delay(self, node, inputs, state, after):
+    def delay(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """x[t-1], 0 before the first token; the state is x."""
         after[node["name"]] = inputs[0]
         return np.zeros_like(inputs[0]) if state is None else state
 
-    def mix(self, node, inputs, state, after):
+    def mix(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """m * x + (1 - m) * y, m `(n,)`: x is of this token, y of the one before."""
         share = self.weights[node["weight"]]
         return inputs[0] * share + inputs[1] * (1 - share)
 
-    def linear(self, node, inputs, state, after):
+    def linear(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """W x, W `(outputs, n)`."""
         return inputs[0] @ self.weights[node["weight"]].T
 
-    def wkv(self, node, inputs, state, after):
+    def wkv(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """(sum_s e^(k[s] - (t-1-s) d) v[s] + e^(u + k[t]) v[t]) / (the same without v), over s < t.
 
         k and v are the inputs, d = e^decay and u = first, `(n,)` both. The state `(3, B, n)`: both sums over e^p, and
@@ -149,31 +149,31 @@ class Program:
         after[node["name"]] = np.stack([old * top + new * v, old * bottom + new, q])
         return y
 
-    def sigmoid(self, node, inputs, state, after):
+    def sigmoid(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """1 / (1 + e^-x)."""
         with np.errstate(over="ignore"):  # exp gives infinity, and the share is 0 as it should be
             return 1 / (1 + np.exp(-inputs[0]))
 
-    def squared_relu(self, node, inputs, state, after):
+    def squared_relu(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """max(x, 0)^2."""
         return np.maximum(inputs[0], 0) ** 2
 
-    def multiply(self, node, inputs, state, after):
+    def multiply(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """x * y."""
         return inputs[0] * inputs[1]
 
-    def add(self, node, inputs, state, after):
+    def add(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """x + y."""
         return inputs[0] + inputs[1]
 
-    def pool(self, node, inputs, state, after):
+    def pool(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """x; the state `(3, B, n)` is what `classify` reads: x, its sum over the tokens, and their number."""
         total, count = (0, 0) if state is None else (state[1], state[2])
         after[node["name"]] = np.stack([inputs[0], total + inputs[0], np.zeros_like(inputs[0]) + count + 1])
         return inputs[0]
 
 
-def reread(program, bundle):
+def reread(program: Program, bundle: str | Path) -> bool:
     """Read a bundle's sentences and print how that compares with what was recorded; whether all predictions agree."""
     with np.load(Path(bundle) / "sentences.npz") as given:
         ids, lengths, recorded = (given[name] for name in ("ids", "lengths", "logits"))
@@ -184,7 +184,7 @@ def reread(program, bundle):
     return agree == len(logits)
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")

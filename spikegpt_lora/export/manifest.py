@@ -79,7 +79,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def own_hash(folder: Path) -> str:
-    """What manifest.json.sha256 holds."""
+    """What manifest.json.sha256 holds: the sha256 of the manifest in `folder`, as a line that `sha256sum -c` reads."""
     return f"{sha256(folder / 'manifest.json')}  manifest.json\n"
 
 

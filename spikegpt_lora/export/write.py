@@ -15,14 +15,16 @@
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import nir
 import numpy as np
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..convert.weights import WEIGHTS, quantized_copy
 from ..observe.operations import as_json, count_operations
@@ -45,10 +47,10 @@ def export_bundle(
     model: nn.Module,
     batch: Mapping,
     directory: str | Path,
-    tokenizer=None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     weights: str = "float32",
     event_driven: bool = False,
-    progress=lambda rounds, text: rounds,
+    progress: Callable[[list, str], Iterable] = lambda rounds, text: rounds,
 ) -> Path:
     """Write a bundle of a SpikeGPT classifier and what it does on `batch`; returns its folder.
 
@@ -132,11 +134,11 @@ def _write(folder: Path, graph: Graph, trace: SpikeTrace, batch: Mapping, weight
     (folder / "islands").mkdir()
     for node in neurons_in(graph.nodes):
         units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
-        for file, island in islands.islands_for(node, units, parts, graph.weights).items():
-            nir.write(str(folder / "islands" / file), island)
+        for name, island in islands.islands_for(node, units, parts, graph.weights).items():
+            nir.write(str(folder / "islands" / name), island)
 
 
-def _event_driven(folder: Path, recorded: Recorded, progress) -> dict:
+def _event_driven(folder: Path, recorded: Recorded, progress: Callable[[list, str], Iterable]) -> dict:
     """What the event-driven form takes, and how it compares with the model."""
     program = EventDriven(folder, np.float64)
     compared = compare(program, recorded, "event-driven form", progress)
@@ -144,11 +146,12 @@ def _event_driven(folder: Path, recorded: Recorded, progress) -> dict:
 
 
 def _manifest(trace: SpikeTrace, graph: Graph, weights: str) -> dict:
+    logits = cast(np.ndarray, trace.logits)  # a classifier's: they are recorded
     return {
         "schema": SCHEMA,
         "versions": {name: version(name) for name in PACKAGES},
         "weights": weights,
-        **statements(trace, graph.nodes, graph.labels, trace.logits),
+        **statements(trace, graph.nodes, graph.labels, logits),
     }
 
 

@@ -20,6 +20,6 @@ class EmbeddingSpike(Neuron, surrogate.ATan):
     has_current = has_membrane = False
     op = "embed_spike"
 
-    def step(self, x: Tensor, membrane: None = None, mask: Tensor | None = None) -> tuple[Tensor, None]:
+    def step(self, x: Tensor, membrane: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, None]:
         spikes = self(x)  # through __call__: hooks must see them
         return spikes if mask is None else spikes * mask[..., None], None

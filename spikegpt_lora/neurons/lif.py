@@ -57,11 +57,11 @@ class NeuronParameters:
         Args:
             fires_at_rest: the threshold may be as low as the membrane at rest.
         """
-        above = (f"above {prefix}v_reset", self.v_threshold > self.rest)
+        above = (f"above {prefix}v_reset", bool(self.v_threshold > self.rest))
         if fires_at_rest:
-            above = (f">= {prefix}v_reset, at least 0", self.v_threshold >= self.rest)
+            above = (f">= {prefix}v_reset, at least 0", bool(self.v_threshold >= self.rest))
         return [
-            (f"{prefix}tau", "> 1", self.tau > 1),
+            (f"{prefix}tau", "> 1", bool(self.tau > 1)),
             (f"{prefix}v_threshold", *above),
             (f"{prefix}surrogate_alpha", "> 0", self.surrogate_alpha > 0),
         ]
@@ -86,7 +86,7 @@ class LIF(Neuron, neuron.LIFNode):
 
     op = "lif"
 
-    def __init__(self, settings: NeuronParameters = NeuronParameters(), **changes):
+    def __init__(self, settings: NeuronParameters = NeuronParameters(), **changes) -> None:
         settings = replace(settings, **changes)
         super().__init__(
             tau=float(settings.tau),
@@ -135,7 +135,7 @@ class LIF(Neuron, neuron.LIFNode):
         Raises:
             ValueError: x is not `(B, T, C)` with T >= 1, or membrane or mask does not fit it.
         """
-        carry = [membrane]
+        carry: list = [membrane]
         spikes = self(x, carry, mask)  # through __call__: hooks and monitors must see these spikes
         return spikes, carry[0]
 
@@ -167,7 +167,7 @@ class LIF(Neuron, neuron.LIFNode):
         return self.__getattr__("v_seq")
 
     @v_seq.setter
-    def v_seq(self, membranes: Tensor | None):
+    def v_seq(self, membranes: Tensor | None) -> None:
         self._v_seq = membranes
 
     def __getattr__(self, name: str):
@@ -181,7 +181,7 @@ class LIF(Neuron, neuron.LIFNode):
             )
         return stored if name == "v_seq" else stored[..., -1, :]
 
-    def detach(self):
+    def detach(self) -> None:
         """Nothing to do: what is stored has no gradient."""
 
     def scan(self, x: Tensor, membrane: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:

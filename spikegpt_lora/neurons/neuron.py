@@ -26,6 +26,7 @@ class Neuron(nn.Module, ABC):
     has_current: bool = True
     has_membrane: bool = True
     op: str
+    store_v_seq: bool  # of those that have a membrane
 
     @abstractmethod
     def step(

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..adapters.gate import SpikeGate, gates_of, mean
 from ..forward import RealTokens, hooked
@@ -43,12 +45,15 @@ class AdapterObserver:
 
     def __init__(self, model: nn.Module, membranes: bool = False):
         self.tokens, self.membranes = RealTokens(model), membranes
-        self.adapted = {n: m for n, m in self.tokens.model.named_modules() if isinstance(m, BaseTunerLayer)}
+        named = self.tokens.model.named_modules()
+        self.adapted: dict[str, Any] = {name: module for name, module in named if isinstance(module, BaseTunerLayer)}
         self.gates = dict(gates_of(self.tokens.model))
-        self.counts = defaultdict(lambda: defaultdict(int))  # module or gate -> what -> sum over real tokens
+        # module or gate -> what -> sum over real tokens
+        self.counts: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(int))
         self.before: dict[str, Tensor] = {}  # W0 x of modules at work
 
-    def hooks(self):
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Attaches one hook after the other; gives their handles."""
         yield self.tokens.attach()
         for name, module in self.adapted.items():
             yield module.get_base_layer().register_forward_hook(partial(self._frozen, name))
@@ -75,7 +80,7 @@ class AdapterObserver:
             if self.membranes:
                 self._add(name, membrane=self.tokens.real(gate.membranes(inputs[0])).sum())
 
-    def _add(self, name: str, **sums: Tensor):
+    def _add(self, name: str, **sums: Tensor) -> None:
         for what, value in sums.items():
             self.counts[name][what] = self.counts[name][what] + value
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ..forward import READ, hooked, real_first, run, tokens_of
 from ..model import SpikeGPTModel
@@ -102,12 +104,12 @@ class SpikeTrace:
             DamagedFile: the file is no spike trace, or larger.
             OSError: it cannot be opened.
         """
-        groups: dict[str, dict] = {group: {} for group in GROUPS}
+        groups: dict[str, Any] = {group: {} for group in GROUPS}
         try:
             arrays = read_npz(path, most)
             if missing := [name for name in ALONE if name not in arrays]:
                 raise ValueError(f"it has no {', '.join(missing)}")
-            alone = {name: arrays.pop(name) for name in ALONE}
+            alone: dict[str, Any] = {name: arrays.pop(name) for name in ALONE}
             for key, array in arrays.items():
                 group, _, name = key.partition("/")
                 if group not in groups:
@@ -136,7 +138,12 @@ class SpikeTrace:
 
 
 def record_spikes(
-    model: nn.Module, batch: Mapping, tokenizer=None, note: str = "", currents: bool = False, membranes: bool = False
+    model: nn.Module,
+    batch: Mapping,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    note: str = "",
+    currents: bool = False,
+    membranes: bool = False,
 ) -> SpikeTrace:
     """Run `model` on `batch` in evaluation mode and return the spikes of every population.
 
@@ -164,11 +171,15 @@ def record_spikes(
     tokens, words = _tokens_and_words(batch, tokenizer, mask, front)
     labels = torch.full((len(mask),), -1) if batch.get("labels") is None else batch["labels"]
     spikes = {name: _as_int8(_left_aligned(x, mask, front)) for name, x in recorded.pop("spikes").items()}
-    others = {
+    others: dict[str, Any] = {
         group: {name: _left_aligned(x, mask, front).float().numpy() for name, x in by_name.items()}
         for group, by_name in recorded.items()
     }
-    given = {"lengths": mask.sum(1).numpy(), "labels": torch.as_tensor(labels).cpu().numpy(), "note": note}
+    given: dict[str, Any] = {
+        "lengths": mask.sum(1).numpy(),
+        "labels": torch.as_tensor(labels).cpu().numpy(),
+        "note": note,
+    }
     return SpikeTrace(spikes, tokens=tokens, words=words, logits=_logits(output), **others, **given)
 
 

@@ -25,7 +25,7 @@ def squared_relu(k: Tensor, backend: str = "auto") -> Tensor:
 
 
 @bind
-def _bind():
+def _bind() -> None:
     def setup(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
 

@@ -53,7 +53,11 @@ def use_extension(backend: str, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def default_backend(backend: str) -> Iterator[None]:
-    """Within this context backend="auto" means `backend`, everywhere in this process."""
+    """Within this context backend="auto" means `backend`, everywhere in this process.
+
+    Raises:
+        ValueError: `backend` is none of BACKENDS.
+    """
     global _default
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -64,7 +68,7 @@ def default_backend(backend: str) -> Iterator[None]:
         _default = before
 
 
-def load(device: str = "cpu"):
+def load(device: str = "cpu") -> None:
     """Make the operators `torch.ops.spikegpt_lora` ready for `device` ("cpu" or "cuda"): build, load, register.
 
     Raises:
@@ -99,7 +103,7 @@ def _available(device: str) -> bool:
     return device in _loaded
 
 
-def _load(library: Path, device: str):
+def _load(library: Path, device: str) -> None:
     try:
         torch.ops.load_library(library)
     except OSError as error:

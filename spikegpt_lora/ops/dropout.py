@@ -32,7 +32,7 @@ def set_dropout(model: nn.Module, dropout: float) -> nn.Module:
 
 
 @bind
-def _bind():
+def _bind() -> None:
     def setup(ctx, inputs, output):
         _, seed, ctx.p = inputs
         ctx.save_for_backward(seed)

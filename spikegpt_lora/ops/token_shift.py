@@ -31,9 +31,9 @@ def token_shift(
     if not use_extension(backend, x.device) or len(shares) not in (2, 3):
         return token_shift_reference(x, last, mask, *shares)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    shares = [share.reshape(-1).to(dtype) for share in shares]
+    flat = [share.reshape(-1).to(dtype) for share in shares]
     shift = torch.ops.spikegpt_lora.token_shift2 if len(shares) == 2 else torch.ops.spikegpt_lora.token_shift3
-    return shift(x, None if last is None else last.to(x.dtype), mask, *shares)
+    return shift(x, None if last is None else last.to(x.dtype), mask, *flat)
 
 
 def token_shift_reference(x: Tensor, last: Tensor | None, mask: Tensor | None, *shares: Tensor) -> tuple[Tensor, ...]:
@@ -61,12 +61,12 @@ def _previous(x: Tensor, last: Tensor | None, mask: Tensor | None) -> tuple[Tens
 
 
 @bind
-def _bind():
+def _bind() -> None:
     for count in (2, 3):
         _bind_for(f"spikegpt_lora::token_shift{count}", count)
 
 
-def _bind_for(name: str, count: int):
+def _bind_for(name: str, count: int) -> None:
     def fake(x, last, mask, *shares):
         return *(x.new_empty(x.shape) for _ in shares), x.new_empty(x.shape[0], x.shape[2])
 

@@ -41,7 +41,11 @@ def parser(text: str) -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """An option's whole number from 1 on."""
+    """An option's whole number from 1 on.
+
+    Raises:
+        ValueError: no whole number. argparse.ArgumentTypeError: one below 1.
+    """
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")

@@ -18,7 +18,11 @@ UNFINISHED = ".unfinished-"  # how the names of temporary files begin
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; it becomes `path` at the end, or is removed on an exception."""
+    """Yield a temporary path beside `path` to write to; it becomes `path` at the end, or is removed on an exception.
+
+    Raises:
+        OSError: no such folder, no permission, or no room for it.
+    """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{UNFINISHED}{path.stem}-", suffix=path.suffix)
     os.close(handle)
