@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .backend import bind, use_extension
 
@@ -22,7 +23,7 @@ class Dropout(nn.Dropout):
         return torch.ops.spikegpt_lora.dropout(x, seed, self.p)
 
 
-def set_dropout(model: nn.Module, dropout: float) -> nn.Module:
+def set_dropout(model: PreTrainedModel, dropout: float) -> PreTrainedModel:
     """`model` with another dropout probability after each block, its configuration included; changed in place."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
