@@ -29,7 +29,6 @@ EMBEDDING = "emb"
 GROUPS = ("spikes", "values", "currents", "membranes")  # of a trace: arrays (B, T, C) by population
 ALONE = ("lengths", "tokens", "words", "labels", "note")  # the other arrays of its file
 GATE = ".lora_gate."  # in the name of an adapter's population, between its module and its adapter
-read = run  # the name that export and its recipe know it by
 
 
 @dataclass
