@@ -17,12 +17,9 @@ import contextlib
 import csv
 import ctypes
 import platform
-import random
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,8 +28,6 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from spikingjelly.activation_based import functional, neuron
-from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, RwkvConfig, RwkvModel
 from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
@@ -52,6 +47,7 @@ from spikegpt_lora.ops import build
 from spikegpt_lora.ops.backend import default_backend, load
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import whole_file, write_text
+from spikegpt_lora.utils.timing import Disagreement, Recorder, agree, compare, inside, peak_memory, table
 
 SMALL = {"n_layer": 4, "n_embd": 256, "batch": 32, "tokens": 40}
 LARGE = {"n_layer": 18, "n_embd": 768, "batch": 8, "tokens": 40}  # SpikeGPT-216M
@@ -65,10 +61,6 @@ GATES = {
     "SpikeLoRA, learned": partial(SpikeLoraConfig, spikelora_learn="both"),
     "SpikeLoRA, token time, learned": partial(SpikeLoraConfig, spikelora_time="token", spikelora_learn="both"),
 }
-
-
-class Disagreement(Exception):
-    """Two ways to the same result gave different ones: no time of theirs means anything."""
 
 
 def main() -> int:
@@ -365,35 +357,6 @@ def config(size: dict, **changes) -> SpikeGPTConfig:
     return SpikeGPTConfig(**sizes | changes)
 
 
-class Recorder(TorchDispatchMode):
-    """Notes every matrix product; `replay()` makes them again on random inputs of the same shapes and strides."""
-
-    PRODUCTS = ("aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::mv", "aten::addmv")
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._schema.name in self.PRODUCTS:
-            self.calls.append((function, [(x.shape, x.stride(), x.dtype) for x in args if isinstance(x, torch.Tensor)]))
-        return function(*args, **kwargs or {})
-
-    def replay(self) -> Callable:
-        calls = [(function, [_like(*described) for described in inputs]) for function, inputs in self.calls]
-
-        def run():
-            for function, inputs in calls:
-                function(*inputs)
-
-        return run
-
-
-def _like(shape, stride, dtype) -> torch.Tensor:
-    size = 1 + sum((n - 1) * step for n, step in zip(shape, stride))
-    return torch.randn(size).to(dtype).as_strided(shape, stride)
-
-
 # ---- the ways to run a model
 
 
@@ -442,71 +405,7 @@ WAYS = {
 }
 
 
-def inside(context: Callable, function: Callable) -> Callable:
-    def run():
-        with context():
-            return function()
-
-    return run
-
-
-# ---- measuring
-
-
-def agree(name: str, ways: dict[str, Callable], tolerance: float):
-    """Raises Disagreement unless all ways return tensors that are near the first's."""
-    (first, expected), *others = ((way, run()) for way, run in ways.items())
-    for way, found in others:
-        for i, (a, b) in enumerate(zip(expected, found, strict=True)):
-            difference = (a - b).abs().max().item() / max(a.abs().max().item(), 1e-12)
-            if not difference <= tolerance:
-                raise Disagreement(f"{name}: tensor {i} of {first!r} and {way!r} differ by {difference:.2g} (relative)")
-
-
-def compare(group: str, ways: dict[str, Callable], repeats: int) -> list[dict]:
-    """Time all ways in turns, in a new order each round; ratios are to the first."""
-    times = {name: [] for name in ways}
-    order = list(ways)
-    for name in order:
-        ways[name]()
-    for _ in tqdm(range(repeats), desc=group, leave=False):
-        random.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            ways[name]()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    rows = []
-    for name, measured in times.items():
-        quartile1, median, quartile3 = statistics.quantiles(measured * 2 if len(measured) == 1 else measured, n=4)
-        rows.append(
-            {
-                "group": group,
-                "what": name,
-                "median_ms": round(median, 3),
-                "quartile1_ms": round(quartile1, 3),
-                "quartile3_ms": round(quartile3, 3),
-                "ratio": round(median / rows[0]["median_ms"], 3) if rows else 1.0,
-                "note": "",
-            }
-        )
-    return rows
-
-
-def peak_memory(function: Callable) -> float:
-    """Bytes that a call holds at most, above what was held before it (Linux: high-water mark of resident memory)."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return float("nan")
-    ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")
-    before = _high_water(status)
-    function()
-    return _high_water(status) - before
-
-
-def _high_water(status: Path) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
+# ---- the floor of WKV
 
 
 EIGHT_EXP = """
@@ -564,17 +463,6 @@ def conditions() -> str:
         f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, transformers {transformers.__version__}; {version} {' '.join(flags)}"
     )
-
-
-def table(rows: list[dict]) -> str:
-    lines, group = [], None
-    for row in rows:
-        if row["group"] != group:
-            group = row["group"]
-            lines += ["", f"| {group} | median ms | quartiles | ratio | |", "| --- | ---: | ---: | ---: | --- |"]
-        spread = f"{row['quartile1_ms']:.2f} … {row['quartile3_ms']:.2f}"
-        lines.append(f"| {row['what']} | {row['median_ms']:.2f} | {spread} | {row['ratio']:.2f} | {row['note']} |")
-    return "\n".join(lines).strip()
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ SEAMS = [
          lambda: "_extra_state" in spikegpt_lora.adapters.SpikeGate(2).state_dict()),
     Seam("torch._subclasses.FakeTensor", "utils/inputs.py", "tensors without values",
          lambda: isinstance(torch._subclasses.FakeTensor, type)),
-    Seam("torch TorchDispatchMode (torch.utils._python_dispatch) and an operator's _schema", "recipes/bench.py",
+    Seam("torch TorchDispatchMode (torch.utils._python_dispatch) and an operator's _schema", "utils/timing.py",
          "names the operators called", lambda: torch.ops.aten.mm.default._schema.name == "aten::mm"
          and callable(importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode)),
     Seam("argparse HelpFormatter._get_help_string", "utils/command_line.py", "(action), the help text",
