@@ -13,24 +13,36 @@ HOST_DEVICE uint32_t scramble(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-template <class scalar, class real>
-struct Dropout {
-  const scalar* x;
-  const int64_t* seed;
-  scalar* out;
+// Which numbers are dropped: a function of seed and position.
+template <class real>
+struct DropoutMask {
+  const int64_t* seed;     // null: nothing is dropped
   uint32_t dropped_below;  // p 2^32
   real scale;              // 1 / (1 - p)
 
+  // The key of the numbers from `start` on, and the factor of the c-th of them.
+  HOST_DEVICE uint32_t key(int64_t start) const {
+    const uint32_t key = scramble(static_cast<uint32_t>(*seed)) ^ static_cast<uint32_t>(*seed >> 32);
+    return scramble(key + static_cast<uint32_t>(start >> 32));
+  }
+  HOST_DEVICE real factor(uint32_t key, int64_t start, int c) const {
+    const uint32_t drawn = scramble(scramble(static_cast<uint32_t>(start) + static_cast<uint32_t>(c)) + key);
+    return drawn < dropped_below ? real(0) : scale;
+  }
+};
+
+template <class scalar, class real>
+struct Dropout {
+  const scalar* x;
+  DropoutMask<real> mask;
+  scalar* out;
+
   template <int LANES>
   HOST_DEVICE void operator()(int64_t, int64_t start, int n, Scratch<real>) const {
-    const uint32_t key = scramble(static_cast<uint32_t>(*seed)) ^ static_cast<uint32_t>(*seed >> 32);
-    const uint32_t first = static_cast<uint32_t>(start), block = scramble(key + static_cast<uint32_t>(start >> 32));
+    const uint32_t key = mask.key(start);
     const scalar* __restrict in = x + start;
     scalar* __restrict o = out + start;
-    FOR_LANES(c, n) {
-      const uint32_t drawn = scramble(scramble(first + static_cast<uint32_t>(c)) + block);
-      o[c] = static_cast<scalar>(static_cast<real>(in[c]) * (drawn < dropped_below ? real(0) : scale));
-    }
+    FOR_LANES(c, n) o[c] = static_cast<scalar>(static_cast<real>(in[c]) * mask.factor(key, start, c));
   }
 };
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "arithmetic.h"
+#include "dropout.h"
 
 namespace spikegpt {
 
@@ -52,41 +53,75 @@ struct LifInput : Steps {
   }
 };
 
-template <class scalar, class real>
+// Where the spikes go: into a tensor of their own,
+template <class scalar>
+struct SpikesAlone {
+  scalar* out;
+
+  template <class real>
+  HOST_DEVICE void row(int64_t at, int n, const real* spikes) const {
+    scalar* __restrict o = out + at;
+    FOR_LANES(c, n) o[c] = static_cast<scalar>(spikes[c]);
+  }
+};
+
+// or onto the residual stream, of whose sum some numbers are dropped.
+template <class stream, class real>
+struct SpikesAdded {
+  const stream* residual;
+  stream* out;
+  DropoutMask<real> mask;
+
+  HOST_DEVICE void row(int64_t at, int n, const real* spikes) const {
+    const stream* __restrict x = residual + at;
+    stream* __restrict o = out + at;
+    if (mask.seed == nullptr) {
+      FOR_LANES(c, n) o[c] = static_cast<stream>(static_cast<real>(x[c]) + spikes[c]);
+      return;
+    }
+    const uint32_t key = mask.key(at);
+    FOR_LANES(c, n) {
+      const stream sum = static_cast<stream>(static_cast<real>(x[c]) + spikes[c]);
+      o[c] = static_cast<stream>(static_cast<real>(sum) * mask.factor(key, at, c));
+    }
+  }
+};
+
+template <class scalar, class real, class Output>
 struct LifForward {
   LifInput<scalar, real> in;
-  scalar* spikes;
+  Output output;
   real* membrane_after;
 
   template <int LANES>
   HOST_DEVICE void operator()(int64_t b, int64_t channel, int n, Scratch<real>) const {
     const LifNeuron<real> neuron = in.neuron;
-    real v[LANES];
+    real v[LANES], spikes[LANES];
     FOR_LANES(c, n) v[c] = in.membrane_before(b, channel + c);
     for (int64_t t = 0; t < in.T; t++) {
       const int64_t at = in.at(b, t, channel);
-      const scalar* __restrict x = in.x + at;
-      scalar* __restrict out = spikes + at;
-      if (!in.real_token(b, t)) {
-        FOR_LANES(c, n) out[c] = scalar(real(0));
-        continue;
+      if (in.real_token(b, t)) {
+        const scalar* __restrict x = in.x + at;
+        FOR_LANES(c, n) {
+          const real h = lif_charge(neuron, v[c], static_cast<real>(x[c]));
+          spikes[c] = h >= neuron.threshold ? real(1) : real(0);
+          v[c] = lif_reset(neuron, h);
+        }
+      } else {
+        FOR_LANES(c, n) spikes[c] = 0;
       }
-      FOR_LANES(c, n) {
-        const real h = lif_charge(neuron, v[c], static_cast<real>(x[c]));
-        out[c] = static_cast<scalar>(h >= neuron.threshold ? real(1) : real(0));
-        v[c] = lif_reset(neuron, h);
-      }
+      output.row(at, n, spikes);
     }
     FOR_LANES(c, n) membrane_after[b * in.C + channel + c] = v[c];
   }
 };
 
-// Runs forward once more, keeping h, then back.
-template <class scalar, class real>
+// Runs forward once more, keeping h, then back. The gradient of the spikes may be that of the stream they were added to.
+template <class scalar, class real, class stream>
 struct LifBackward {
   static int64_t scratch(int64_t T) { return T; }
   LifInput<scalar, real> in;
-  const scalar* grad_spikes;
+  const stream* grad_spikes;
   const real* grad_membrane_after;
   scalar* grad_x;
   real* grad_membrane;
@@ -116,7 +151,7 @@ struct LifBackward {
         FOR_LANES(c, n) gx[c] = scalar(real(0));
         continue;
       }
-      const scalar* __restrict gs = grad_spikes + at;
+      const stream* __restrict gs = grad_spikes + at;
       const real* __restrict kept_h = scratch(t);
       FOR_LANES(c, n) {
         const real gh = lif_back(neuron, kept_h[c], static_cast<real>(gs[c]), gv[c]);

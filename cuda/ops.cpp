@@ -1,4 +1,4 @@
-// Schemas of all operators, and their CPU kernels: parallel over sequences and blocks of channels, vectorised over the
+// Schemas of all operators (their gradients: autograd.cpp), and their CPU kernels: parallel over sequences and blocks of channels, vectorised over the
 // channels of a block.
 
 #include <ATen/Parallel.h>
@@ -39,6 +39,20 @@ struct Cpu {
       }
     });
   }
+
+  // Mean and 1 / standard deviation of each row of x (B, T, C), each (B, T).
+  static std::tuple<Tensor, Tensor> moments(const Tensor& x, double eps) {
+    const int64_t C = x.size(2);
+    Tensor mean = new_state(x, {x.size(0), x.size(1)}), rstd = at::empty_like(mean);
+    DISPATCH(x, "moments", {
+      const scalar_t* rows = x.const_data_ptr<scalar_t>();
+      real *m = mean.mutable_data_ptr<real>(), *r = rstd.mutable_data_ptr<real>();
+      at::parallel_for(0, mean.numel(), std::max<int64_t>(1, WORTH_A_THREAD / C), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) row_moments(rows + i * C, C, static_cast<real>(eps), m + i, r + i);
+      });
+    });
+    return {mean, rstd};
+  }
 };
 
 }  // namespace
@@ -55,24 +69,33 @@ TORCH_LIBRARY(spikegpt_lora, library) {
       "Tensor grad_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("lif(Tensor x, Tensor? membrane, Tensor? mask, " LIF_SETTINGS ") -> (Tensor, Tensor)");
   library.def(
+      "lif_add(Tensor residual, Tensor x, Tensor? membrane, Tensor? mask, " LIF_SETTINGS ", Tensor? seed, float p) "
+      "-> (Tensor, Tensor)");
+  library.def(
       "lif_backward(Tensor x, Tensor? membrane, Tensor? mask, " LIF_SETTINGS ", Tensor grad_spikes, "
       "Tensor grad_membrane) -> (Tensor, Tensor)");
   library.def(
-      "token_shift2(Tensor x, Tensor? last, Tensor? mask, Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)");
+      "token_shift2(Tensor x, Tensor? gain, Tensor? bias, float eps, Tensor? last, Tensor? mask, Tensor a, Tensor b, "
+      "ScalarType? dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "token_shift2_backward(Tensor x, Tensor? last, Tensor? mask, Tensor a, Tensor b, Tensor grad_a, Tensor grad_b, "
-      "Tensor grad_last, bool share_gradients) -> (Tensor, Tensor, Tensor)");
+      "token_shift2_backward(Tensor x, Tensor? gain, Tensor? bias, Tensor mean, Tensor rstd, Tensor? last, Tensor? mask, "
+      "Tensor a, Tensor b, Tensor grad_a, Tensor grad_b, Tensor grad_last, bool share_gradients) "
+      "-> (Tensor, Tensor, Tensor)");
   library.def(
-      "token_shift3(Tensor x, Tensor? last, Tensor? mask, Tensor a, Tensor b, Tensor c) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "token_shift3(Tensor x, Tensor? gain, Tensor? bias, float eps, Tensor? last, Tensor? mask, Tensor a, Tensor b, "
+      "Tensor c, ScalarType? dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "token_shift3_backward(Tensor x, Tensor? last, Tensor? mask, Tensor a, Tensor b, Tensor c, Tensor grad_a, "
-      "Tensor grad_b, Tensor grad_c, Tensor grad_last, bool share_gradients) -> (Tensor, Tensor, Tensor)");
+      "token_shift3_backward(Tensor x, Tensor? gain, Tensor? bias, Tensor mean, Tensor rstd, Tensor? last, Tensor? mask, "
+      "Tensor a, Tensor b, Tensor c, Tensor grad_a, Tensor grad_b, Tensor grad_c, Tensor grad_last, "
+      "bool share_gradients) -> (Tensor, Tensor, Tensor)");
   library.def("sigmoid_gate(Tensor r, Tensor y) -> Tensor");
   library.def("sigmoid_gate_backward(Tensor r, Tensor y, Tensor grad) -> (Tensor, Tensor)");
   library.def("squared_relu(Tensor k) -> Tensor");
   library.def("squared_relu_backward(Tensor k, Tensor grad) -> Tensor");
   library.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
+  library.def("adapter_in(Tensor x, Tensor a) -> (Tensor, Tensor)");
+  library.def(
+      "adapter_out(Tensor x, Tensor weight, Tensor? bias, Tensor passed, Tensor b, float scaling) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(spikegpt_lora, CPU, library) { spikegpt::register_kernels<spikegpt::Cpu>(library); }

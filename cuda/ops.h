@@ -77,6 +77,27 @@ inline Tensor new_state(const Tensor& x, at::IntArrayRef shape) {
     __VA_ARGS__ \
   })
 
+// `run(product())` with the type of `dtype`, which is x's own, or under autocast a half-precision one for float32.
+template <class scalar, class Run>
+void dispatch_product(const char* name, at::ScalarType dtype, const Run& run) {
+  if (dtype == c10::CppTypeToScalarType<scalar>::value) return run(scalar());
+  if constexpr (std::is_same_v<scalar, float>) {
+    if (dtype == at::kBFloat16) return run(at::BFloat16());
+    if (dtype == at::kHalf) return run(at::Half());
+  }
+  TORCH_CHECK_VALUE(false, name, " must be the input's dtype, or half precision for float32, got ", dtype);
+}
+
+// `run(stream())` with the type of `dtype`: the neurons' own, or what half precision is computed in.
+template <class scalar, class real, class Run>
+void dispatch_stream(const char* name, at::ScalarType dtype, const Run& run) {
+  if (dtype == c10::CppTypeToScalarType<scalar>::value) return run(scalar());
+  if constexpr (!std::is_same_v<scalar, real>) {
+    if (dtype == c10::CppTypeToScalarType<real>::value) return run(real());
+  }
+  TORCH_CHECK_VALUE(false, name, " must be the neurons' dtype or that of their membrane, got ", dtype);
+}
+
 // ---- WKV
 
 struct WkvArguments {  // contiguous, checked
@@ -175,20 +196,52 @@ struct LifArguments {
   }
 };
 
+template <class real>
+DropoutMask<real> dropout_mask(const OptionalTensor& seed, double p, const Tensor& x) {
+  check("dropout: seed", seed, {1}, at::kLong, x);
+  TORCH_CHECK_VALUE(p >= 0 && p < 1, "dropout: p must be at least 0 and less than 1, got ", p);
+  return {pointer<int64_t>(seed), static_cast<uint32_t>(p * 4294967296.0), static_cast<real>(1 / (1 - p))};
+}
+
 // Operators take the settings one by one: `Settings` are the types of LifSettings' members.
 template <class Device, class... Settings>
 struct LifOperators {
+  template <class scalar, class real, class Output>
+  static Tensor run(const LifArguments& arguments, const Output& output) {
+    const Tensor& x = arguments.x;
+    Tensor membrane_after = new_state(x, {x.size(0), x.size(2)});
+    Device::template run<real>(x.size(0), x.size(1), x.size(2), x, LifForward<scalar, real, Output>{
+        arguments.input<scalar, real>(), output, membrane_after.mutable_data_ptr<real>()});
+    return membrane_after;
+  }
+
   static std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& membrane, const OptionalTensor& mask,
                                             Settings... settings) {
     const LifArguments arguments(x, membrane, mask, {settings...});
-    const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
-    Tensor spikes = at::empty({B, T, C}, x.options()), membrane_after = new_state(x, {B, C});
+    Tensor spikes = at::empty(x.sizes(), x.options()), membrane_after;
     DISPATCH(x, "lif", {
-      Device::template run<real>(B, T, C, x, LifForward<scalar_t, real>{
-          arguments.input<scalar_t, real>(), spikes.mutable_data_ptr<scalar_t>(),
-          membrane_after.mutable_data_ptr<real>()});
+      membrane_after = run<scalar_t, real>(arguments, SpikesAlone<scalar_t>{spikes.mutable_data_ptr<scalar_t>()});
     });
     return {spikes, membrane_after};
+  }
+
+  // Spikes added to the residual stream, some numbers of the sum dropped where there is a seed.
+  static std::tuple<Tensor, Tensor> add(const Tensor& residual, const Tensor& x, const OptionalTensor& membrane,
+                                        const OptionalTensor& mask, Settings... settings, const OptionalTensor& seed,
+                                        double p) {
+    const LifArguments arguments(x, membrane, mask, {settings...});
+    check("LIF: residual", residual, x.sizes(), residual.scalar_type(), x);
+    const Tensor stream = residual.contiguous();
+    Tensor out = at::empty(x.sizes(), residual.options()), membrane_after;
+    DISPATCH(x, "lif_add", {
+      const DropoutMask<real> dropped = dropout_mask<real>(seed, p, x);
+      dispatch_stream<scalar_t, real>("LIF: residual", residual.scalar_type(), [&](auto zero) {
+        using type = decltype(zero);
+        membrane_after = run<scalar_t, real>(arguments, SpikesAdded<type, real>{
+            stream.const_data_ptr<type>(), out.template mutable_data_ptr<type>(), dropped});
+      });
+    });
+    return {out, membrane_after};
   }
 
   static std::tuple<Tensor, Tensor> backward(const Tensor& x, const OptionalTensor& membrane,
@@ -196,15 +249,19 @@ struct LifOperators {
                                              const Tensor& grad_spikes, const Tensor& grad_membrane_after) {
     const LifArguments arguments(x, membrane, mask, {settings...});
     const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
-    check("LIF: gradient of spikes", grad_spikes, {B, T, C}, x.scalar_type(), x);
+    check("LIF: gradient of spikes", grad_spikes, {B, T, C}, grad_spikes.scalar_type(), x);
     check("LIF: gradient of membrane", grad_membrane_after, {B, C}, state_dtype(x), x);
     const Tensor gs = grad_spikes.contiguous(), gm = grad_membrane_after.contiguous();
     Tensor grad_x = at::empty({B, T, C}, x.options()), grad_membrane = new_state(x, {B, C});
     DISPATCH(x, "lif_backward", {
-      using Kernel = LifBackward<scalar_t, real>;
-      Device::template run<real>(B, T, C, x, Kernel{
-          arguments.input<scalar_t, real>(), gs.const_data_ptr<scalar_t>(), gm.const_data_ptr<real>(),
-          grad_x.mutable_data_ptr<scalar_t>(), grad_membrane.mutable_data_ptr<real>()}, Kernel::scratch(T));
+      dispatch_stream<scalar_t, real>("LIF: gradient of spikes", gs.scalar_type(), [&](auto zero) {
+        using type = decltype(zero);
+        using Kernel = LifBackward<scalar_t, real, type>;
+        Device::template run<real>(B, T, C, x, Kernel{
+            arguments.input<scalar_t, real>(), gs.const_data_ptr<type>(), gm.const_data_ptr<real>(),
+            grad_x.template mutable_data_ptr<scalar_t>(), grad_membrane.template mutable_data_ptr<real>()},
+            Kernel::scratch(T));
+      });
     });
     return {grad_x, grad_membrane};
   }
@@ -213,16 +270,39 @@ struct LifOperators {
 template <class Device>
 using Lif = LifOperators<Device, double, double, std::optional<double>, bool, double, bool>;
 
-// ---- token shift, for two or three linear layers
+// ---- token shift, for two or three linear layers, with LayerNorm before it where gain and bias are given
+
+struct NormArguments {  // of a LayerNorm over C; without gain there is none
+  OptionalTensor gain, bias;
+  Tensor mean, rstd;  // (B, T); (0,) without
+
+  NormArguments(const Tensor& x, const OptionalTensor& gain, const OptionalTensor& bias, const Tensor& mean,
+                const Tensor& rstd)
+      : gain(contiguous(gain)), bias(contiguous(bias)), mean(mean.contiguous()), rstd(rstd.contiguous()) {
+    TORCH_CHECK_VALUE(gain.has_value() == bias.has_value(), "token shift: gain and bias must be given together");
+    check("token shift: gain", gain, {x.size(2)}, state_dtype(x), x);
+    check("token shift: bias", bias, {x.size(2)}, state_dtype(x), x);
+    if (!gain.has_value()) return;
+    check("token shift: mean", mean, {x.size(0), x.size(1)}, state_dtype(x), x);
+    check("token shift: rstd", rstd, {x.size(0), x.size(1)}, state_dtype(x), x);
+  }
+
+  template <class real>
+  Norm<real> norm() const {
+    if (!gain.has_value()) return {nullptr, nullptr, nullptr, nullptr};
+    return {mean.const_data_ptr<real>(), rstd.const_data_ptr<real>(), pointer<real>(gain), pointer<real>(bias)};
+  }
+};
 
 template <int N>
 struct ShiftArguments {
   Tensor x, shares[N];
   OptionalTensor last, mask;
+  NormArguments norm;
 
-  ShiftArguments(const Tensor& x, const OptionalTensor& last, const OptionalTensor& mask,
-                 const std::array<Tensor, N>& shares) {
-    check_sequence("token shift: x", x);
+  ShiftArguments(const Tensor& x, const OptionalTensor& last, const OptionalTensor& mask, const NormArguments& norm,
+                 const std::array<Tensor, N>& shares)
+      : norm(norm) {
     check("token shift: last", last, {x.size(0), x.size(2)}, x.scalar_type(), x);
     check("token shift: mask", mask, {x.size(0), x.size(1)}, at::kBool, x);
     this->x = x.contiguous(), this->last = contiguous(last), this->mask = contiguous(mask);
@@ -234,41 +314,57 @@ struct ShiftArguments {
 
   template <class scalar, class real>
   ShiftInput<scalar, real, N> input() const {
-    ShiftInput<scalar, real, N> in = {
-        {x.size(1), x.size(2), pointer<bool>(mask)}, x.const_data_ptr<scalar>(), pointer<scalar>(last), {}};
+    ShiftInput<scalar, real, N> in = {{x.size(1), x.size(2), pointer<bool>(mask)},
+                                      x.const_data_ptr<scalar>(), pointer<scalar>(last), norm.norm<real>(), {}};
     for (int j = 0; j < N; j++) in.share[j] = shares[j].template const_data_ptr<real>();
     return in;
   }
 };
 
-// The mixes, and x at the last real token.
+template <int N>
+struct Shifted {
+  std::array<Tensor, N> mixed;  // in `dtype`
+  Tensor last, mean, rstd;      // what is mixed of the last real token; of the LayerNorm
+};
+
 template <class Device, int N>
-std::pair<std::array<Tensor, N>, Tensor> shift(const Tensor& x, const OptionalTensor& last, const OptionalTensor& mask,
-                                               const std::array<Tensor, N>& shares) {
-  const ShiftArguments<N> arguments(x, last, mask, shares);
+Shifted<N> shift(const Tensor& x, const OptionalTensor& gain, const OptionalTensor& bias, double eps,
+                 const OptionalTensor& last, const OptionalTensor& mask, const std::array<Tensor, N>& shares,
+                 std::optional<at::ScalarType> dtype) {
+  check_sequence("token shift: x", x);
+  Shifted<N> out;
+  std::tie(out.mean, out.rstd) = gain.has_value()
+      ? Device::moments(x.contiguous(), eps) : std::make_tuple(new_state(x, {0}), new_state(x, {0}));
+  const ShiftArguments<N> arguments(x, last, mask, {x, gain, bias, out.mean, out.rstd}, shares);
   const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
-  std::array<Tensor, N> mixed;
-  for (Tensor& tensor : mixed) tensor = at::empty({B, T, C}, x.options());
-  Tensor last_after = at::empty({B, C}, x.options());
+  const at::ScalarType product = dtype.value_or(x.scalar_type());
+  for (Tensor& tensor : out.mixed) tensor = at::empty({B, T, C}, x.options().dtype(product));
+  out.last = at::empty({B, C}, x.options());
   DISPATCH(x, "token_shift", {
-    ShiftForward<scalar_t, real, N> kernel = {
-        arguments.template input<scalar_t, real>(), {}, last_after.mutable_data_ptr<scalar_t>()};
-    for (int j = 0; j < N; j++) kernel.mixed[j] = mixed[j].template mutable_data_ptr<scalar_t>();
-    Device::template run<real>(B, T, C, x, kernel);
+    dispatch_product<scalar_t>("token shift: dtype", product, [&](auto zero) {
+      using type = decltype(zero);
+      ShiftForward<scalar_t, real, N, type> kernel = {
+          arguments.template input<scalar_t, real>(), {}, out.last.template mutable_data_ptr<scalar_t>()};
+      for (int j = 0; j < N; j++) kernel.mixed[j] = out.mixed[j].template mutable_data_ptr<type>();
+      Device::template run<real>(B, T, C, x, kernel);
+    });
   });
-  return {mixed, last_after};
+  return out;
 }
 
-// Gradients of x, of last, and of the shares (N, C), for which `share_gradients` asks; else they are 0.
+// Gradients of what is mixed (B, T, C), of last, and of the shares (N, C), for which `share_gradients` asks; else they
+// are 0.
 template <class Device, int N>
-std::tuple<Tensor, Tensor, Tensor> shift_backward(const Tensor& x, const OptionalTensor& last,
-                                                  const OptionalTensor& mask, const std::array<Tensor, N>& shares,
-                                                  std::array<Tensor, N> grads, const Tensor& grad_last_after,
-                                                  bool share_gradients) {
-  const ShiftArguments<N> arguments(x, last, mask, shares);
+std::tuple<Tensor, Tensor, Tensor> shift_backward(const Tensor& x, const NormArguments& norm,
+                                                  const OptionalTensor& last, const OptionalTensor& mask,
+                                                  const std::array<Tensor, N>& shares, std::array<Tensor, N> grads,
+                                                  const Tensor& grad_last_after, bool share_gradients) {
+  check_sequence("token shift: x", x);
+  const ShiftArguments<N> arguments(x, last, mask, norm, shares);
   const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
+  const at::ScalarType product = grads[0].scalar_type();
   for (Tensor& grad : grads) {
-    check("token shift: gradient of a mix", grad, {B, T, C}, x.scalar_type(), x);
+    check("token shift: gradient of a mix", grad, {B, T, C}, product, x);
     grad = grad.contiguous();
   }
   check("token shift: gradient of last", grad_last_after, {B, C}, x.scalar_type(), x);
@@ -276,46 +372,53 @@ std::tuple<Tensor, Tensor, Tensor> shift_backward(const Tensor& x, const Optiona
   Tensor grad_x = at::empty({B, T, C}, x.options()), grad_last = at::empty({B, C}, x.options());
   Tensor grad_share = new_state(x, {share_gradients ? B : 0, N, C});
   DISPATCH(x, "token_shift_backward", {
-    ShiftBackward<scalar_t, real, N> kernel = {
-        arguments.template input<scalar_t, real>(), {}, gl.const_data_ptr<scalar_t>(),
-        grad_x.mutable_data_ptr<scalar_t>(), grad_last.mutable_data_ptr<scalar_t>(),
-        share_gradients ? grad_share.mutable_data_ptr<real>() : nullptr};
-    for (int j = 0; j < N; j++) kernel.grad_mixed[j] = grads[j].template const_data_ptr<scalar_t>();
-    Device::template run<real>(B, T, C, x, kernel);
+    dispatch_product<scalar_t>("token shift: gradient of a mix", product, [&](auto zero) {
+      using type = decltype(zero);
+      ShiftBackward<scalar_t, real, N, type> kernel = {
+          arguments.template input<scalar_t, real>(), {}, gl.const_data_ptr<scalar_t>(),
+          grad_x.template mutable_data_ptr<scalar_t>(), grad_last.template mutable_data_ptr<scalar_t>(),
+          share_gradients ? grad_share.template mutable_data_ptr<real>() : nullptr};
+      for (int j = 0; j < N; j++) kernel.grad_mixed[j] = grads[j].template const_data_ptr<type>();
+      Device::template run<real>(B, T, C, x, kernel);
+    });
   });
   return {grad_x, grad_last, grad_share.sum(0)};
 }
 
+using at::ScalarType;
+
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> token_shift2(const Tensor& x, const OptionalTensor& last, const OptionalTensor& mask,
-                                                const Tensor& a, const Tensor& b) {
-  auto [mixed, last_after] = shift<Device, 2>(x, last, mask, {a, b});
-  return {mixed[0], mixed[1], last_after};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_shift2(
+    const Tensor& x, const OptionalTensor& gain, const OptionalTensor& bias, double eps, const OptionalTensor& last,
+    const OptionalTensor& mask, const Tensor& a, const Tensor& b, std::optional<ScalarType> dtype) {
+  const Shifted<2> out = shift<Device, 2>(x, gain, bias, eps, last, mask, {a, b}, dtype);
+  return {out.mixed[0], out.mixed[1], out.last, out.mean, out.rstd};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_shift3(const Tensor& x, const OptionalTensor& last,
-                                                        const OptionalTensor& mask, const Tensor& a, const Tensor& b,
-                                                        const Tensor& c) {
-  auto [mixed, last_after] = shift<Device, 3>(x, last, mask, {a, b, c});
-  return {mixed[0], mixed[1], mixed[2], last_after};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_shift3(
+    const Tensor& x, const OptionalTensor& gain, const OptionalTensor& bias, double eps, const OptionalTensor& last,
+    const OptionalTensor& mask, const Tensor& a, const Tensor& b, const Tensor& c, std::optional<ScalarType> dtype) {
+  const Shifted<3> out = shift<Device, 3>(x, gain, bias, eps, last, mask, {a, b, c}, dtype);
+  return {out.mixed[0], out.mixed[1], out.mixed[2], out.last, out.mean, out.rstd};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> token_shift2_backward(const Tensor& x, const OptionalTensor& last,
-                                                         const OptionalTensor& mask, const Tensor& a, const Tensor& b,
-                                                         const Tensor& grad_a, const Tensor& grad_b,
-                                                         const Tensor& grad_last, bool share_gradients) {
-  return shift_backward<Device, 2>(x, last, mask, {a, b}, {grad_a, grad_b}, grad_last, share_gradients);
+std::tuple<Tensor, Tensor, Tensor> token_shift2_backward(
+    const Tensor& x, const OptionalTensor& gain, const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
+    const OptionalTensor& last, const OptionalTensor& mask, const Tensor& a, const Tensor& b, const Tensor& grad_a,
+    const Tensor& grad_b, const Tensor& grad_last, bool share_gradients) {
+  return shift_backward<Device, 2>(x, {x, gain, bias, mean, rstd}, last, mask, {a, b}, {grad_a, grad_b}, grad_last,
+                                   share_gradients);
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> token_shift3_backward(const Tensor& x, const OptionalTensor& last,
-                                                         const OptionalTensor& mask, const Tensor& a, const Tensor& b,
-                                                         const Tensor& c, const Tensor& grad_a, const Tensor& grad_b,
-                                                         const Tensor& grad_c, const Tensor& grad_last,
-                                                         bool share_gradients) {
-  return shift_backward<Device, 3>(x, last, mask, {a, b, c}, {grad_a, grad_b, grad_c}, grad_last, share_gradients);
+std::tuple<Tensor, Tensor, Tensor> token_shift3_backward(
+    const Tensor& x, const OptionalTensor& gain, const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
+    const OptionalTensor& last, const OptionalTensor& mask, const Tensor& a, const Tensor& b, const Tensor& c,
+    const Tensor& grad_a, const Tensor& grad_b, const Tensor& grad_c, const Tensor& grad_last, bool share_gradients) {
+  return shift_backward<Device, 3>(x, {x, gain, bias, mean, rstd}, last, mask, {a, b, c}, {grad_a, grad_b, grad_c},
+                                   grad_last, share_gradients);
 }
 
 // ---- activations: any shape, number by number
@@ -373,14 +476,11 @@ Tensor squared_relu_backward(const Tensor& k, const Tensor& grad) {
 
 template <class Device>
 Tensor dropout(const Tensor& x, const Tensor& seed, double p) {
-  check("dropout: seed", seed, {1}, at::kLong, x);
-  TORCH_CHECK_VALUE(p >= 0 && p < 1, "dropout: p must be at least 0 and less than 1, got ", p);
   const Tensor x_ = x.contiguous(), seed_ = seed.contiguous();
   Tensor out = at::empty(x.sizes(), x.options());
   DISPATCH(x, "dropout", {
     Device::template run<real>(1, 1, x.numel(), x, Dropout<scalar_t, real>{
-        x_.const_data_ptr<scalar_t>(), seed_.const_data_ptr<int64_t>(), out.mutable_data_ptr<scalar_t>(),
-        static_cast<uint32_t>(p * 4294967296.0), static_cast<real>(1 / (1 - p))});
+        x_.const_data_ptr<scalar_t>(), dropout_mask<real>(seed_, p, x), out.mutable_data_ptr<scalar_t>()});
   });
   return out;
 }
@@ -391,6 +491,7 @@ void register_kernels(Library& library) {
   library.impl("wkv", &wkv<Device>);
   library.impl("wkv_backward", &wkv_backward<Device>);
   library.impl("lif", &Lif<Device>::forward);
+  library.impl("lif_add", &Lif<Device>::add);
   library.impl("lif_backward", &Lif<Device>::backward);
   library.impl("token_shift2", &token_shift2<Device>);
   library.impl("token_shift2_backward", &token_shift2_backward<Device>);

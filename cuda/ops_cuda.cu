@@ -1,6 +1,7 @@
 // CUDA kernels of the operators whose schemas are in ops.cpp: one thread for each channel of each sequence, neighbouring
 // threads on neighbouring channels, a loop over time inside. No limit on T, no demand on C.
 
+#include <ATen/ops/var_mean.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -30,6 +31,12 @@ struct Cuda {
     each_channel<real, Kernel><<<blocks, THREADS, 0, c10::cuda::getCurrentCUDAStream()>>>(
         count, C, scratch.template mutable_data_ptr<real>(), kernel);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // Mean and 1 / standard deviation of each row of x (B, T, C), each (B, T).
+  static std::tuple<Tensor, Tensor> moments(const Tensor& x, double eps) {
+    const auto [variance, mean] = at::var_mean(x.to(state_dtype(x)), at::IntArrayRef{2}, /*unbiased=*/false);
+    return {mean, (variance + eps).rsqrt()};
   }
 };
 

@@ -1,6 +1,8 @@
-// Token shift of one channel: a linear layer reads a mix of the token and of the real token before it.
+// Token shift of one channel: a linear layer reads a mix of the token and of the real token before it, in the dtype that
+// it multiplies in. What is mixed is x as it comes, or x normalised over its channels (LayerNorm).
 //
-//   mixed_j = x share_j + previous (1 - share_j)           j: one mix for each of the N linear layers that read
+//   n = (x - mean) rstd gain + bias                        mean, rstd of each token: row_moments
+//   mixed_j = n share_j + previous (1 - share_j)           j: one mix for each of the N linear layers that read
 //
 // In upstream's order of operations: another order rounds differently, and a rounding can flip a spike.
 #pragma once
@@ -14,53 +16,103 @@ HOST_DEVICE real mix(real x, real previous, real share) {
   return x * share + previous * (real(1) - share);
 }
 
+// Mean of a row of C numbers, and 1 / (its standard deviation, eps added to the variance).
+template <class scalar, class real>
+inline void row_moments(const scalar* __restrict x, int64_t C, real eps, real* mean, real* rstd) {
+  constexpr int PARTS = 32;  // sums side by side: the compiler may not reorder one
+  real sum[PARTS] = {}, squares[PARTS] = {}, total = 0, total_squares = 0;
+  int64_t start = 0;
+  for (; start + PARTS <= C; start += PARTS) {
+    FOR_LANES(i, PARTS) sum[i] += static_cast<real>(x[start + i]);
+  }
+  for (int64_t c = start; c < C; c++) sum[c - start] += static_cast<real>(x[c]);
+  for (int i = 0; i < PARTS; i++) total += sum[i];
+  const real m = total / static_cast<real>(C);
+  for (start = 0; start + PARTS <= C; start += PARTS) {
+    FOR_LANES(i, PARTS) {
+      const real d = static_cast<real>(x[start + i]) - m;
+      squares[i] += d * d;
+    }
+  }
+  for (int64_t c = start; c < C; c++) {
+    const real d = static_cast<real>(x[c]) - m;
+    squares[c - start] += d * d;
+  }
+  for (int i = 0; i < PARTS; i++) total_squares += squares[i];
+  *mean = m;
+  *rstd = real(1) / std::sqrt(total_squares / static_cast<real>(C) + eps);
+}
+
+// What normalises x: mean and rstd (B, T), gain and bias (C,); null where x is mixed as it comes.
+template <class real>
+struct Norm {
+  const real *mean, *rstd, *gain, *bias;
+};
+
 // Pointers of one call: x (B, T, C), last (B, C) or null (then 0), mask (B, T) or null, each share (C,).
 template <class scalar, class real, int N>
 struct ShiftInput : Steps {
   const scalar *x, *last;
+  Norm<real> norm;
   const real* share[N];
 
   template <int LANES>
   HOST_DEVICE void load_last(int64_t b, int64_t channel, int n, real (&previous)[LANES]) const {
     FOR_LANES(c, n) previous[c] = last == nullptr ? real(0) : static_cast<real>(last[b * C + channel + c]);
   }
+
+  // What is mixed of step t.
+  template <int LANES>
+  HOST_DEVICE void load(int64_t b, int64_t t, int64_t channel, int n, real (&now)[LANES]) const {
+    const scalar* __restrict row = x + at(b, t, channel);
+    if (norm.mean == nullptr) {
+      FOR_LANES(c, n) now[c] = static_cast<real>(row[c]);
+      return;
+    }
+    const real mean = norm.mean[b * T + t], rstd = norm.rstd[b * T + t];
+    const real *__restrict gain = norm.gain + channel, *__restrict bias = norm.bias + channel;
+    FOR_LANES(c, n) {  // rounded to x's dtype, as the state is: a text in stretches gives the same
+      now[c] = static_cast<real>(static_cast<scalar>((static_cast<real>(row[c]) - mean) * rstd * gain[c] + bias[c]));
+    }
+  }
 };
 
-template <class scalar, class real, int N>
+template <class scalar, class real, int N, class product>
 struct ShiftForward {
   ShiftInput<scalar, real, N> in;
-  scalar* mixed[N];
+  product* mixed[N];
   scalar* last_after;
 
   template <int LANES>
   HOST_DEVICE void operator()(int64_t b, int64_t channel, int n, Scratch<real>) const {
-    real previous[LANES];
+    real previous[LANES], now[LANES];
     in.load_last(b, channel, n, previous);
     for (int64_t t = 0; t < in.T; t++) {
       const int64_t at = in.at(b, t, channel);
       if (!in.real_token(b, t)) {
         for (int j = 0; j < N; j++) {
-          scalar* __restrict out = mixed[j] + at;
-          FOR_LANES(c, n) out[c] = scalar(real(0));
+          product* __restrict out = mixed[j] + at;
+          FOR_LANES(c, n) out[c] = product(real(0));
         }
         continue;
       }
-      const scalar* __restrict x = in.x + at;
+      in.load(b, t, channel, n, now);
       for (int j = 0; j < N; j++) {
         const real* __restrict share = in.share[j] + channel;
-        scalar* __restrict out = mixed[j] + at;
-        FOR_LANES(c, n) out[c] = static_cast<scalar>(mix(static_cast<real>(x[c]), previous[c], share[c]));
+        product* __restrict out = mixed[j] + at;
+        FOR_LANES(c, n) out[c] = static_cast<product>(mix(now[c], previous[c], share[c]));
       }
-      FOR_LANES(c, n) previous[c] = static_cast<real>(x[c]);
+      FOR_LANES(c, n) previous[c] = now[c];
     }
     FOR_LANES(c, n) last_after[b * in.C + channel + c] = static_cast<scalar>(previous[c]);
   }
 };
 
-template <class scalar, class real, int N>
+// The gradient of what is mixed; LayerNorm's own is torch's.
+template <class scalar, class real, int N, class product>
 struct ShiftBackward {
   ShiftInput<scalar, real, N> in;
-  const scalar* grad_mixed[N];
+  const product* grad_mixed[N];
   const scalar* grad_last_after;
   scalar *grad_x, *grad_last;
   real* grad_share;  // (B, N, C), or null where nobody asks
@@ -94,17 +146,17 @@ struct ShiftBackward {
   template <int LANES>
   HOST_DEVICE void share_gradients(int64_t b, int64_t channel, int n) const {
     for (int j = 0; j < N; j++) {
-      real previous[LANES], sum[LANES];
+      real previous[LANES], now[LANES], sum[LANES];
       in.load_last(b, channel, n, previous);
       FOR_LANES(c, n) sum[c] = 0;
       for (int64_t t = 0; t < in.T; t++) {
         if (!in.real_token(b, t)) continue;
         const int64_t at = in.at(b, t, channel);
-        const scalar *__restrict x = in.x + at, *__restrict g = grad_mixed[j] + at;
+        const product* __restrict g = grad_mixed[j] + at;
+        in.load(b, t, channel, n, now);
         FOR_LANES(c, n) {
-          const real x_t = static_cast<real>(x[c]);
-          sum[c] += static_cast<real>(g[c]) * (x_t - previous[c]);
-          previous[c] = x_t;
+          sum[c] += static_cast<real>(g[c]) * (now[c] - previous[c]);
+          previous[c] = now[c];
         }
       }
       FOR_LANES(c, n) grad_share[(b * N + j) * in.C + channel + c] = sum[c];

@@ -122,10 +122,17 @@ class SRWKV(nn.Module):
         self.output = _linear(C, C, gain=0)
 
     def forward(
-        self, x: Tensor, shift: Tensor | None = None, wkv_state: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        norm: nn.LayerNorm,
+        shift: Tensor | None = None,
+        wkv_state: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x `(B, T, C)` -> current for lif1 `(B, T, C)`, new shift `(B, C)`, new wkv state `(B, 3, C)`."""
-        for_k, for_v, for_r, shift = token_shift(x, shift, mask, self.time_mix_k, self.time_mix_v, self.time_mix_r)
+        """x `(B, T, C)`, before the norm -> current for lif1 `(B, T, C)`, new shift `(B, C)`, new wkv state
+        `(B, 3, C)`."""
+        shares = self.time_mix_k, self.time_mix_v, self.time_mix_r
+        for_k, for_v, for_r, shift = token_shift(x, shift, mask, *shares, norm=norm)
         k, v, r = self.key(for_k), self.value(for_v), self.receptance(for_r)
         y, wkv_state = wkv(self.time_decay, self.time_first, k, v, wkv_state, mask)
         return self.output(sigmoid_gate(r, y)), shift, wkv_state
@@ -144,9 +151,11 @@ class SRFFN(nn.Module):
         self.receptance = _linear(C, C, gain=0)
         self.value = _linear(hidden, C, gain=0)
 
-    def forward(self, x: Tensor, shift: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x `(B, T, C)` -> current for lif2 `(B, T, C)`, new shift `(B, C)`."""
-        for_k, for_r, shift = token_shift(x, shift, mask, self.time_mix_k, self.time_mix_r)
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, shift: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x `(B, T, C)`, before the norm -> current for lif2 `(B, T, C)`, new shift `(B, C)`."""
+        for_k, for_r, shift = token_shift(x, shift, mask, self.time_mix_k, self.time_mix_r, norm=norm)
         k, r = self.key(for_k), self.receptance(for_r)
         return sigmoid_gate(r, self.value(squared_relu(k))), shift
 
@@ -173,12 +182,11 @@ class Block(GradientCheckpointingLayer):
         att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane = state
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        current, att_shift, wkv_state = self.att(self.ln1(x), att_shift, wkv_state, mask)
-        spikes, att_membrane = self.lif1.step(current, att_membrane, mask)
-        x = x + spikes
-        current, ffn_shift = self.ffn(self.ln2(x), ffn_shift, mask)
-        spikes, ffn_membrane = self.lif2.step(current, ffn_membrane, mask)
-        return self.dropout(x + spikes), (att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane)
+        current, att_shift, wkv_state = self.att(x, self.ln1, att_shift, wkv_state, mask)
+        x, att_membrane = self.lif1.add(x, current, att_membrane, mask)
+        current, ffn_shift = self.ffn(x, self.ln2, ffn_shift, mask)
+        x, ffn_membrane = self.lif2.add(x, current, ffn_membrane, mask, self.dropout)
+        return x, (att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane)
 
 
 class SpikeGPTPreTrainedModel(PreTrainedModel):

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..ops.backend import bind, use_extension
+from ..ops.backend import bind, untouched, use_extension
+from ..ops.dropout import Dropout
 from .neuron import Neuron
 
 
@@ -203,6 +203,36 @@ class LIF(Neuron, neuron.LIFNode):
             membranes.append(v)
         return torch.stack(spikes, dim=1).to(x.dtype), torch.stack(membranes, dim=1)
 
+    def add(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        membrane: Tensor | None = None,
+        mask: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream `(B, T, C)` with the spikes for the current x added, and then `dropout`; and the membrane,
+        as `step`. One pass over memory, where nobody looks at the spikes themselves."""
+        drops = dropout is not None and dropout.training and dropout.p > 0
+        if not self._adds_in_one_pass(residual, x, dropout if drops else None):
+            spikes, membrane = self.step(x, membrane, mask)
+            return residual + spikes if dropout is None else dropout(residual + spikes), membrane
+        _check_shapes(x, membrane, mask)
+        seed, p = (dropout.seed(x.device), dropout.p) if drops else (None, 0.0)
+        if membrane is not None:
+            membrane = membrane.to(torch.promote_types(x.dtype, torch.float32))
+        return torch.ops.spikegpt_lora.lif_add(residual, x, membrane, mask, *vars(self.settings).values(), seed, p)
+
+    def _adds_in_one_pass(self, residual, x, dropout):
+        return (
+            untouched(self, LIF)
+            and not self.store_v_seq
+            and self._has_kernel()
+            and residual.dtype in (x.dtype, torch.promote_types(x.dtype, torch.float32))
+            and (dropout is None or (untouched(dropout, Dropout) and dropout.p < 1 and not dropout.inplace))
+            and use_extension("auto", x.device)
+        )
+
     def _has_kernel(self) -> bool:
         return type(self.surrogate_function) is surrogate.ATan and self.surrogate_function.spiking
 
@@ -277,21 +307,12 @@ def _bind():
     def fake(x, *settings):
         return x.new_empty(x.shape), _state_like(x)
 
-    def setup(ctx, inputs, output):
-        x, membrane, mask, *ctx.settings = inputs
-        ctx.save_for_backward(x, membrane, mask)
-
-    @once_differentiable
-    def backward(ctx, grad_spikes, grad_membrane):
-        x, membrane, mask = ctx.saved_tensors  # once: gradient checkpointing allows no second look
-        grad_x, grad_membrane = torch.ops.spikegpt_lora.lif_backward(
-            x, membrane, mask, *ctx.settings, grad_spikes, grad_membrane
-        )
-        return grad_x, None if membrane is None else grad_membrane, *[None] * (1 + len(ctx.settings))
+    def fake_add(residual, x, *rest):
+        return residual.new_empty(residual.shape), _state_like(x)
 
     torch.library.register_fake("spikegpt_lora::lif", fake)
+    torch.library.register_fake("spikegpt_lora::lif_add", fake_add)
     torch.library.register_fake("spikegpt_lora::lif_backward", fake)
-    torch.library.register_autograd("spikegpt_lora::lif", backward, setup_context=setup)
 
 
 def _state_like(x):

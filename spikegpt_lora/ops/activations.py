@@ -5,7 +5,6 @@ One pass over memory forward and one backward, where plain torch makes two to fi
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backend import bind, use_extension
 
@@ -26,20 +25,10 @@ def squared_relu(k: Tensor, backend: str = "auto") -> Tensor:
 
 @bind
 def _bind() -> None:
-    def setup(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
     def like_inputs(*tensors):
         *inputs, grad = tensors
         return tuple(x.new_empty(x.shape) for x in inputs) if len(inputs) > 1 else inputs[0].new_empty(inputs[0].shape)
 
     for name in ("sigmoid_gate", "squared_relu"):
-        run = getattr(torch.ops.spikegpt_lora, f"{name}_backward")
-
-        @once_differentiable
-        def backward(ctx, grad, run=run):
-            return run(*ctx.saved_tensors, grad)
-
         torch.library.register_fake(f"spikegpt_lora::{name}", lambda x, *rest: x.new_empty(x.shape))
         torch.library.register_fake(f"spikegpt_lora::{name}_backward", like_inputs)
-        torch.library.register_autograd(f"spikegpt_lora::{name}", backward, setup_context=setup)

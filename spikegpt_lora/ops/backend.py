@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from .build import ExtensionError, build_library
 
@@ -27,7 +28,7 @@ _default = os.environ.get("SPIKEGPT_LORA_BACKEND", "auto")
 
 
 def bind(function: Callable[[], None]) -> Callable[[], None]:
-    """Decorator: `function` registers fake kernels and gradients of operators once the library is loaded."""
+    """Decorator: `function` registers fake kernels of operators once the library is loaded."""
     _bindings.append(function)
     return function
 
@@ -49,6 +50,26 @@ def use_extension(backend: str, device: torch.device) -> bool:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     load(device.type)
     return True
+
+
+def untouched(module: nn.Module, kind: type) -> bool:
+    """Whether an operator may do what `module` does: it is a `kind` and no subclass of it, nobody has hooks on it or a
+    forward of their own, and its weights are plain tensors (not sharded, not packed)."""
+    return (
+        type(module) is kind
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+        and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
+    )
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What x is multiplied in: its own dtype, or that of autocast where it is on."""
+    kind = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+SOURCES = {"cpu": ["ops.cpp", "autograd.cpp"], "cuda": ["ops_cuda.cu"]}  # in the folder that `sources` gives
 INSTRUCTION_SETS = {  # torch's names of what the processor has
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
@@ -85,18 +86,18 @@ def _compile(device: str, compiler: list[str], flags: list[str], library: Path):
         shutil.rmtree(left_over, ignore_errors=True)
     command = shlex.join(compiler)
     logger.info("building the kernels with %s, once (about half a minute): %s", command, library)
-    source = sources() / ("ops.cpp" if device == "cpu" else "ops_cuda.cu")
+    files = [sources() / name for name in SOURCES[device]]
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent, ignore_cleanup_errors=True) as folder:
         if device == "cpu":
             flags = flags + optional_flags(compiler)
         else:
             _require_the_release_of_torch(compiler)
-        rules = _ninja_rules(device, compiler, flags, source, library.name)
+        rules = _ninja_rules(device, compiler, flags, files, library.name)
         (Path(folder) / "build.ninja").write_text(rules, encoding="utf-8")
         done = _run([_ninja(), "-C", folder])
         log = done.stdout + done.stderr
         if done.returncode != 0:
-            raise ExtensionError(f"{command} failed on {source}:\n{log[-4000:].strip()}")
+            raise ExtensionError(f"{command} failed on {files[0].parent}:\n{log[-4000:].strip()}")
         (library.parent / "build.log").write_text(log, encoding="utf-8")
         os.replace(Path(folder) / library.name, library)
 
@@ -109,9 +110,10 @@ def _run(command: list[str], given: str = "") -> subprocess.CompletedProcess:
         raise ExtensionError(f"cannot run {command[0]}: {error.strerror}; install it anew, or name another") from error
 
 
-def _ninja_rules(device: str, compiler: list[str], flags: list[str], source: Path, name: str) -> str:
+def _ninja_rules(device: str, compiler: list[str], flags: list[str], files: list[Path], name: str) -> str:
     torch_folder = Path(torch.__file__).parent
-    escaped_source = re.sub("[$: ]", r"$\g<0>", str(source))  # ninja's own way; it quotes $in for the shell
+    objects = {f"{file.stem}.o": re.sub("[$: ]", r"$\g<0>", str(file)) for file in files}  # ninja quotes $in itself
+    compiled = "\n".join(f"build {made}: compile {escaped}" for made, escaped in objects.items())
     libraries = [f"-L{_quoted(torch_folder / 'lib')}", "-lc10", "-ltorch", "-ltorch_cpu"]
     if device == "cuda":
         libraries.append("-lc10_cuda")
@@ -124,8 +126,8 @@ rule compile
   command = {command} $flags -c $in -o $out
 rule link
   command = {command} $flags -shared $in -o $out {" ".join(libraries)}
-build ops.o: compile {escaped_source}
-build {name}: link ops.o
+{compiled}
+build {name}: link {" ".join(objects)}
 """
 
 

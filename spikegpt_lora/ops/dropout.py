@@ -19,8 +19,11 @@ class Dropout(nn.Dropout):
             return x
         if self.p == 1 or self.inplace or not use_extension("auto", x.device):
             return super().forward(x)
-        seed = torch.randint(2**62, (1,), device=x.device)
-        return torch.ops.spikegpt_lora.dropout(x, seed, self.p)
+        return torch.ops.spikegpt_lora.dropout(x, self.seed(x.device), self.p)
+
+    def seed(self, device: torch.device) -> Tensor:
+        """`(1,)`, drawn from torch's generator: with it, the kernels know what one call drops."""
+        return torch.randint(2**62, (1,), device=device)
 
 
 def set_dropout(model: PreTrainedModel, dropout: float) -> PreTrainedModel:
@@ -34,12 +37,4 @@ def set_dropout(model: PreTrainedModel, dropout: float) -> PreTrainedModel:
 
 @bind
 def _bind() -> None:
-    def setup(ctx, inputs, output):
-        _, seed, ctx.p = inputs
-        ctx.save_for_backward(seed)
-
-    def backward(ctx, grad):
-        return torch.ops.spikegpt_lora.dropout(grad, *ctx.saved_tensors, ctx.p), None, None
-
     torch.library.register_fake("spikegpt_lora::dropout", lambda x, seed, p: x.new_empty(x.shape))
-    torch.library.register_autograd("spikegpt_lora::dropout", backward, setup_context=setup)

@@ -7,37 +7,57 @@ Source: SpikeGPT section 3.3 (eq. 6), upstream `src/model.py` (`time_shift`, `ti
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .backend import bind, use_extension
+from .backend import bind, product_dtype, untouched, use_extension
 
 
 def token_shift(
-    x: Tensor, last: Tensor | None, mask: Tensor | None, *shares: Tensor, backend: str = "auto"
+    x: Tensor,
+    last: Tensor | None,
+    mask: Tensor | None,
+    *shares: Tensor,
+    norm: nn.LayerNorm | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Mix every token with the one before it.
 
     Args:
         x: `(B, T, C)`.
-        last: `(B, C)`, x at the last real token of the previous stretch; None at a sentence's start (0).
+        last: `(B, C)`, x (of the norm, if any) at the last real token of the previous stretch; None at a sentence's
+            start (0).
         mask: bool `(B, T)`; where False the token does not exist: the mixes are 0, the token after it is mixed with
             the real one before it, no gradient.
         shares: two or three tensors of C elements, one for each layer that reads.
+        norm: what x passes first, in the same pass over memory.
         backend: as in `wkv`.
 
     Returns:
-        The mixes `(B, T, C)`, one for each share, and at the end x at the last real token `(B, C)`.
+        The mixes `(B, T, C)`, one for each share, under autocast in its dtype; and at the end x (of the norm) at the
+        last real token `(B, C)`.
     """
     if not use_extension(backend, x.device) or len(shares) not in (2, 3):
-        return token_shift_reference(x, last, mask, *shares)
+        return token_shift_reference(x, last, mask, *shares, norm=norm)
+    gain = bias = None
+    if norm is not None and not _fusible(norm, x):
+        x, norm = norm(x), None
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if norm is not None:
+        gain, bias = norm.weight.to(dtype), norm.bias.to(dtype)
     flat = [share.reshape(-1).to(dtype) for share in shares]
     shift = torch.ops.spikegpt_lora.token_shift2 if len(shares) == 2 else torch.ops.spikegpt_lora.token_shift3
-    return shift(x, None if last is None else last.to(x.dtype), mask, *flat)
+    eps, last = (0.0 if norm is None else norm.eps), (None if last is None else last.to(x.dtype))
+    return shift(x, gain, bias, eps, last, mask, *flat, product_dtype(x))[: len(shares) + 1]
 
 
-def token_shift_reference(x: Tensor, last: Tensor | None, mask: Tensor | None, *shares: Tensor) -> tuple[Tensor, ...]:
+def _fusible(norm: nn.Module, x: Tensor) -> bool:
+    return untouched(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def token_shift_reference(
+    x: Tensor, last: Tensor | None, mask: Tensor | None, *shares: Tensor, norm: nn.LayerNorm | None = None
+) -> tuple[Tensor, ...]:
     """`token_shift` in plain torch: the definition that the kernel is compared with."""
+    x = x if norm is None else norm(x)
     previous, last = _previous(x, last, mask)
     # Upstream's order of operations: torch.lerp rounds differently, and a rounding can flip a spike.
     mixes = [x * share + previous * (1 - share) for share in shares]
@@ -67,23 +87,15 @@ def _bind() -> None:
 
 
 def _bind_for(name: str, count: int) -> None:
-    def fake(x, last, mask, *shares):
-        return *(x.new_empty(x.shape) for _ in shares), x.new_empty(x.shape[0], x.shape[2])
+    def fake(x, gain, bias, eps, last, mask, *shares_and_dtype):
+        *shares, dtype = shares_and_dtype
+        shape = [0] if gain is None else x.shape[:2]
+        moments = [x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2)]
+        mixes = [x.new_empty(x.shape, dtype=x.dtype if dtype is None else dtype) for _ in shares]
+        return *mixes, x.new_empty(x.shape[0], x.shape[2]), *moments
 
-    def fake_backward(x, last, mask, *rest):
+    def fake_backward(x, gain, bias, mean, rstd, last, mask, *rest):
         return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2]), rest[0].new_empty(count, x.shape[2])
-
-    def setup(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @once_differentiable
-    def backward(ctx, *grads):
-        x, last, mask, *shares = ctx.saved_tensors
-        wanted = any(ctx.needs_input_grad[3:])
-        run = getattr(torch.ops.spikegpt_lora, f"token_shift{count}_backward")
-        grad_x, grad_last, grad_shares = run(x, last, mask, *shares, *grads, wanted)
-        return grad_x, None if last is None else grad_last, None, *(grad_shares if wanted else [None] * count)
 
     torch.library.register_fake(name, fake)
     torch.library.register_fake(f"{name}_backward", fake_backward)
-    torch.library.register_autograd(name, backward, setup_context=setup)

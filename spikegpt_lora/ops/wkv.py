@@ -10,7 +10,6 @@ Source: RWKV-4 (Peng et al. 2023, appendix D), SpikeGPT section 3.3, upstream `c
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backend import bind, use_extension
 
@@ -121,15 +120,5 @@ def _bind():
     def fake_backward(w, u, k, v, state, mask, grad_y, grad_state):
         return tuple(tensor.new_empty(tensor.shape) for tensor in (w, u, k, v, grad_state))
 
-    def setup(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @once_differentiable
-    def backward(ctx, grad_y, grad_state):
-        w, u, k, v, state, mask = ctx.saved_tensors
-        *grads, grad_state = torch.ops.spikegpt_lora.wkv_backward(w, u, k, v, state, mask, grad_y, grad_state)
-        return *grads, None if state is None else grad_state, None
-
     torch.library.register_fake("spikegpt_lora::wkv", fake)
     torch.library.register_fake("spikegpt_lora::wkv_backward", fake_backward)
-    torch.library.register_autograd("spikegpt_lora::wkv", backward, setup_context=setup)
