@@ -43,6 +43,8 @@ from transformers.pytorch_utils import Conv1D
 import spikegpt_lora
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTModel, SpikeLoraConfig
 from spikegpt_lora.adapters.config import KINDS
+from spikegpt_lora.adapters.layer import FusedLinear, fused
+from spikegpt_lora.ops.backend import untouched
 from spikegpt_lora.utils.checks import kinds, violations
 from spikegpt_lora.utils.inputs import CACHES
 
@@ -123,6 +125,16 @@ def a_hook_sees_keywords() -> bool:
     return seen == [{"input": 1}] and hook in module._forward_pre_hooks.values()
 
 
+def hooks_are_seen() -> bool:
+    """One kind of hook after the other, on a module of its own: an operator no longer does what the module does."""
+    kinds = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+    modules = [nn.Linear(2, 2) for _ in kinds]
+    bare = all(untouched(module, nn.Linear) for module in modules)
+    for module, kind in zip(modules, kinds, strict=True):
+        getattr(module, f"register_{kind}")(lambda *given: None)
+    return bare and not any(untouched(module, nn.Linear) for module in modules)
+
+
 LAYER, MODEL, CONFIG = "adapters/layer.py", "adapters/model.py", "adapters/config.py"
 OWN_MODEL, TRAINING = "model.py", "finetune/trainer.py"
 
@@ -153,6 +165,8 @@ SEAMS = [
          lambda: all("default" in getattr(adapted(peft.LoraConfig), name)
                      for name in ("r", "scaling", "lora_A", "lora_B", "lora_dropout", "active_adapters"))
          and (adapted(peft.LoraConfig).merged, adapted(peft.LoraConfig).disable_adapters) == (False, False)),
+    Seam("peft LoraConfig._register_custom_module", LAYER, "a layer's class for a type of linear, asked for first",
+         lambda: type(adapted(lambda **kwargs: fused(peft.LoraConfig(**kwargs)))) is FusedLinear),
     Seam("peft.tuners.lora.bnb Linear4bit, Linear8bitLt", "adapters/quantized.py", "LoRA layers", quantised_layers),
     # peft: how a method becomes known, layers are replaced, files written and read
     Seam("peft PeftType: _name_, _value_, _member_names_, _member_map_, _value2member_map_", CONFIG,
@@ -263,6 +277,8 @@ SEAMS = [
     # torch and Python
     Seam("torch Module._forward_pre_hooks", "adapters/sequence.py", "holds hooks with keyword arguments",
          a_hook_sees_keywords),
+    Seam("torch Module._forward_hooks, _forward_pre_hooks, _backward_hooks, _backward_pre_hooks", "ops/backend.py",
+         "hold all the hooks on a module", hooks_are_seen),
     Seam("torch get_extra_state", "adapters/gate.py", "saved as _extra_state",
          lambda: "_extra_state" in spikegpt_lora.adapters.SpikeGate(2).state_dict()),
     Seam("torch._subclasses.FakeTensor", "utils/inputs.py", "tensors without values",

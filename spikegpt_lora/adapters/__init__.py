@@ -6,7 +6,7 @@ from peft.utils import register_peft_method
 
 from .config import PRESETS, SpikeLoraConfig
 from .gate import SpikeGate
-from .layer import SpikeLoraLinear
+from .layer import SpikeLoraLinear, fused
 from .model import SpikeLoraModel
 from .sparsity import SparsityCallback, SparsityController, calibrate_thresholds
 
@@ -18,6 +18,7 @@ __all__ = [
     "SpikeLoraLinear",
     "SpikeLoraModel",
     "calibrate_thresholds",
+    "fused",
 ]
 
 register_peft_method(name="spikelora", config_cls=SpikeLoraConfig, model_cls=SpikeLoraModel, prefix="lora_")

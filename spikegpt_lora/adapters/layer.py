@@ -3,13 +3,22 @@
 SN(A x) are the spikes of the gate (gate.py): only where unit j fires is (A x)_j, or a 1, passed to B (SpikeLoRA, eq.
 5). The gate depends on the input, so no fixed weight equals the adapter: it cannot be merged.
 
+What an adapter adds is added in place by the matrix product itself, and its gradient likewise (cuda/autograd.cpp): beside
+the products nothing passes over the layer's input or output. Where somebody looks on (hooks), where the layer is not a
+plain frozen one, or without the compiled kernels, it is peft's own forward.
+
 Rests on peft's LoRA variants (`lora_variants`, new in 0.20), which peft calls private: setup.py pins the version.
 """
 
+import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from ..ops.backend import product_dtype, untouched, use_extension
 from . import sequence
 from .gate import SpikeGate
 
@@ -17,6 +26,21 @@ MERGE_REFUSED = (
     "SpikeLoRA adapter {!r} cannot be merged: its gate SN(A x) depends on the input x, so no fixed weight equals it. "
     "Keep the adapter unmerged (model.unload() drops it; a plain LoRA adapter can be merged)."
 )
+
+
+def fused(config: LoraConfig) -> LoraConfig:
+    """`config`, of stock LoRA, whose adapters are added in place while the model trains: less time, the same files.
+
+    Results are stock LoRA's but for rounding; of `SpikeLoraConfig` it is the default where it spikes, and not wanted
+    where it must be stock LoRA to the bit (`use_spikelora=False`).
+    """
+    config._register_custom_module({nn.Linear: FusedLinear})
+    return config
+
+
+def plain_linear(base: nn.Module) -> bool:
+    """Whether it holds one real weight: quantised linears subclass nn.Linear but hold another kind."""
+    return isinstance(base, (nn.Linear, Conv1D)) and type(base.weight) is nn.Parameter
 
 
 class SpikeLoraVariant(LoraVariant):
@@ -32,14 +56,87 @@ class SpikeLoraVariant(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         a = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        passed = module.lora_gate[active_adapter].passed(a)
-        return result + module.lora_B[active_adapter](passed) * module.scaling[active_adapter]
+        passed, b = module.lora_gate[active_adapter].passed(a), module.lora_B[active_adapter]
+        if not _adds_nothing_else(b) or not result.dtype == passed.dtype == b.weight.dtype:
+            return result + b(passed) * module.scaling[active_adapter]
+        rows, units = result.flatten(0, -2), passed.flatten(0, -2)  # as the fused layer adds it, to the bit
+        return torch.addmm(rows, units, b.weight.t(), alpha=module.scaling[active_adapter]).view(result.shape)
 
     @staticmethod
     def merge_safe(module, active_adapter, orig_weight):
         raise RuntimeError(MERGE_REFUSED.format(active_adapter))
 
     merge_unsafe = unmerge = merge_safe
+
+
+def _adds_nothing_else(linear: nn.Module) -> bool:
+    return untouched(linear, nn.Linear) and linear.bias is None
+
+
+class FusedLinear(LoraLinear):
+    """peft's LoRA Linear, of nn.Linear and of GPT-2's Conv1D, with the adapter added in place.
+
+    Raises:
+        ValueError: the base layer holds a packed weight (bitsandbytes): peft has layers for those.
+    """
+
+    def __init__(self, base_layer: nn.Module, *args, **kwargs) -> None:
+        base = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        if not plain_linear(base):
+            raise ValueError(f"a fused adapter needs a layer with one real weight, got {type(base).__name__}")
+        super().__init__(base_layer, *args, **kwargs)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        adapter = None if args or kwargs else self._fusible(x)
+        return super().forward(x, *args, **kwargs) if adapter is None else self._fused(x, adapter)
+
+    def _fusible(self, x: Tensor) -> str | None:
+        """The adapter that may be added in place, if one alone is active and nobody looks in between."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1 or self.disable_adapters or self.merged or not self._fuses(names[0]):
+            return None
+        base, a, b = self.base_layer, self.lora_A[names[0]], self.lora_B[names[0]]
+        dtype, autocast = product_dtype(x), torch.is_autocast_enabled(x.device.type)
+        ours = (
+            untouched(base, nn.Linear)
+            and not base.weight.requires_grad
+            and _adds_nothing_else(a)
+            and _adds_nothing_else(b)
+            and all(autocast or weight.dtype == dtype for weight in (base.weight, a.weight, b.weight))
+            and use_extension("auto", x.device)
+        )
+        return names[0] if ours else None
+
+    def _fuses(self, adapter: str) -> bool:
+        return adapter not in self.lora_variant
+
+    def _fused(self, x: Tensor, adapter: str) -> Tensor:
+        base, dtype = self.base_layer, product_dtype(x)
+        a, b = (part[adapter].weight.to(dtype) for part in (self.lora_A, self.lora_B))
+        bias = None if base.bias is None else base.bias.to(dtype)
+        dropped = self.lora_dropout[adapter](x).to(dtype)
+        passed, read = torch.ops.spikegpt_lora.adapter_in(dropped, a)
+        if not isinstance(self.lora_dropout[adapter], nn.Identity):
+            read = x.to(dtype)
+        return torch.ops.spikegpt_lora.adapter_out(
+            read, self._frozen(dtype), bias, self._passed(passed, adapter), b, self.scaling[adapter]
+        )
+
+    def _passed(self, a: Tensor, adapter: str) -> Tensor:
+        return a
+
+    def _frozen(self, dtype: torch.dtype) -> Tensor:
+        """W0 in the dtype that it is multiplied in: cast once, and again where it has been changed."""
+        weight = self.base_layer.weight
+        if weight.dtype == dtype:
+            return weight
+        if weight.is_inference():  # keeps no count of its changes
+            return weight.to(dtype)
+        state = (weight.data_ptr(), weight._version, dtype)
+        if self.__dict__.get("_cast", (None,))[0] != state:
+            with torch.inference_mode(False):  # else nothing could be trained with it later
+                self._cast = state, weight.detach().to(dtype)
+        return self._cast[1]
 
 
 class SpikingLayer:
@@ -68,10 +165,16 @@ class SpikingLayer:
         return super().get_delta_weight(adapter)
 
 
-class SpikeLoraLinear(SpikingLayer, LoraLinear):
+class SpikeLoraLinear(SpikingLayer, FusedLinear):
     """peft's LoRA Linear, of nn.Linear and of GPT-2's Conv1D, whose adapters may spike; adapters with
-    `use_spikelora=False` are plain LoRA."""
+    `use_spikelora=False` are plain LoRA, in peft's own forward."""
 
     @property
     def lora_variants(self):
         return {**super().lora_variants, ("use_spikelora",): SpikeLoraVariant}
+
+    def _fuses(self, adapter: str) -> bool:
+        return type(self.lora_variant.get(adapter)) is SpikeLoraVariant
+
+    def _passed(self, a: Tensor, adapter: str) -> Tensor:
+        return self.lora_gate[adapter].passed(a)

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from ..utils.inputs import require_finite
 from . import sequence
 from .fingerprint import fingerprint, require_base
-from .layer import MERGE_REFUSED, SpikeLoraLinear
+from .layer import MERGE_REFUSED, SpikeLoraLinear, plain_linear
 from .quantized import spiking_quantized
 
 
@@ -79,11 +79,6 @@ class SpikeLoraModel(LoraModel):
                 "use_spikelora=False"
             )
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
-
-
-def plain_linear(base: nn.Module) -> bool:
-    """Whether it holds one real weight: quantised linears subclass nn.Linear but hold another kind."""
-    return isinstance(base, (nn.Linear, Conv1D)) and type(base.weight) is nn.Parameter
 
 
 def _refuse_two_calls(parent: nn.Module, target_name: str, current_key: str):

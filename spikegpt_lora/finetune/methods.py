@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from ..adapters import SparsityCallback, SpikeLoraConfig
+from ..adapters import SparsityCallback, SpikeLoraConfig, fused
 from ..adapters.config import PRESETS
 from ..model import SpikeGPTConfig, SpikeGPTForSequenceClassification
 from .options import PARITY, PROTOCOL, FinetuneOptions
@@ -39,7 +39,7 @@ def with_new_weights(model: SpikeGPTForSequenceClassification) -> nn.Module:
 
 
 def lora(options: FinetuneOptions, **more) -> LoraConfig:
-    return LoraConfig(**_adapter(options) | more)
+    return fused(LoraConfig(**_adapter(options) | more))
 
 
 def spikelora(options: FinetuneOptions, **more) -> LoraConfig:
