@@ -293,13 +293,19 @@ struct AdapterIn : Function<AdapterIn> {
     const Tensor g = rows(grads[0]);
     if (ctx->needs_input_grad(1)) grad_a = at::mm(g.t(), rows(x));
     if (ctx->needs_input_grad(0)) {
-      if (grad_x.defined()) {
-        rows(grad_x).addmm_(g, a);  // made by AdapterOut for this place alone
-      } else {
+      if (!grad_x.defined()) {
         grad_x = like(at::mm(g, a), x);
+      } else if (nobody_else_holds(grad_x)) {  // AdapterOut made it for this place
+        rows(grad_x).addmm_(g, a);
+      } else {
+        grad_x = like(at::addmm(rows(grad_x), g, a), x);
       }
     }
     return {grad_x, grad_a};
+  }
+
+  static bool nobody_else_holds(const Tensor& grad) {  // than `grads` and the copy of it
+    return grad.use_count() <= 2 && grad.is_contiguous() && !at::GradMode::is_enabled();
   }
 };
 

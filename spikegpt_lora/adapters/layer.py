@@ -3,9 +3,9 @@
 SN(A x) are the spikes of the gate (gate.py): only where unit j fires is (A x)_j, or a 1, passed to B (SpikeLoRA, eq.
 5). The gate depends on the input, so no fixed weight equals the adapter: it cannot be merged.
 
-What an adapter adds is added in place by the matrix product itself, and its gradient likewise (cuda/autograd.cpp): beside
-the products nothing passes over the layer's input or output. Where somebody looks on (hooks), where the layer is not a
-plain frozen one, or without the compiled kernels, it is peft's own forward.
+What an adapter adds is added in place by the matrix product itself, and its gradient likewise (cuda/autograd.cpp):
+beside the products nothing passes over the layer's input or output. Where somebody looks on (hooks), where the layer is
+not a plain frozen one, or without the compiled kernels, it is peft's own forward.
 
 Rests on peft's LoRA variants (`lora_variants`, new in 0.20), which peft calls private: setup.py pins the version.
 """

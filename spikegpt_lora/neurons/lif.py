@@ -211,14 +211,13 @@ class LIF(Neuron, neuron.LIFNode):
         mask: Tensor | None = None,
         dropout: Dropout | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream `(B, T, C)` with the spikes for the current x added, and then `dropout`; and the membrane,
-        as `step`. One pass over memory, where nobody looks at the spikes themselves."""
-        drops = dropout is not None and dropout.training and dropout.p > 0
-        if not self._adds_in_one_pass(residual, x, dropout if drops else None):
+        """The residual stream `(B, T, C)` with the spikes for the current x added, and then `dropout`; and the
+        membrane, as `step`. One pass over memory, where nobody looks at the spikes themselves."""
+        if not self._adds_in_one_pass(residual, x, dropout):
             spikes, membrane = self.step(x, membrane, mask)
             return residual + spikes if dropout is None else dropout(residual + spikes), membrane
         _check_shapes(x, membrane, mask)
-        seed, p = (dropout.seed(x.device), dropout.p) if drops else (None, 0.0)
+        seed, p = (None, 0.0) if dropout is None or not dropout.drops else (dropout.seed(x.device), dropout.p)
         if membrane is not None:
             membrane = membrane.to(torch.promote_types(x.dtype, torch.float32))
         return torch.ops.spikegpt_lora.lif_add(residual, x, membrane, mask, *vars(self.settings).values(), seed, p)

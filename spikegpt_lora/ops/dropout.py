@@ -15,14 +15,19 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
+        if not self.drops:
             return x
         if self.p == 1 or self.inplace or not use_extension("auto", x.device):
             return super().forward(x)
         return torch.ops.spikegpt_lora.dropout(x, self.seed(x.device), self.p)
 
+    @property
+    def drops(self) -> bool:
+        """Whether it does anything now."""
+        return self.training and self.p > 0
+
     def seed(self, device: torch.device) -> Tensor:
-        """`(1,)`, drawn from torch's generator: with it, the kernels know what one call drops."""
+        """`(1,)`, drawn from torch's generator: with it, a kernel knows what one call drops."""
         return torch.randint(2**62, (1,), device=device)
 
 

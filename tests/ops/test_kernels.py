@@ -12,6 +12,7 @@ from helpers import NEURONS, current, need_extension, wkv_inputs
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification
 from spikegpt_lora.neurons.lif import LIF, NeuronParameters
 from spikegpt_lora.ops.backend import default_backend
+from spikegpt_lora.ops.dropout import Dropout
 from spikegpt_lora.ops.wkv import wkv, wkv_reference
 
 TOLERANCES = {
@@ -161,6 +162,29 @@ def test_lif_on_cuda_equals_the_cpus(settings, dtype, shape):
     assert_equal_spikes_and_near_gradients(ours, lif_results("extension", *inputs, settings), dtype)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", [(d, d) for d in LIF_CASES["dtype"]] + [(torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("shape", LIF_CASES["shape"], ids=str)
+@pytest.mark.parametrize("settings", NEURONS, ids=str)
+def test_spikes_added_in_one_pass_are_the_neurons_own_bit_for_bit_and_in_every_gradient(settings, shape, dtypes, p):
+    """Against the neuron, the addition and dropout one after the other, which is what happens where a hook looks on."""
+    need_extension()
+    x, membrane, mask = lif_inputs(dtypes[0], shape)
+    residual, dropout, results = current(*shape, dtype=torch.float32, scale=0.7).to(dtypes[1]), Dropout(p), []
+    for lif in (LIF(**settings), LIF(**settings)):
+        if results:
+            lif.register_forward_hook(lambda module, given, output: None)
+        leaves = [t.detach().requires_grad_() for t in (residual, x, membrane)]
+        torch.manual_seed(4)
+        out, after = lif.add(*leaves, mask, dropout)
+        weights = [torch.linspace(-1, 2, y.numel()).view(y.shape).to(y) for y in (out, after)]
+        results.append([out, after, *torch.autograd.grad([out, after], leaves, weights)])
+    assert results[0][0].dtype == dtypes[1]
+    assert all(torch.equal(*pair) for pair in zip(*(r[:3] for r in results)))
+    half = dtypes[0] in (torch.bfloat16, torch.float16)  # there the sum of both ways' gradients is rounded
+    torch.testing.assert_close(*(r[3:] for r in results), **TOLERANCES[dtypes[0]] if half else {"rtol": 0, "atol": 0})
+
+
 def operator_calls():
     """Each operator with arguments that require gradients, state and mask included."""
     generator = torch.Generator().manual_seed(0)
@@ -181,14 +205,18 @@ def operator_calls():
     yield "wkv", (w, u, x, y, None, None)
     yield "lif", (x, last, mask, 2.0, 1.0, 0.0, True, 2.0, False)
     yield "lif", (x, None, None, 3.0, 0.5, None, False, 2.0, True)
+    yield "lif_add", (y, x, last, mask, 2.0, 1.0, 0.0, True, 2.0, False, torch.tensor([7]), 0.3)
+    yield "lif_add", (y, x, None, None, 3.0, 0.5, None, False, 2.0, True, None, 0.0)
     yield "token_shift2", (x, None, None, 0.0, last, mask, w, u, None)
     yield "token_shift3", (x, share, w, 1e-5, None, None, w, u, share, None)
     yield "sigmoid_gate", (x, y)
     yield "squared_relu", (wide,)
     yield "dropout", (wide, torch.tensor([7]), 0.3)
+    yield "adapter_in", (x, draw(2, 3))
+    yield "adapter_out", (x, draw(5, 3), draw(5), draw(2, 4, 2), draw(5, 2), 0.7)
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(13))
 def test_opcheck(number):
     need_extension()
     name, arguments = list(operator_calls())[number]
@@ -245,11 +273,12 @@ def test_autocast_keeps_states_in_float32_and_outputs_in_its_dtype():
     assert state.dtype == membrane.dtype == torch.float32
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(10))
 def test_a_second_derivative_is_refused_not_wrong(number):
     need_extension()
     name, arguments = list(operator_calls())[number]
-    first = next(x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad)
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+    first = tensors[name == "lif_add"]  # what it adds to is no argument of a kernel's gradient
     result = getattr(torch.ops.spikegpt_lora, name)(*arguments)
     loss = (result[0] if isinstance(result, tuple) else result).square().sum()
     (gradient,) = torch.autograd.grad(loss, first, create_graph=True)
