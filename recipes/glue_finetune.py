@@ -6,7 +6,7 @@ Nothing is picked on CoLA's dev set: every run is measured there once, after its
 --holdout, which trains on 90 % of the training set and measures on the rest. Methods of one seed start from the same
 values and read the same order. The same command goes on. It leaves in --output-dir:
 
-    results.md  results.json        the comparison: schema, task, model, complete, options, versions, runs
+    results.md  results.json        the comparison: schema, task, model, complete, precision, options, versions, runs
     lora-rank8/seed0/run.json       one of its runs: method, rank, seed, mcc, train_mcc (of as many sentences),
                                     accuracy, sparsity, dead_ranks (fractions of 1, null without a gate), step_ms,
                                     trainable (parameters)
@@ -37,7 +37,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from spikegpt_lora.checkpoint import load_tokenizer
-from spikegpt_lora.finetune.experiment import aside, counted, header, run_missing, sha256_of_text, take_up
+from spikegpt_lora.finetune.experiment import aside, bf16_of, counted, header, run_missing, sha256_of_text, take_up
 from spikegpt_lora.finetune.methods import METHODS
 from spikegpt_lora.finetune.options import FinetuneOptions
 from spikegpt_lora.finetune.run import require_trained
@@ -48,6 +48,7 @@ from spikegpt_lora.tasks.glue import load_cola
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.errors import read_json
 from spikegpt_lora.utils.files import locked, write_json, write_text
+from spikegpt_lora.utils.precision import resolve
 
 SCHEMA = "spikegpt_lora/cola/1"
 RUN_KEYS = ("method", "rank", "seed", "mcc", "train_mcc", "sparsity", "dead_ranks", "step_ms", "trainable")
@@ -93,7 +94,10 @@ def main() -> int:
     data = load_cola(args.pop("data_dir"), args["holdout"])
     if most := args["max_train_samples"]:
         data["train"] = data["train"].shuffle(seed=0).select(range(min(most, len(data["train"]))))
-    plan, tokens = Plan(text_sha256=sha256_of_text(data), **args), tokenize(data, tokenizer)
+    precision = resolve(args.pop("precision"), PartialState().device, bf16_of(args["output_dir"]))
+    print(precision)
+    plan = Plan(bf16=precision.bf16, text_sha256=sha256_of_text(data), **args)
+    tokens = tokenize(data, tokenizer)
     print(", ".join(f"{name} {len(rows):,}" for name, rows in data.items()) + " sentences")
     runs = [{"method": m, "rank": r, "seed": s} for s in plan.seeds for r in plan.ranks for m in plan.methods]
     with locked(plan.output_dir):
@@ -125,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--v-threshold", type=command_line.number(">= 0 and finite"), default=0.1, help="of SpikeLoRA's gate")
     add("--max-train-samples", type=command_line.positive, help="use only so many training sentences")
     add("--holdout", action="store_true", help="measure on a tenth of the training set, for choosing settings")
-    add("--bf16", action="store_true", help="bfloat16 mixed precision")
+    command_line.add_precision(add)
     add("--output-dir", type=Path, default=Path("runs/cola"), help="results go here")
     return parser.parse_args()
 
@@ -182,9 +186,10 @@ def finished(plan: Plan) -> list[dict]:
 
 def write_results(plan: Plan, complete: bool) -> None:
     if runs := finished(plan):
-        results = header(SCHEMA, "cola", plan.model, counted(plan)) | {"complete": complete, "runs": runs}
+        results = header(SCHEMA, "cola", plan.model, plan.bf16, counted(plan)) | {"complete": complete, "runs": runs}
         write_json(plan.output_dir / "results.json", results)
-        write_text(plan.output_dir / "results.md", summary(runs))
+        measured = f"Trained and measured in {results['precision']}."
+        write_text(plan.output_dir / "results.md", f"{summary(runs)}\n{measured}\n")
 
 
 def train(plan: Plan, data: DatasetDict, tokenizer, run: dict, description: str) -> None:

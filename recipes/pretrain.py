@@ -26,6 +26,7 @@ from spikegpt_lora.pretrain.loop import (
     NEWEST,
     Pretraining,
     PretrainOptions,
+    bf16_of,
     save_rounded,
     write_log,
 )
@@ -34,6 +35,7 @@ from spikegpt_lora.report.markdown import table
 from spikegpt_lora.tasks.registry import TASKS
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
+from spikegpt_lora.utils.precision import name_of, resolve
 from spikegpt_lora.utils.stopping import deferred
 
 SIZES = {"n_layer": (4, "blocks"), "n_embd": (256, "width"), "vocab_size": (8192, "tokens of the BPE")}
@@ -45,13 +47,15 @@ KNESER_NEY_TOKENS = 50_000_000  # it keeps all n-grams in memory, about 100 byte
 def main() -> int:
     args = parse_arguments()
     command_line.set_up()
-    options, config = settings(args)  # these two first: a wrong value is told before minutes of reading
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve(args.precision, device, bf16_of(args.output_dir))
+    options, config = settings(args, precision.bf16)  # these two first: a wrong value is told before minutes of reading
+    print(precision)
     model, tokenizer = load_language_model(args.model) if args.model else (None, config.vocab_size)
     sentences = evaluation_sentences(args.decontaminate, args.data_dir)
     with locked(args.output_dir):
         corpus = prepare_corpus(args.text, args.output_dir / "corpus", tokenizer, sentences, bar)
         describe(corpus)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         use_extension("auto", device)  # built now: no log line breaks a progress bar
         model = model or new(config, corpus, options.seed)
         run = start(options, model.to(device), corpus, args)
@@ -90,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--learning-rate", default=defaults.learning_rate, type=float, help="of the stable stretch")
     add("--seed", default=defaults.seed, type=command_line.seed, help="of initial values, order and dropout")
     add("--save-minutes", default=5.0, type=command_line.number(">= 0"), help="between saves")
-    add("--bf16", action="store_true", help="bfloat16 mixed precision: where the processor has it")
+    command_line.add_precision(add)
     return parser.parse_args()
 
 
@@ -123,9 +127,9 @@ def describe(corpus: Corpus) -> None:
         print(f"{name}: {facts[name]['documents']:,} documents, {facts[name]['tokens']:,} tokens")
 
 
-def settings(args) -> tuple[PretrainOptions, SpikeGPTConfig]:
-    names = ("steps", "batch_size", "length", "learning_rate", "bf16", "seed", "pairs")
-    options = PretrainOptions(**{name: getattr(args, name) for name in names})
+def settings(args, bf16: bool) -> tuple[PretrainOptions, SpikeGPTConfig]:
+    names = ("steps", "batch_size", "length", "learning_rate", "seed", "pairs")
+    options = PretrainOptions(bf16=bf16, **{name: getattr(args, name) for name in names})
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     if given and args.model:
         raise ValueError(f"{', '.join(given)}: sizes are for a new model; {args.model} has its own")
@@ -193,6 +197,7 @@ def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, corpus: Corpus, sta
     counted = KneserNey(corpus.train[:KNESER_NEY_TOKENS], rounded.config.vocab_size).nats(corpus.validation)
     return {
         "options": vars(run.options),
+        "precision": name_of(run.options.bf16),  # of the training; what follows was measured in float32
         "config": {key: getattr(rounded.config, key) for key in ("vocab_size", "n_layer", "n_embd")},
         "started_from": started_from,
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -231,6 +236,7 @@ def model_card(record: dict) -> str:
         "evaluation sentence\n"
         f"- training: {options['steps']:,} steps of {options['batch_size']} x {options['length']} tokens "
         f"({record['tokens'] / 1e6:.1f} M) in {record['hours']:.2f} hours; AdamW, rate {options['learning_rate']:g}, "
+        f"in {record['precision']}, "
         f"the last {options['decay']:.0%} of the steps decay{PAIRS.format(**options) if options['pairs'] else ''}",
         f"Validation ({facts['validation']['documents']:,} documents that were not trained on). A sign counts as a "
         "word, and so does a document's end; 5-grams are of the same tokens:",

@@ -45,6 +45,7 @@ from spikegpt_lora.finetune.experiment import (
     Comparison,
     Plan,
     begin,
+    bf16_of,
     counted,
     run_missing,
     run_trials,
@@ -65,6 +66,7 @@ from spikegpt_lora.tasks.registry import TASKS
 from spikegpt_lora.tasks.splits import BY_SEED, ONE_SPLIT
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
+from spikegpt_lora.utils.precision import resolve
 
 # What the command line may change, for all methods or for one.
 ADJUSTABLE = {
@@ -91,7 +93,10 @@ def main() -> int:
     command_line.set_up()
     PartialState(cpu=not torch.cuda.is_available())  # one process, or what torchrun started
     task, data = load_data(args)
-    plan = plan_of(args, task, data)
+    out = (args.output_dir or Path("runs") / task).resolve()  # adapters keep the path to their base model
+    precision = resolve(args.precision, PartialState().device, bf16_of(out))
+    say(str(precision))
+    plan = plan_of(args, task, data, out, precision.bf16)
     with locked(plan.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
         comparison = prepare(plan, data, baselines=not args.tune)
         use_extension("auto", PartialState().device)  # built now: no log line breaks a progress bar
@@ -120,7 +125,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--parity", choices=list(PARITY), help="the SpikeLoRA authors' settings")
     add("--max-length", type=positive, default=128, help="tokens a sentence")
     add("--max-train-samples", type=positive, help="use only so many training sentences (a quick try)")
-    add("--bf16", action="store_true", help="bfloat16 mixed precision")
+    command_line.add_precision(add)
     args = parser.parse_args()
     try:
         require_consistent(args)
@@ -148,29 +153,29 @@ def require_consistent(args: argparse.Namespace) -> None:
         raise ValueError(f"--{sizes[0].replace('_', '-')} is for --model random; {args.model} has its own")
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, FinetuneOptions]:
+def settings_of(args: argparse.Namespace, bf16: bool = False) -> dict[str, FinetuneOptions]:
     """Of every method; raises ValueError, before anything is trained, for what an adapter refuses."""
     kind = args.model if args.model in MODELS else "embedded" if is_small(args.model) else "other"
     changes = {name: getattr(args, name) or [] for name in ADJUSTABLE}
-    settings = resolve_options(kind, args.parity, args.bf16, changes)
+    settings = resolve_options(kind, args.parity, bf16, changes)
     for name, method in METHODS.items():
         if method.adapter is not None:
             method.adapter(settings[name])
     return settings
 
 
-def plan_of(args: argparse.Namespace, task: str, data: DatasetDict) -> Plan:
+def plan_of(args: argparse.Namespace, task: str, data: DatasetDict, out: Path, bf16: bool) -> Plan:
     by_seed = args.parity == "library"
     source = embedded_checkpoint() if args.model == "embedded" else args.model
     same = ("model", "tokenizer", "parity", "max_length", "max_train_samples", "methods", "trace_sentences")
     return Plan(
         task=task,
         pooling=args.pooling or ("last" if by_seed else "last_mean"),
-        settings=settings_of(args),
+        settings=settings_of(args, bf16),
         model_sha256=sha256_of_weights(Path(source)),
         text_sha256=sha256_of_text(data),
         source=source,
-        output_dir=(args.output_dir or Path("runs") / task).resolve(),  # adapters keep the path to their base model
+        output_dir=out,
         seeds=list(dict.fromkeys(args.seeds)),
         protocol=BY_SEED if by_seed else ONE_SPLIT,
         **{name: getattr(args, name) or size for name, size in RANDOM_SIZES.items()},

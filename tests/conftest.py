@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification
 from spikegpt_lora.ops.backend import default_backend
+from spikegpt_lora.utils import precision
 
 # A script's background job ignores Ctrl-C, and so does all that it starts: tests that press it would wait forever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +32,12 @@ def backend(request):
         need_extension()
     with default_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """Called with what /proc/cpuinfo calls flags: makes the processor one that has those."""
+    return lambda *flags: monkeypatch.setattr(precision, "cpu_flags", lambda: set(flags))
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from ..tasks.registry import TASKS
 from ..tasks.splits import ONE_SPLIT, Protocol
 from ..utils.errors import read_json
 from ..utils.files import write_json, write_text
+from ..utils.precision import name_of
 from .methods import METHODS
 from .options import FinetuneOptions, sample_trial
 from .run import adapt, finetune, tokenize
@@ -67,6 +68,11 @@ class Plan:
     trace_sentences: int = aside(32)
     protocol: Protocol = aside(ONE_SPLIT)  # `parity` says which
 
+    @property
+    def bf16(self) -> bool:
+        """Of all methods: runs of one folder are compared."""
+        return any(options.bf16 for options in self.settings.values())
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -91,7 +97,7 @@ def begin(plan: Plan, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, bas
     tokens, cut = tokenize(data, tokenizer, plan.max_length)
     sizes = {split: len(rows) for split, rows in plan.protocol.split(data, plan.seeds[0]).items()}
     results = {
-        **header(SCHEMA, plan.task, plan.model, counted(plan)),
+        **header(SCHEMA, plan.task, plan.model, plan.bf16, counted(plan)),
         "data": sizes | {"cut_short": cut},
         # Where each seed tests other sentences there is no one row for these.
         "baselines": bag_of_words_baselines(data) if baselines and plan.protocol.one_split else [],
@@ -100,10 +106,10 @@ def begin(plan: Plan, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, bas
     return Comparison(plan, data, tokens, tokenizer, results)
 
 
-def header(schema: str, task: str, model: str, options: dict) -> dict:
+def header(schema: str, task: str, model: str, bf16: bool, options: dict) -> dict:
     """What every results.json begins with."""
-    named = {"schema": schema, "task": task, "model": model, "complete": False, "options": options}
-    return named | {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
+    named = {"schema": schema, "task": task, "model": model, "complete": False, "precision": name_of(bf16)}
+    return named | {"options": options, "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 def sha256_of_text(data: DatasetDict) -> str:
@@ -123,24 +129,40 @@ def take_up(out: Path, options: dict, runs: list[dict]) -> None:
     Raises:
         ValueError: it holds results of other settings. A method that has nothing there yet may have any.
     """
-    begun = {file.parents[1].name for file in [*out.glob("*/seed*/*"), *out.glob("trials/*/seed*/*")]}
-    if begun:
+    if begun := _begun(out):
         _refuse_other_settings(out, options, begun, runs)
     else:  # a false start, which is forgotten
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
     write_json(out / "options.json", options)
 
 
-def _refuse_other_settings(out: Path, options: dict, begun: set[str], runs: list[dict]) -> None:
-    results = out / "results.json"
+def bf16_of(out: Path) -> bool | None:
+    """Whether what was begun in a comparison's folder computes in bfloat16; None where nothing was."""
+    before = _flat(_options_of(out) or {}) if _begun(out) else {}
+    return next((bool(value) for key, value in before.items() if key.split(".")[-1] == "bf16"), None)
+
+
+def _begun(out: Path) -> set[str]:
+    """Names of the folders in `out` that hold runs or trials, and of base/."""
+    return {file.parents[1].name for file in [*out.glob("*/seed*/*"), *out.glob("trials/*/seed*/*")]}
+
+
+def _options_of(out: Path) -> dict | None:
+    """What `take_up` was called with in `out`, None if nothing says it."""
     if (out / "options.json").is_file():
-        before = read_json(out / "options.json")
-    elif results.is_file():
-        before = read_json(results, keys=("options",))["options"]
-    elif not any(out.glob("*/seed*/*.json")):  # nothing that was finished
+        return read_json(out / "options.json")
+    results = out / "results.json"
+    return read_json(results, keys=("options",))["options"] if results.is_file() else None
+
+
+def _refuse_other_settings(out: Path, options: dict, begun: set[str], runs: list[dict]) -> None:
+    before = _options_of(out)
+    if before is None:
+        if any(out.glob("*/seed*/*.json")):  # something was finished
+            raise ValueError(
+                f"{out} holds results, but no options.json says of which settings: give another --output-dir"
+            )
         return
-    else:
-        raise ValueError(f"{out} holds results, but no options.json says of which settings: give another --output-dir")
     settings = before.get("settings")
     finished = {run["method"]: run["settings"] for run in runs if "settings" in run}
     before["settings"] = (settings if isinstance(settings, dict) else {}) | finished

@@ -259,6 +259,16 @@ class Pretraining:
         self._losses = facts["losses"]
 
 
+def bf16_of(directory: str | Path) -> bool | None:
+    """Whether the run that `directory` holds computes in bfloat16; None where it holds none.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    held = [path for name in FILES if (path := Path(directory) / name).is_file()]
+    return bool(_facts(held[0])["options"].get("bf16")) if held else None
+
+
 def _facts(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:

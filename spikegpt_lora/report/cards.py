@@ -18,6 +18,7 @@ def model_card(results: dict, record: dict) -> str:
         start=record.get("start", "starts from"),
         model=results["model"],
         test_sentences=results["data"]["test"],
+        precision=results["precision"],
         validation=_validation(record),
         details="\n".join([*activity, "- " + ", ".join(versions)]),
         options=json.dumps(results["options"], indent=1),
@@ -44,6 +45,7 @@ pipeline_tag: text-classification
 - trained parameters: {trainable_parameters:,} of {total_parameters:,}
 - test accuracy {test_accuracy:.2f} % on {test_sentences:,} sentences
 - {validation}
+- trained and tested in {precision}
 {details}
 
 ```python

@@ -11,7 +11,8 @@ def markdown(results: dict) -> str:
         f"# {results['task']}: {results['model']}" + ("" if results["complete"] else " (incomplete: runs are missing)"),
         f"Sentences: {counts}. "
         + ("The epoch was picked on validation, the" if "validation" in data else "The last epoch counts; the")
-        + " test split was read once a run.",
+        + " test split was read once a run."
+        + (f" Trained and tested in {results['precision']}." if "precision" in results else ""),  # since 0.3.0
         _methods_table(results),
         f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.\n{_LEGEND}",
     ]

@@ -2,6 +2,7 @@
 
 results.json, schema "spikegpt_lora/finetune/2":
     schema, task, model, complete   complete is false while runs are missing, or methods have different seeds
+    precision                       float32 or bfloat16 (mixed): of training, validation, test and traces; since 0.3.0
     options, versions, data         settings; package versions; sentences per split and how many were cut short
     baselines                       [{method, accuracy_validation, accuracy_test, seconds, parameters}]
     published                       [{method, accuracy}]: figures of the papers, in percent, with a 216M model

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import transformers
 
-from . import errors
+from . import errors, precision
 from .malloc import keep_freed_memory
 
 RANGES = {
@@ -38,6 +38,24 @@ def parser(text: str) -> argparse.ArgumentParser:
     """A parser described by a recipe's docstring: the first paragraph before the options, the rest after them."""
     description, _, details = text.partition("\n\n")
     return argparse.ArgumentParser(description=description, epilog=details, formatter_class=HelpFormatter)
+
+
+class _Asked(argparse.Action):
+    """Keeps the precision that is asked for; an error where two options ask for different ones."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        asked, before = values or self.const, getattr(namespace, self.dest)
+        if before not in ("auto", asked):
+            parser.error(f"--precision and --bf16 must ask for the same, got {before} and {asked}: give one of the two")
+        setattr(namespace, self.dest, asked)
+
+
+def add_precision(add: Callable) -> None:
+    """Give a parser, whose `add_argument` this is, --precision, and --bf16 for --precision bfloat16."""
+    text = "auto: bfloat16 where the processor has fast products of it; a run that goes on keeps its own"
+    add("--precision", action=_Asked, choices=precision.CHOICES, default="auto", help=text)
+    alias = {"dest": "precision", "nargs": 0, "const": "bfloat16", "default": argparse.SUPPRESS}
+    add("--bf16", action=_Asked, help="the same as --precision bfloat16", **alias)
 
 
 def positive(text: str) -> int:

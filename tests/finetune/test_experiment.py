@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from spikegpt_lora.finetune.experiment import aside, counted, run_missing, take_up
+from spikegpt_lora.finetune.experiment import aside, bf16_of, counted, run_missing, take_up
 from spikegpt_lora.report.results import folder_of
 from spikegpt_lora.utils.files import write_json
 
@@ -31,6 +31,22 @@ def test_a_folder_goes_on_with_the_same_settings_alone(tmp_path):
     take_up(tmp_path, {"rate": 0.7}, [])
     with pytest.raises(ValueError, match=r"holds results of other settings \(rate was 0.7, is 0.5\)"):
         take_up(tmp_path, {"rate": 0.5}, [])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("place", [lambda bf16: {"bf16": bf16}, lambda bf16: {"settings": {"lora": {"bf16": bf16}}}])
+@pytest.mark.parametrize("file", ["options.json", "results.json"])
+def test_a_folder_knows_the_precision_of_what_was_begun_in_it(tmp_path, bf16, place, file):
+    options = {"rate": 0.5, **place(bf16)}
+    write_json(tmp_path / file, options if file == "options.json" else {"options": options})
+    assert bf16_of(tmp_path) is None  # a false start
+    finish(tmp_path, {"method": "lora", "seed": 0})
+    assert bf16_of(tmp_path) is bf16
+
+
+def test_a_folder_that_says_nothing_of_precision_has_none(tmp_path):
+    finish(tmp_path, {"method": "lora", "seed": 0})
+    assert bf16_of(tmp_path) is None
 
 
 def test_only_what_is_missing_is_run_and_results_are_written_before_and_after(tmp_path):

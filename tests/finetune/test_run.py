@@ -75,6 +75,17 @@ class SeenBatches:
             self.steps.append(kwargs["attention_mask"].sum(dim=1))
 
 
+@pytest.mark.parametrize("bf16, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_validation_and_test_are_in_the_precision_of_the_training(mini, tmp_path, bf16, dtype):
+    data, tokenizer = mini
+    options, seen = replace(OPTIONS, epochs=1, bf16=bf16), set()
+    model = adapt(fresh(tokenizer), "full", options, seed=0)
+    receptance = model.spikegpt.blocks[0].att.receptance
+    receptance.register_forward_hook(lambda module, inputs, output: seen.add((module.training, output.dtype)))
+    finetune(model, "full", data, tokenizer, tmp_path, 0, options)
+    assert seen == {(True, dtype), (False, dtype)}
+
+
 def batches_read(method, mini, directory, seed=0):
     data, tokenizer = mini
     model = adapt(fresh(tokenizer), method, OPTIONS, seed)

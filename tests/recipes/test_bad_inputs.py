@@ -17,6 +17,7 @@ from spikegpt_lora.utils.files import locked
 
 RANDOM = ["--model", "random", "--n-embd", "8", "--n-layer", "1", "--vocab-size", "300"]
 QUICK = ["--task", "subj-mini", "--epochs", "1", "--max-train-samples", "32", "--methods", "head"]
+QUICK += ["--precision", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def saved(tmp_path_factory):
 
 
 PRETRAIN = ["--decontaminate", "none", "--n-layer", "1", "--n-embd", "8", "--vocab-size", "60", "--batch-size", "2"]
-PRETRAIN += ["--length", "8", "--steps", "3"]
+PRETRAIN += ["--length", "8", "--steps", "3", "--precision", "float32"]
 
 
 def refused(name, arguments, message, status=2):
@@ -111,6 +112,7 @@ COMMANDS = [
     ("S37", ["--max-train-samples", "0"], "must be >= 1, got 0"),
     ("S38", ["--max-train-samples", "1"], "--max-train-samples must leave sentences of both classes, got 1"),
     ("S57", ["--data-dir", "nowhere"], "data_dir must be None for the built-in task subj-mini, got 'nowhere'"),
+    ("S58", ["--bf16"], "--precision and --bf16 must ask for the same, got float32 and bfloat16: give one of the two"),
     (
         "N1",
         ["--learning-rate", "1e38", "--methods", "full", "--batch-size", "8"],

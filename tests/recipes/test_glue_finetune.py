@@ -34,7 +34,8 @@ def here(tmp_path_factory):
 
 def recipe(here, out, *arguments):
     settings = ["--data-dir", here, "--model", here / "model", "--epochs", "1", "--ranks", "2", "--output-dir", out]
-    return running.here(NAME, *settings, *arguments)
+    precision = [] if "--precision" in arguments else ["--precision", "float32"]  # on any processor
+    return running.here(NAME, *settings, *precision, *arguments)
 
 
 def test_every_method_is_trained_measured_and_compared(here, tmp_path):
@@ -56,6 +57,18 @@ def test_finished_runs_are_not_repeated_and_other_settings_are_refused(here, tmp
     assert done.returncode == 0 and after[:1] == before and len(after) == 2
     done = recipe(here, tmp_path, "--methods", "lora", "--seeds", "0", "--batch-size", "4")
     assert done.returncode == 2 and "holds results of other settings (batch_size was 32, is 4)" in done.stderr
+
+
+def test_a_folder_goes_on_in_its_own_precision_on_any_processor(here, tmp_path, cpu):
+    arguments = ["--methods", "lora", "--precision", "auto", "--seeds", "0"]
+    cpu("amx_bf16")
+    assert "precision: bfloat16 (" in recipe(here, tmp_path, *arguments).stdout
+    cpu("avx2")
+    done = recipe(here, tmp_path, *arguments, "1")
+    assert done.returncode == 0 and "precision: bfloat16 (as the folder was begun; " in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["precision"] == "bfloat16" and results["options"]["bf16"] is True and len(results["runs"]) == 2
+    assert (tmp_path / "results.md").read_text().endswith("\n\nTrained and measured in bfloat16.\n")
 
 
 def test_results_of_0_2_0_which_had_no_run_folders_go_on(here, tmp_path):

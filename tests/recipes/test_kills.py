@@ -25,6 +25,7 @@ MODEL = os.environ.get("KILLED_MODEL", "random")
 SIZES = ["--n-embd", "8", "--n-layer", "1", "--vocab-size", "300"] if MODEL == "random" else []
 COMMAND = ["--task", "subj-mini", "--model", MODEL, *SIZES, "--epochs", "3", "--batch-size", "16"]
 COMMAND += ["--max-train-samples", "64", "--methods", "full", "spikelora", "--seeds", "0", "1"]
+COMMAND += ["--precision", "float32"]
 WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}  # audit events of Python's own
 
 

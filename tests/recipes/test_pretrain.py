@@ -17,7 +17,7 @@ from spikegpt_lora.checkpoint import load_language_model
 from spikegpt_lora.pretrain.loop import Pretraining
 
 SMALL = ["--n-layer", "1", "--n-embd", "16", "--vocab-size", "400", "--batch-size", "4", "--length", "16"]
-MINI = ["--decontaminate", "subj-mini"]
+MINI = ["--decontaminate", "subj-mini", "--precision", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,20 @@ def test_a_model_is_trained_further_with_its_tokenizer_and_on_pairs(trained, tex
     assert (tmp_path / "model" / "tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
     first = float((tmp_path / "model" / "loss.csv").read_text().splitlines()[1].split(",")[1])
     assert first < float((model / "loss.csv").read_text().splitlines()[1].split(",")[1])  # it did not begin anew
+
+
+def test_a_run_goes_on_in_its_own_precision_on_any_processor(text, tmp_path, cpu):
+    command = ["pretrain.py", text, "--output-dir", tmp_path, "--decontaminate", "none", *SMALL, "--steps"]
+    cpu("amx_bf16")
+    assert "precision: bfloat16 (" in here(*command, 4).stdout
+    cpu("avx2")
+    done = here(*command, 8)
+    assert "precision: bfloat16 (as the folder was begun; " in done.stdout and "going on from step 3" in done.stdout
+    record = json.loads((tmp_path / "model" / "pretraining.json").read_text())
+    assert record["precision"] == "bfloat16" and record["options"]["bf16"] is True
+    assert "in bfloat16, the last" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    refused = here(*command, 8, "--precision", "float32")
+    assert refused.returncode == 2 and "other settings (bf16 was True, is False)" in refused.stderr
 
 
 def test_ctrl_c_says_how_to_go_on(text, tmp_path):

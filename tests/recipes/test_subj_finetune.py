@@ -26,12 +26,14 @@ from spikegpt_lora.report.results import SCHEMA
 NAME = "subj_finetune.py"
 DEFAULT = ["full", "lora", "spikelora", "head"]
 SMALL = ["--epochs", "2", "--batch-size", "16"]
+FLOAT32 = ["--precision", "float32"]  # on any processor
 RANDOM = ["--model", "random", "--n-embd", "8", "--n-layer", "1", "--vocab-size", "300"]
 
 
 def options(out, *arguments):
     model = [] if "--model" in arguments else RANDOM
-    return ["--output-dir", str(out), *SMALL, *model, *arguments]
+    precision = [] if "--precision" in arguments else FLOAT32
+    return ["--output-dir", str(out), *SMALL, *model, *precision, *arguments]
 
 
 def recipe(out, *arguments):
@@ -226,6 +228,20 @@ def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
     before = next(r for r in results_in(finished[0])["runs"] if (r["method"], r["seed"]) == ("spikelora", 1))
     assert again["validation_by_epoch"] == before["validation_by_epoch"]
     assert again["test_correct"] == before["test_correct"]
+
+
+def test_a_folder_goes_on_in_its_own_precision_on_any_processor(tmp_path, cpu):
+    arguments = ["--task", "subj-mini", "--methods", "head", "--max-train-samples", "32", "--seeds", "0"]
+    cpu("amx_bf16")
+    assert "precision: bfloat16 (" in recipe(tmp_path, *arguments, "--precision", "auto").stdout
+    cpu("avx2")
+    done = recipe(tmp_path, *arguments, "1", "--precision", "auto")
+    assert done.returncode == 0 and "precision: bfloat16 (as the folder was begun; " in done.stdout
+    results = results_in(tmp_path)
+    assert results["precision"] == "bfloat16" and [run["settings"]["bf16"] for run in results["runs"]] == [True, True]
+    assert "Trained and tested in bfloat16." in (tmp_path / "results.md").read_text(encoding="utf-8")
+    refused = recipe(tmp_path, *arguments, "--precision", "float32")
+    assert refused.returncode == 2 and "settings.head.bf16 was True, is False" in refused.stderr
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):

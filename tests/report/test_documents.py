@@ -10,6 +10,7 @@ import pytest
 
 from spikegpt_lora.report.markdown import markdown, table
 from spikegpt_lora.report.results import title_of
+from spikegpt_lora.utils.precision import TABLE
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "recipes" / "results"
@@ -122,7 +123,19 @@ def cola_table():
     return table([*head, "dead ranks %", "step ms"], rows)
 
 
+def precision_table():
+    rows = []
+    for row in TABLE:
+        times = [row.float32_ms, row.bfloat16_ms]
+        shown = ["–"] * 3 if None in times else [f"{time:,}" for time in times] + [f"{times[0] / times[1]:.3g}"]
+        rows.append([row.name, row.auto, *shown])
+    return table(
+        ["processor", "`auto`", "a LoRA training step in float32, ms", "in bfloat16, ms", "gain"], rows, (0, 1)
+    )
+
+
 TABLES = [
+    ("recipes/README.md", precision_table()),
     *(("recipes/results/subj.md", one) for one in subj_tables()),
     ("recipes/results/subj.md", trials_table()),
     ("recipes/results/gates.md", gates_table()),
@@ -137,7 +150,7 @@ def normal(text):
 
 
 @pytest.mark.parametrize("page, made", TABLES, ids=lambda value: value if value.endswith(".md") else "table")
-def test_a_table_is_the_one_that_its_json_gives(page, made):
+def test_a_table_is_the_one_that_its_figures_give(page, made):
     assert normal(f"\n\n{made}\n\n") in normal(text_of(page)), f"{page} must hold this table:\n\n{made}"
 
 

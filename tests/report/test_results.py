@@ -54,7 +54,7 @@ def results(runs=RUNS, complete=True, published="subj"):
     return {
         "task": "subj", "model": "random", "complete": complete, "runs": runs, "published": TASKS[published].published,
         "data": {"train": 7000, "validation": 1000, "test": 4},
-        "baselines": [BASELINE],
+        "baselines": [BASELINE], "precision": "float32",
         "summary": summarize(runs), "comparisons": compare(runs),
     }  # fmt: skip
 
@@ -110,8 +110,15 @@ def test_the_model_card_says_what_it_is_and_how_to_load_it():
         "sparsity: 0.7500",
         '"rank": 3',
         "library_name: peft",
+        "trained and tested in float32",
     ):
         assert text in card
+
+
+def test_the_precision_stands_in_the_table_of_results_that_have_it():
+    old = {key: value for key, value in results().items() if key != "precision"}
+    assert "Trained and tested in float32." in markdown(results())
+    assert "rained" not in markdown(old).split("\n\n")[1]
 
 
 def test_where_no_epoch_was_picked_the_table_and_the_card_say_so():

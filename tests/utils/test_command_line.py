@@ -59,6 +59,30 @@ def test_an_options_value_out_of_range_is_refused(kind, right, wrong, message):
 
 
 @pytest.mark.parametrize(
+    "arguments, asked",
+    [
+        ([], "auto"),
+        (["--bf16"], "bfloat16"),
+        (["--precision", "bfloat16"], "bfloat16"),
+        (["--bf16", "--precision", "bfloat16"], "bfloat16"),
+        (["--precision", "float32"], "float32"),
+    ],
+)
+def test_bf16_is_another_name_of_precision_bfloat16(parser, arguments, asked):
+    command_line.add_precision(parser.add_argument)
+    assert parser.parse_args(arguments).precision == asked
+    assert not hasattr(parser.parse_args(arguments), "bf16")
+
+
+@pytest.mark.parametrize("arguments", [["--bf16", "--precision", "float32"], ["--precision", "float32", "--bf16"]])
+def test_asking_for_two_precisions_is_refused(parser, capsys, arguments):
+    command_line.add_precision(parser.add_argument)
+    with pytest.raises(SystemExit):
+        parser.parse_args(arguments)
+    assert "--precision and --bf16 must ask for the same, got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "error, status, message",
     [
         (ValueError("rank must be >= 1"), 2, "error: rank must be >= 1\n"),
