@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import os
 import platform
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
 import torch
 import transformers

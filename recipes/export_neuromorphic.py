@@ -16,8 +16,11 @@ not installed are not asked: pip install "spikegpt_lora[export]".
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
 import numpy as np
 import torch

@@ -4,8 +4,11 @@ The model reads the prompt once and carries its state on, so each further token 
 """
 
 import argparse
+import os
 import sys
 import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
 from transformers import TextStreamer, set_seed
 

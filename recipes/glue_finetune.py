@@ -13,11 +13,14 @@ values and read the same order. The same command goes on. It leaves in --output-
 """
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
 import numpy as np
 import torch

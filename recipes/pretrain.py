@@ -10,8 +10,11 @@ The card of the embedded model has the command that made it.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
 import torch
 from tqdm import tqdm

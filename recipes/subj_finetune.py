@@ -20,11 +20,14 @@ or "paper", as far as it says.
 
 import argparse
 import contextlib
+import os
 import shutil
 import sys
 import time
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
 import torch
 from accelerate import PartialState

@@ -13,6 +13,7 @@ import transformers
 
 from . import errors, precision
 from .malloc import keep_freed_memory
+from .threads import keep_to_own_processors
 
 RANGES = {
     "> 0 and finite": lambda x: 0 < x < math.inf,
@@ -103,7 +104,7 @@ def utf8(text: str) -> str:
 
 
 def set_up() -> None:
-    """For a program that trains or writes: the library's messages plain, transformers quiet, memory kept."""
+    """For a program that trains or writes: messages plain, transformers quiet, memory kept, threads not too many."""
     # peft asks models for a name that transformers has renamed; who reads it can do nothing about it.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     logging.basicConfig(format="%(message)s")
@@ -111,6 +112,7 @@ def set_up() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     keep_freed_memory()
+    keep_to_own_processors()
 
 
 def run(main: Callable[[], int], stopped: str = "stopped") -> int:
