@@ -45,10 +45,10 @@ struct Cpu {
     const int64_t C = x.size(2);
     Tensor mean = new_state(x, {x.size(0), x.size(1)}), rstd = at::empty_like(mean);
     DISPATCH(x, "moments", {
-      const scalar_t* rows = x.const_data_ptr<scalar_t>();
-      real *m = mean.mutable_data_ptr<real>(), *r = rstd.mutable_data_ptr<real>();
+      const RowMoments<scalar_t, real> kernel = {x.const_data_ptr<scalar_t>(), C, static_cast<real>(eps),
+                                                 mean.mutable_data_ptr<real>(), rstd.mutable_data_ptr<real>()};
       at::parallel_for(0, mean.numel(), std::max<int64_t>(1, WORTH_A_THREAD / C), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) row_moments(rows + i * C, C, static_cast<real>(eps), m + i, r + i);
+        kernel.template operator()<1>(0, begin, static_cast<int>(end - begin), {});
       });
     });
     return {mean, rstd};

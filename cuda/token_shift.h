@@ -1,7 +1,7 @@
 // Token shift of one channel: a linear layer reads a mix of the token and of the real token before it, in the dtype that
 // it multiplies in. What is mixed is x as it comes, or x normalised over its channels (LayerNorm).
 //
-//   n = (x - mean) rstd gain + bias                        mean, rstd of each token: row_moments
+//   n = (x - mean) rstd gain + bias                        mean, rstd of each token: RowMoments
 //   mixed_j = n share_j + previous (1 - share_j)           j: one mix for each of the N linear layers that read
 //
 // In upstream's order of operations: another order rounds differently, and a rounding can flip a spike.
@@ -16,32 +16,39 @@ HOST_DEVICE real mix(real x, real previous, real share) {
   return x * share + previous * (real(1) - share);
 }
 
-// Mean of a row of C numbers, and 1 / (its standard deviation, eps added to the variance).
+// Mean of each row of C numbers, and 1 / (its standard deviation, eps added to the variance). A row is a lane: the CPU's
+// way, one row after the other.
 template <class scalar, class real>
-inline void row_moments(const scalar* __restrict x, int64_t C, real eps, real* mean, real* rstd) {
-  constexpr int PARTS = 32;  // sums side by side: the compiler may not reorder one
-  real sum[PARTS] = {}, squares[PARTS] = {}, total = 0, total_squares = 0;
-  int64_t start = 0;
-  for (; start + PARTS <= C; start += PARTS) {
-    FOR_LANES(i, PARTS) sum[i] += static_cast<real>(x[start + i]);
-  }
-  for (int64_t c = start; c < C; c++) sum[c - start] += static_cast<real>(x[c]);
-  for (int i = 0; i < PARTS; i++) total += sum[i];
-  const real m = total / static_cast<real>(C);
-  for (start = 0; start + PARTS <= C; start += PARTS) {
-    FOR_LANES(i, PARTS) {
-      const real d = static_cast<real>(x[start + i]) - m;
-      squares[i] += d * d;
+struct RowMoments {
+  const scalar* x;
+  int64_t C;
+  real eps;
+  real *mean, *rstd;
+
+  template <int LANES>
+  HOST_DEVICE void operator()(int64_t, int64_t row, int n, Scratch<real>) const {
+    for (int i = 0; i < n; i++) {
+      const scalar* __restrict x_ = x + (row + i) * C;
+      const real m = sum(x_, [](real v) { return v; }) / static_cast<real>(C);
+      const real squares = sum(x_, [m](real v) { return (v - m) * (v - m); });
+      mean[row + i] = m;
+      rstd[row + i] = real(1) / std::sqrt(squares / static_cast<real>(C) + eps);
     }
   }
-  for (int64_t c = start; c < C; c++) {
-    const real d = static_cast<real>(x[c]) - m;
-    squares[c - start] += d * d;
+
+  template <class Of>
+  HOST_DEVICE real sum(const scalar* __restrict x_, const Of& of) const {
+    constexpr int PARTS = 32;  // sums side by side: the compiler may not reorder one
+    real parts[PARTS] = {}, total = 0;
+    int64_t start = 0;
+    for (; start + PARTS <= C; start += PARTS) {
+      FOR_LANES(c, PARTS) parts[c] += of(static_cast<real>(x_[start + c]));
+    }
+    for (int64_t c = start; c < C; c++) parts[c - start] += of(static_cast<real>(x_[c]));
+    for (int c = 0; c < PARTS; c++) total += parts[c];
+    return total;
   }
-  for (int i = 0; i < PARTS; i++) total_squares += squares[i];
-  *mean = m;
-  *rstd = real(1) / std::sqrt(total_squares / static_cast<real>(C) + eps);
-}
+};
 
 // What normalises x: mean and rstd (B, T), gain and bias (C,); null where x is mixed as it comes.
 template <class real>

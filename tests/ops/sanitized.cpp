@@ -185,32 +185,42 @@ void every_kernel(Driver& d) {
     return {d.steps(), neuron, sequence(), d.optional<real>(BC)};
   };
   d.run<real>("LifForward", all, [&] {
-    return LifForward<scalar, real>{lif(), new_sequence(), d.out<real>(BC)};
+    return LifForward<scalar, real, SpikesAlone<scalar>>{lif(), {new_sequence()}, d.out<real>(BC)};
+  });
+  d.run<real>("LifForwardAdded", all, [&] {
+    const DropoutMask<real> dropped = {d.given ? d.seed() : nullptr, 1u << 30, real(4) / 3};
+    return LifForward<scalar, real, SpikesAdded<real, real>>{
+        lif(), {d.in<real>(BTC), d.out<real>(BTC), dropped}, d.out<real>(BC)};
   });
   d.run<real>("LifBackward", all, [&] {
-    return LifBackward<scalar, real>{lif(), sequence(), d.in<real>(BC), new_sequence(), d.out<real>(BC)};
-  }, LifBackward<scalar, real>::scratch(T));
+    return LifBackward<scalar, real, real>{lif(), d.in<real>(BTC), d.in<real>(BC), new_sequence(), d.out<real>(BC)};
+  }, LifBackward<scalar, real, real>::scratch(T));
 
   const auto shift = [&]<int N>() {
     const auto input = [&]() -> ShiftInput<scalar, real, N> {
-      ShiftInput<scalar, real, N> in = {d.steps(), sequence(), d.optional<scalar>(BC), {}};
+      ShiftInput<scalar, real, N> in = {d.steps(), sequence(), d.optional<scalar>(BC), {}, {}};
+      if (d.given) in.norm = {d.in<real>(all.B * T), d.in<real>(all.B * T), d.in<real>(C), d.in<real>(C)};
       for (auto& share : in.share) share = d.in<real>(C);
       return in;
     };
     d.run<real>(N == 2 ? "ShiftForward2" : "ShiftForward3", all, [&] {
-      ShiftForward<scalar, real, N> kernel = {input(), {}, d.out<scalar>(BC)};
-      for (auto& mixed : kernel.mixed) mixed = new_sequence();
+      ShiftForward<scalar, real, N, real> kernel = {input(), {}, d.out<scalar>(BC)};
+      for (auto& mixed : kernel.mixed) mixed = d.out<real>(BTC);
       return kernel;
     });
     d.run<real>(N == 2 ? "ShiftBackward2" : "ShiftBackward3", all, [&] {
-      ShiftBackward<scalar, real, N> kernel = {input(), {}, d.in<scalar>(BC), new_sequence(), d.out<scalar>(BC),
-                                               d.given ? d.out<real>(N * BC) : nullptr};
-      for (auto& grad : kernel.grad_mixed) grad = sequence();
+      ShiftBackward<scalar, real, N, real> kernel = {input(), {}, d.in<scalar>(BC), new_sequence(),
+                                                     d.out<scalar>(BC), d.given ? d.out<real>(N * BC) : nullptr};
+      for (auto& grad : kernel.grad_mixed) grad = d.in<real>(BTC);
       return kernel;
     });
   };
   shift.template operator()<2>();
   shift.template operator()<3>();
+
+  d.run<real>("RowMoments", {1, 1, all.B * T}, [&] {
+    return RowMoments<scalar, real>{sequence(), C, real(1e-5), d.out<real>(all.B * T), d.out<real>(all.B * T)};
+  });
 
   d.run<real>("SigmoidGateForward", one_by_one, [&] {
     return SigmoidGateForward<scalar, real>{sequence(), sequence(), new_sequence()};
@@ -225,7 +235,7 @@ void every_kernel(Driver& d) {
     return SquaredReluBackward<scalar, real>{sequence(), sequence(), new_sequence()};
   });
   d.run<real>("Dropout", one_by_one, [&] {
-    return Dropout<scalar, real>{sequence(), d.seed(), new_sequence(), 1u << 30, real(4) / 3};
+    return Dropout<scalar, real>{sequence(), {d.seed(), 1u << 30, real(4) / 3}, new_sequence()};
   });
 }
 
