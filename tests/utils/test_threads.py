@@ -32,6 +32,20 @@ def test_threads_are_no_more_than_processors_unless_named(two_threads, monkeypat
     assert torch.get_num_threads() == threads
 
 
+def test_a_program_that_is_set_up_keeps_to_its_processors():
+    code = """
+import torch
+from spikegpt_lora.utils.command_line import set_up
+torch.set_num_threads(2)
+set_up()
+print(torch.get_num_threads())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["LOKY_MAX_CPU_COUNT"] = "1"  # what joblib takes for a quota
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
 @pytest.mark.parametrize("given, policy", [(None, "PASSIVE"), ("active", "ACTIVE")])
 def test_a_recipes_threads_sleep_while_they_wait_unless_told_otherwise(given, policy):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
