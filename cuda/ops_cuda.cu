@@ -36,7 +36,7 @@ struct Cuda {
   // Mean and 1 / standard deviation of each row of x (B, T, C), each (B, T).
   static std::tuple<Tensor, Tensor> moments(const Tensor& x, double eps) {
     const auto [variance, mean] = at::var_mean(x.to(state_dtype(x)), at::IntArrayRef{2}, /*unbiased=*/false);
-    return {mean, (variance + eps).rsqrt()};
+    return {mean, variance.add(eps).rsqrt()};
   }
 };
 
