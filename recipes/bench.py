@@ -204,8 +204,8 @@ def large_step(repeats: int) -> list[dict]:
 def training_steps(name: str, model: Callable, size: dict, others: dict[str, Callable], repeats: int) -> list[dict]:
     """Each of ADAPTERS beside the matrix products that all of them make; stock LoRA in the contexts `others` too."""
     trainings = {adapter: Training(make, model, **size) for adapter, make in ADAPTERS.items()}
-    stock, ours, spiking = trainings.values()
-    lora = {"stock peft": stock.gradients, "ours": ours.gradients}
+    stock, spiking = trainings["LoRA, stock peft"], trainings["SpikeLoRA"]
+    lora = {adapter: one.gradients for adapter, one in trainings.items() if one is not spiking}
     lora |= {way: inside(context, stock.gradients) for way, context in others.items()}
     agree("gradients of LoRA", lora, 1e-6)
     plain = inside(lambda: default_backend("reference"), spiking.gradients)

@@ -114,7 +114,7 @@ def test_bfloat16_is_timed_where_the_processor_has_it(bench, monkeypatch, native
 
 def test_lora_steps_with_other_gradients_are_not_timed(bench, monkeypatch):
     monkeypatch.setitem(bench.ADAPTERS, "LoRA, ours", partial(bench.ADAPTERS["LoRA, ours"], use_rslora=True))
-    with pytest.raises(bench.Disagreement, match="gradients of LoRA: tensor 0 of 'stock peft' and 'ours' differ"):
+    with pytest.raises(bench.Disagreement, match="gradients of LoRA: .* 'LoRA, ours' differ"):
         bench.training_steps("tiny", bench.spikegpt, TINY, {}, 1)
 
 
