@@ -106,10 +106,11 @@ def test_bfloat16_is_timed_where_the_processor_has_it(bench, monkeypatch, native
     monkeypatch.setattr(bench, "VOCABULARY", 50)
     of_steps = [row["what"] for row in bench.training_steps("tiny", bench.spikegpt, TINY, bench.LOOPS, 1)]
     of_pretraining = [row["what"] for row in bench.pretrain(1)]
-    floor, products = "matrix products", "matrix products, bfloat16"
-    assert of_steps[:4] == [floor, *bench.ADAPTERS]
-    assert of_steps[6:] == ([products, *(f"{name}, bfloat16" for name in bench.ADAPTERS)] if native else [])
-    assert of_pretraining == [floor, "pre-training"] + ([products, "pre-training, bfloat16"] if native else [])
+    rows = ["matrix products", *bench.ADAPTERS]
+    in_bf16 = [f"{row}, bfloat16" for row in rows] if native else []
+    assert of_steps == [*rows, *(f"LoRA, {way}" for way in bench.LOOPS), *in_bf16]
+    rows = ["matrix products", "pre-training"]
+    assert of_pretraining == [*rows, *(f"{row}, bfloat16" for row in rows if native)]
 
 
 def test_lora_steps_with_other_gradients_are_not_timed(bench, monkeypatch):
@@ -144,7 +145,7 @@ def test_the_floor_has_every_product_of_a_step_and_is_the_same_for_every_adapter
         executed = sum(name in ("mm", "addmm", "bmm", "baddbmm") for name in names)
         assert len(recorder.calls) == executed > 0
         found.append(sorted(sorted((*a[0], *b[0])) for _, (a, b) in recorder.calls))
-    assert found[0] == found[1] == found[2]
+    assert all(products == found[0] for products in found)
 
 
 @pytest.mark.parametrize("model", ["spikegpt", "bert"])
