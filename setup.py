@@ -6,7 +6,7 @@ EXPORT = ["snntorch>=1.0", "nirtorch>=2.6", "norse>=1.1"]  # simulators that rep
 
 setup(
     name="spikegpt_lora",
-    version="0.2.0",
+    version="0.3.0.dev0",
     description="SpikeGPT, a spiking language model, fine-tuned with LoRA and SpikeLoRA on any machine",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

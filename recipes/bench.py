@@ -1,11 +1,11 @@
 """How fast the kernels, a training step and streaming are here, each against what it could be.
 
-    python recipes/bench.py                          everything, about three minutes on two CPU cores
+    python recipes/bench.py                          everything
     python recipes/bench.py --parts kernels lengths  some of it
 
-Everything compared is timed in one process, in turns, and only after its results have been found equal; where they are
-not, the program stops without a time. It leaves bench.md and bench.csv in --output-dir: median, quartiles, and the
-ratio to each group's first row.
+Ways to one result are timed in one process, in turns, and only after their results have been found equal; where they
+are not, the program stops without a time. It leaves bench.md and bench.json in --output-dir: the processor, versions,
+and of each row median, quartiles, and the ratio to its group's first row. bfloat16 is timed where the processor has it.
 
 Floors: `8 exp` is one pass over memory that reads k, v, gy, writes y, gk, gv and takes 8 exponentials an element (the
 kernels' own exp, same flags, same threads); `matrix products` are those that the step makes, recorded and made again on
@@ -14,8 +14,9 @@ inputs of the same shapes and strides, nothing else.
 
 import argparse
 import contextlib
-import csv
 import ctypes
+import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -24,11 +25,12 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
+import numpy as np
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from spikingjelly.activation_based import functional, neuron
 from transformers import BertConfig, BertForSequenceClassification, RwkvConfig, RwkvModel
@@ -43,21 +45,36 @@ from spikegpt_lora import (
     embedded_checkpoint,
     wkv,
 )
+from spikegpt_lora.adapters import fused
 from spikegpt_lora.adapters.config import PRESETS
 from spikegpt_lora.forward import evaluating
 from spikegpt_lora.neurons.lif import LIF
 from spikegpt_lora.ops import build
 from spikegpt_lora.ops.backend import default_backend, load
+from spikegpt_lora.pretrain.loop import Pretraining, PretrainOptions
 from spikegpt_lora.utils import command_line
-from spikegpt_lora.utils.files import whole_file, write_text
+from spikegpt_lora.utils.errors import read_json
+from spikegpt_lora.utils.files import write_json, write_text
+from spikegpt_lora.utils.precision import processor
 from spikegpt_lora.utils.timing import Disagreement, Recorder, agree, compare, inside, peak_memory, table
 
 SMALL = {"n_layer": 4, "n_embd": 256, "batch": 32, "tokens": 40}
 LARGE = {"n_layer": 18, "n_embd": 768, "batch": 8, "tokens": 40}  # SpikeGPT-216M
 MINILM = {"n_layer": 6, "n_embd": 384, "batch": 32, "tokens": 40}  # all-MiniLM-L6-v2
-PARTS = ("kernels", "lengths", "step", "gates", "large_step", "streaming", "generation", "rwkv")
+VOCABULARY = 8192
+
+
+def fused_lora(**settings) -> LoraConfig:
+    return fused(LoraConfig(**settings))
+
+
+ADAPTERS = {
+    "LoRA, stock peft": LoraConfig,
+    "LoRA, fused": fused_lora,
+    "SpikeLoRA": SpikeLoraConfig,
+}
 GATES = {
-    "LoRA": LoraConfig,
+    "LoRA": fused_lora,
     "SpikeLoRA": SpikeLoraConfig,
     "SpikeLoRA, binary": partial(SpikeLoraConfig, spikelora_gate="binary"),
     "SpikeLoRA, token time": partial(SpikeLoraConfig, spikelora_time="token"),
@@ -69,25 +86,27 @@ GATES = {
 def main() -> int:
     args = parse_arguments()
     command_line.set_up()
+    recorded = runs_in(args.record, args.parts) if args.record else None  # before minutes of measuring
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
     load("cpu")
     rows = []
     try:
         for part in args.parts:
-            rows += globals()[part](args.repeats)
+            torch.manual_seed(0)
+            rows += [{"part": part, **row} for row in PARTS[part](args.repeats)]
     except Disagreement as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    text = f"{conditions()}\n\n{table(rows)}"
+    run = {**conditions(), "rows": rows}
+    text = f"{sentence(run)}\n\n{table(rows)}"
     print(text)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_text(args.output_dir / "bench.md", text + "\n")
-    with whole_file(args.output_dir / "bench.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["group", "what", "median_ms", "quartile1_ms", "quartile3_ms", "ratio", "note"])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_json(args.output_dir / "bench.json", run)
+    if recorded:
+        recorded["runs"] = [run, *(other for other in recorded["runs"] if other["kind"] != run["kind"])]
+        write_json(args.record, recorded)
     return 0
 
 
@@ -97,8 +116,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which comparisons (default: all)")
     add("--repeats", type=command_line.positive, default=15, help="rounds of each comparison")
     add("--threads", type=command_line.positive, help="of torch (default: its own choice)")
-    add("--output-dir", type=Path, default=Path("runs/bench"), help="the table and the CSV go here")
+    add("--output-dir", type=Path, default=Path("runs/bench"), help="bench.md and bench.json go here")
+    add("--record", type=Path, metavar="FILE", help="of runs by processor kind; this one goes there too")
     return parser.parse_args()
+
+
+def runs_in(path: Path, parts: list[str]) -> dict:
+    """What `path` holds, to which a run of `parts` is to be added."""
+    if missing := ", ".join(part for part in PARTS if part not in parts):
+        raise ValueError(f"--record takes a run of all parts, this one has no {missing}: leave --parts or --record out")
+    return read_json(path, keys=("runs",))
 
 
 # ---- the parts
@@ -115,12 +142,12 @@ def kernels(repeats: int) -> list[dict]:
         return lambda: torch.autograd.grad(function(*leaves)[0], leaves, gy)
 
     ways = {
-        "extension": wkv_by(lambda *x: wkv(*x, backend="extension")),
-        "reference (plain torch)": wkv_by(lambda *x: wkv(*x, backend="reference")),
+        "kernel": wkv_by(partial(wkv, backend="extension")),
+        "plain torch": wkv_by(partial(wkv, backend="reference")),
         "loop over tokens (transformers' Rwkv)": wkv_by(rwkv_linear_attention_cpu),
     }
     agree("wkv", ways, 1e-3)
-    rows = compare("wkv forward + backward (32, 64, 512)", {"8 exp": eight_exp(k, v, gy), **ways}, repeats)
+    rows = compare("WKV forward + backward (32, 64, 512)", {"8 exp": eight_exp(k, v, gy), **ways}, repeats)
 
     x, lif = torch.randn(B, T, C).requires_grad_(), LIF()
     node = neuron.LIFNode(tau=2.0, surrogate_function=lif.surrogate_function, step_mode="m")
@@ -130,70 +157,92 @@ def kernels(repeats: int) -> list[dict]:
         return node(current.transpose(0, 1).contiguous()).transpose(0, 1)
 
     ways = {
-        "extension": lambda: torch.autograd.grad(lif(x), x, gy),
+        "kernel": lambda: torch.autograd.grad(lif(x), x, gy),
         "spikingjelly": lambda: torch.autograd.grad(spikingjelly(x), x, gy),
     }
-    agree("lif", ways, 1e-5)
+    agree("LIF", ways, 1e-5)
     rows += compare("LIF forward + backward (32, 64, 512)", ways, repeats)
     mask = torch.arange(T) < torch.randint(T // 2, T + 1, (B, 1))
 
     def masked():
         return torch.autograd.grad(lif.step(x, None, mask)[0], x, gy)
 
-    ways = {"extension": masked, "spikingjelly": inside(spikingjelly_lif, masked)}
-    agree("masked lif", ways, 1e-5)
+    ways = {
+        "kernel": masked,
+        "spikingjelly": inside(lambda: patch.object(LIF, "_has_kernel", lambda self: False), masked),
+    }
+    agree("LIF with padding", ways, 1e-5)
     return rows + compare("LIF with padding, forward + backward (32, 64, 512)", ways, repeats)
 
 
 def lengths(repeats: int) -> list[dict]:
-    """WKV forward and backward against T and C: time and memory per token and channel."""
+    """WKV forward and backward against T and C: time and memory an element."""
     rows = []
-    for name, shapes in (
-        ("wkv against T (4, T, 512)", [(4, T, 512) for T in (64, 256, 1024, 4096, 8192)]),
-        ("wkv against C (8, 64, C)", [(8, 64, C) for C in (64, 100, 256, 1000, 2048)]),
-    ):
-        ways, sizes = {}, {}
-        for B, T, C in shapes:
-            leaves = [torch.randn(C), torch.randn(C), torch.randn(B, T, C), torch.randn(B, T, C)]
-            leaves = [x.requires_grad_() for x in leaves]
-            gy = torch.randn(B, T, C)
-            label = f"T = {T}" if "against T" in name else f"C = {C}"
-            ways[label] = lambda leaves=leaves, gy=gy: torch.autograd.grad(
-                wkv(*leaves, backend="extension")[0], leaves, gy
-            )
-            sizes[label] = B * T * C
-        group = compare(name, ways, repeats)
-        for row in group:
-            memory = peak_memory(ways[row["what"]]) / sizes[row["what"]]
-            row["note"] = f"{1e6 * row['median_ms'] / sizes[row['what']]:.2f} ns and {memory:.0f} bytes an element"
-        rows += group
+    for group, shapes in {
+        "WKV against T (4, T, 512)": {f"T = {T}": (4, T, 512) for T in (64, 256, 1024, 4096, 8192)},
+        "WKV against C (8, 64, C)": {f"C = {C}": (8, 64, C) for C in (64, 100, 256, 1000, 2048)},
+    }.items():
+        ways = {name: wkv_at(*shape) for name, shape in shapes.items()}
+        for row in compare(group, ways, repeats):
+            elements = math.prod(shapes[row["what"]])
+            memory = peak_memory(ways[row["what"]]) / elements
+            row["note"] = f"{1e6 * row['median_ms'] / elements:.2f} ns and {memory:.0f} bytes an element"
+            rows.append(row)
     return rows
 
 
+def wkv_at(B: int, T: int, C: int) -> Callable:
+    leaves = [torch.randn(shape).requires_grad_() for shape in ((C,), (C,), (B, T, C), (B, T, C))]
+    gy = torch.randn(B, T, C)
+    return lambda: torch.autograd.grad(wkv(*leaves, backend="extension")[0], leaves, gy)
+
+
 def step(repeats: int) -> list[dict]:
-    """One LoRA and one SpikeLoRA training step of a 4-layer, 256-wide model."""
-    rows = []
-    for adapter in (LoraConfig, SpikeLoraConfig):
-        training = Training(adapter, spikegpt, **SMALL)
-        training.check_gradients(WAYS)
-        ways = {"matrix products": training.floor()}
-        ways |= {name: inside(context, training.step) for name, context in WAYS.items()}
-        ways["matrix products, bf16"] = training.floor(bf16=True)
-        ways["extension, bf16"] = lambda training=training: training.step(bf16=True)
-        rows += compare(f"{adapter.__name__} step, 4 x 256, batch 32 x 40", ways, repeats)
+    """A training step with each adapter, of a 4-layer, 256-wide model."""
+    return training_steps("4 x 256", spikegpt, SMALL, LOOPS, repeats)
+
+
+def encoder(repeats: int) -> list[dict]:
+    """The same of a BERT of all-MiniLM-L6-v2's size."""
+    return training_steps("BERT 6 x 384", bert, MINILM, {}, repeats)
+
+
+def large_step(repeats: int) -> list[dict]:
+    """The same of the 216M model's shape."""
+    return training_steps("216M", spikegpt, LARGE, {"loops over tokens": loops}, max(repeats // 3, 3))
+
+
+def training_steps(name: str, model: Callable, size: dict, others: dict[str, Callable], repeats: int) -> list[dict]:
+    """Each of ADAPTERS beside the matrix products that all of them make; stock LoRA in the contexts `others` too."""
+    trainings = {adapter: Training(make, model, **size) for adapter, make in ADAPTERS.items()}
+    stock, spiking = trainings["LoRA, stock peft"], trainings["SpikeLoRA"]
+    lora = {adapter: one.gradients for adapter, one in trainings.items() if one is not spiking}
+    lora |= {way: inside(context, stock.gradients) for way, context in others.items()}
+    agree("gradients of LoRA", lora, 1e-6)
+    plain = inside(lambda: default_backend("reference"), spiking.gradients)
+    agree("gradients of SpikeLoRA", {"kernels": spiking.gradients, "plain torch": plain}, 1e-6)
+
+    ways = {"matrix products": products(stock.step), **steps(trainings)}
+    ways |= {f"LoRA, {way}": inside(context, stock.step) for way, context in others.items()}
+    if bf16_pays():
+        ways["matrix products, bfloat16"] = products(partial(stock.step, bf16=True))
+        ways |= {f"{adapter}, bfloat16": partial(one.step, bf16=True) for adapter, one in trainings.items()}
+    rows = compare(f"training step, {name}, batch {size['batch']} x {size['tokens']}", ways, repeats)
+    for row, training in zip(rows[1:], trainings.values()):
+        share, memory = row["median_ms"] / rows[1]["median_ms"], peak_memory(training.step) / 2**20
+        row["note"] = f"{share:.2f} of stock LoRA, {memory:.0f} MiB above {training.weights_mib:.0f} MiB of weights"
     return rows
 
 
 def gates(repeats: int) -> list[dict]:
-    """A training step and an answer with each kind of gate, on a SpikeGPT and an encoder of all-MiniLM-L6-v2's size.
+    """A training step and an answer with each kind of gate, on a SpikeGPT and on the encoder.
 
     Only LoRA can be merged into W0, which is what "no inference overhead" means.
     """
     rows = []
     for name, model, size in (("4 x 256", spikegpt, SMALL), ("MiniLM, 6 x 384", bert, MINILM)):
         trainings = {gate: Training(adapter, model, **size) for gate, adapter in GATES.items()}
-        ways = {gate: training.step for gate, training in trainings.items()}
-        rows += compare(f"step by gate, {name}, batch 32 x 40", ways, repeats)
+        rows += compare(f"step by gate, {name}, batch 32 x 40", steps(trainings), repeats)
         merged = Training(LoraConfig, model, **size)
         merged.model.merge_adapter()
         answers = {"LoRA, merged": merged.answer} | {gate: training.answer for gate, training in trainings.items()}
@@ -201,17 +250,21 @@ def gates(repeats: int) -> list[dict]:
     return rows
 
 
-def large_step(repeats: int) -> list[dict]:
-    """One LoRA training step of the 216M model's shape, and its memory."""
-    training = Training(LoraConfig, spikegpt, **LARGE)
-    ways = {"extension": WAYS["extension"], "loops over tokens": WAYS["loops over tokens"]}
-    training.check_gradients(ways)
-    timed = {"matrix products": training.floor()}
-    timed |= {name: inside(context, training.step) for name, context in ways.items()}
-    rows = compare("LoraConfig step, 216M, batch 8 x 40", timed, max(repeats // 3, 3))
-    memory = peak_memory(training.step) / 2**20
-    rows[1]["note"] = f"{memory:.0f} MiB above {training.weights_mib:.0f} MiB of weights"
-    return rows
+def pretrain(repeats: int) -> list[dict]:
+    """A pre-training step of a 4-layer, 256-wide language model, on random tokens."""
+    tokens = np.random.default_rng(0).integers(1, VOCABULARY, 100_000)
+    ways = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for bf16 in (False, True) if bf16_pays() else (False,):
+            # So many steps that none is saved, and a rate so low that the weights stay what they are.
+            options = PretrainOptions(steps=10**9, learning_rate=1e-30, bf16=bf16)
+            model = random_weights(SpikeGPTForCausalLM(config(SMALL)))
+            one = partial(next, Pretraining(model, tokens, options).train(folder, math.inf))
+            name = ", bfloat16" if bf16 else ""
+            ways |= {f"matrix products{name}": products(one), f"pre-training{name}": one}
+        size = f"{options.batch_size} x {options.length}"
+        rows = compare(f"pre-training step, 4 x 256, vocabulary of {VOCABULARY:,}, {size} tokens", ways, repeats)
+    return per_second(rows, options.batch_size * options.length)
 
 
 def streaming(repeats: int) -> list[dict]:
@@ -224,21 +277,10 @@ def streaming(repeats: int) -> list[dict]:
         def read():
             return model(token, state=state, use_cache=True).logits
 
-        with default_backend("reference"):
-            expected = read()
-        if not torch.allclose(read(), expected, rtol=1e-3, atol=1e-3):
-            raise Disagreement("streaming: extension and reference give different logits")
-        with Recorder() as recorder:
-            read()
-        ways = {
-            "matrix-vector products": recorder.replay(),
-            "extension": read,
-            "reference (plain torch)": inside(lambda: default_backend("reference"), read),
-        }
-        rows = compare("one token, 216M, streaming", ways, 3 * repeats)
-    for row in rows:
-        row["note"] = f"{1e3 / row['median_ms']:.1f} tokens a second"
-    return rows
+        ways = {"kernels": read, "plain torch": inside(lambda: default_backend("reference"), read)}
+        agree("logits of one token", ways, 1e-3)
+        rows = compare("one token, 216M, streaming", {"matrix-vector products": products(read), **ways}, 3 * repeats)
+    return per_second(rows, 1)
 
 
 def generation(repeats: int) -> list[dict]:
@@ -259,8 +301,8 @@ def generation(repeats: int) -> list[dict]:
 
 def rwkv(repeats: int) -> list[dict]:
     """transformers' RwkvModel of the same size, full training step without a head (it has no CPU kernel)."""
-    ids = torch.randint(1, 8192, (SMALL["batch"], SMALL["tokens"]))
-    size = {"vocab_size": 8192, "hidden_size": SMALL["n_embd"], "num_hidden_layers": SMALL["n_layer"]}
+    ids = torch.randint(1, VOCABULARY, (SMALL["batch"], SMALL["tokens"]))
+    size = {"vocab_size": VOCABULARY, "hidden_size": SMALL["n_embd"], "num_hidden_layers": SMALL["n_layer"]}
     theirs = RwkvModel(RwkvConfig(**size)).train()
     ours = random_weights(spikegpt_lora.SpikeGPTModel(config(SMALL))).train()
 
@@ -271,7 +313,14 @@ def rwkv(repeats: int) -> list[dict]:
 
         return run
 
-    return compare("forward + backward, 4 x 256, batch 32 x 40", {"SpikeGPT": by(ours), "Rwkv": by(theirs)}, repeats)
+    ways = {"SpikeGPT": by(ours), "transformers' Rwkv": by(theirs)}
+    return compare("forward + backward of all weights, 4 x 256, batch 32 x 40", ways, repeats)
+
+
+PARTS = {
+    part.__name__: part
+    for part in (kernels, lengths, step, encoder, large_step, gates, pretrain, streaming, generation, rwkv)
+}
 
 
 # ---- what is measured
@@ -280,23 +329,26 @@ def rwkv(repeats: int) -> list[dict]:
 class Training:
     """A training step of a classifier with adapters: forward, backward, clipping, AdamW.
 
+    Two of one model and size start from the same weights and read the same batch.
+
     Args:
         adapter: makes a peft configuration. model: makes the classifier from n_layer and n_embd, and names its targets.
     """
 
     def __init__(self, adapter: Callable, model: Callable, n_layer: int, n_embd: int, batch: int, tokens: int):
+        torch.manual_seed(0)
+        length = torch.randint(tokens - tokens // 10, tokens + 1, (batch, 1))
+        self.inputs = {
+            "input_ids": torch.randint(1, VOCABULARY, (batch, tokens)),
+            "attention_mask": (torch.arange(tokens) < length).long(),
+            "labels": torch.randint(0, 2, (batch,)),
+        }
         model, target = model(n_layer, n_embd)
         self.weights_mib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
         adapter = adapter(task_type="SEQ_CLS", r=16, lora_alpha=16, target_modules=target)
         self.model = random_weights(get_peft_model(model, adapter)).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, fused=True)  # the weights stay what they are
-        length = torch.randint(tokens - tokens // 10, tokens + 1, (batch, 1))
-        self.inputs = {
-            "input_ids": torch.randint(1, 8192, (batch, tokens)),
-            "attention_mask": (torch.arange(tokens) < length).long(),
-            "labels": torch.randint(0, 2, (batch,)),
-        }
 
     def backward(self, bf16: bool = False):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -314,25 +366,31 @@ class Training:
         with evaluating(self.model), torch.inference_mode():
             self.model(**self.inputs)
 
-    def floor(self, bf16: bool = False) -> Callable:
-        with Recorder() as recorder:
-            self.step(bf16)
-        return recorder.replay()
-
-    def check_gradients(self, ways: dict[str, Callable]):
-        """One gradient whichever way; in float64 and without dropout, so that no rounding flips a spike.
-
-        (transformers' loop computes WKV in float32 even then.)
-        """
+    def gradients(self) -> list[torch.Tensor]:
+        """In float64 and without dropout, so that no rounding flips a spike (transformers' loop stays in float32)."""
         self.model.double().eval()
-        agree("gradients of a step", {name: inside(context, self._gradients) for name, context in ways.items()}, 1e-6)
-        self.model.float().train()
-
-    def _gradients(self) -> list[torch.Tensor]:
         self.backward()
         gradients = [p.grad for p in self.parameters]
         self.optimizer.zero_grad()
+        self.model.float().train()
         return gradients
+
+
+def steps(trainings: dict[str, Training]) -> dict[str, Callable]:
+    return {name: training.step for name, training in trainings.items()}
+
+
+def products(function: Callable) -> Callable:
+    """The floor of `function`: its matrix products alone."""
+    with Recorder() as recorder:
+        function()
+    return recorder.replay()
+
+
+def per_second(rows: list[dict], tokens: int) -> list[dict]:
+    for row in rows:
+        row["note"] = f"{1e3 * tokens / row['median_ms']:,.{0 if tokens > 1 else 1}f} tokens a second"
+    return rows
 
 
 def spikegpt(n_layer: int, n_embd: int):
@@ -356,25 +414,8 @@ def random_weights(model):
 
 
 def config(size: dict, **changes) -> SpikeGPTConfig:
-    sizes = {"n_layer": size["n_layer"], "n_embd": size["n_embd"], "vocab_size": 8192, "pad_token_id": 0}
+    sizes = {"n_layer": size["n_layer"], "n_embd": size["n_embd"], "vocab_size": VOCABULARY, "pad_token_id": 0}
     return SpikeGPTConfig(**sizes | changes)
-
-
-# ---- the ways to run a model
-
-
-@contextlib.contextmanager
-def patched(target, name: str, value):
-    before = getattr(target, name)
-    setattr(target, name, value)
-    try:
-        yield
-    finally:
-        setattr(target, name, before)
-
-
-def spikingjelly_lif():
-    return patched(LIF, "_has_kernel", lambda self: False)
 
 
 @contextlib.contextmanager
@@ -392,56 +433,25 @@ def loops():
             carry[0] = node.v
         return spikes
 
-    with (
-        default_backend("reference"),
-        patched(spikegpt_lora.model, "wkv", wkv_loop),
-        patched(LIF, "_fire", lif_loop),
-    ):
+    wkv_patch, lif_patch = patch.object(spikegpt_lora.model, "wkv", wkv_loop), patch.object(LIF, "_fire", lif_loop)
+    with default_backend("reference"), wkv_patch, lif_patch:
         yield
 
 
-WAYS = {
-    "extension": contextlib.nullcontext,
-    "extension, LIF by spikingjelly": spikingjelly_lif,
-    "reference (plain torch)": lambda: default_backend("reference"),
-    "loops over tokens": loops,
-}
+# How else a model can be run.
+LOOPS = {"plain torch and spikingjelly": lambda: default_backend("reference"), "loops over tokens": loops}
 
 
 # ---- the floor of WKV
 
 
-EIGHT_EXP = """
-#include "arithmetic.h"
-extern "C" void eight_exp(const float* k, const float* v, const float* g, float* y, float* gk, float* gv, long count) {
-  using spikegpt::exp_nonpositive;
-#pragma omp parallel for
-  for (long start = 0; start < count; start += 64) {
-    const float *a = k + start, *b = v + start, *c = g + start;
-    float *x = y + start, *p = gk + start, *q = gv + start;
-    FOR_LANES(i, 64) {
-      const float l = -std::fabs(a[i]), m = -std::fabs(b[i]), n = -std::fabs(c[i]);
-      x[i] = exp_nonpositive(l) + exp_nonpositive(m) + exp_nonpositive(n);
-      p[i] = exp_nonpositive(l + m) + exp_nonpositive(m + n) + exp_nonpositive(n + l);
-      q[i] = exp_nonpositive(l + m + n) + exp_nonpositive(l + l);
-    }
-  }
-}
-"""
-
-
-def compiler_and_flags() -> tuple[list[str], list[str]]:
-    """What the kernels are compiled with."""
-    compiler, flags = build.cpp_compiler()
-    return compiler, [*flags, *build.optional_flags(compiler)]
-
-
 def eight_exp(k: torch.Tensor, v: torch.Tensor, gy: torch.Tensor) -> Callable:
     """The pass over memory that WKV is measured against, compiled as the kernels are."""
-    compiler, flags = compiler_and_flags()
+    compiler, flags = build.cpp_compiler()
+    source, flags = Path(__file__).with_name("eight_exp.cpp"), [*flags, *build.optional_flags(compiler)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*compiler, *flags, f"-I{build.sources()}", "-shared", "-x", "c++", "-", "-o", f"{folder}/floor.so"]
-        subprocess.run(command, input=EIGHT_EXP, text=True, check=True)
+        command = [*compiler, *flags, f"-I{build.sources()}", "-shared", str(source), "-o", f"{folder}/floor.so"]
+        subprocess.run(command, check=True)
         function = ctypes.CDLL(f"{folder}/floor.so").eight_exp
 
     def run():
@@ -456,16 +466,35 @@ def eight_exp(k: torch.Tensor, v: torch.Tensor, gy: torch.Tensor) -> Callable:
     return run
 
 
-# ---- the report
+# ---- where it is measured
 
 
-def conditions() -> str:
-    compiler, flags = compiler_and_flags()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    return (
-        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}; {version} {' '.join(flags)}"
-    )
+CPU = torch.device("cpu")
+
+
+def bf16_pays() -> bool:
+    """Whether the processor multiplies bfloat16; elsewhere a step in it takes a multiple of one in float32."""
+    return processor(CPU).auto == "bfloat16"
+
+
+def processors_name(file: Path = Path("/proc/cpuinfo")) -> str:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def conditions() -> dict:
+    packages = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    compiler = subprocess.run([*build.cpp_compiler()[0], "--version"], capture_output=True, text=True).stdout
+    versions["compiler"] = compiler.splitlines()[0]
+    kind, name = processor(CPU).name, processors_name()
+    return {"kind": kind, "processor": name, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def sentence(run: dict) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+    return f"{run['kind']} ({run['processor']}), {run['threads']} threads; {versions}"
 
 
 if __name__ == "__main__":

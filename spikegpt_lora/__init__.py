@@ -15,7 +15,7 @@ from .observe.traces import SpikeTrace, record_spikes
 from .ops.wkv import wkv, wkv_reference
 from .tasks.registry import load_task
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 __all__ = [
     "SparsityCallback",

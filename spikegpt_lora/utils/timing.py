@@ -81,9 +81,26 @@ def inside(context: Callable, function: Callable) -> Callable:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every matrix product; `replay()` makes them again on random inputs of the same shapes and strides."""
+    """Notes every matrix product; `replay()` makes them again on random inputs of the same shapes and strides.
 
-    PRODUCTS = ("aten::linear", "aten::mm", "aten::addmm", "aten::bmm", "aten::mv", "aten::addmv")
+    What is added to a product, and where it is written, is left out: `addmm` and `addmm_` are made again as `mm`. Seen
+    are products that torch dispatches one by one, not those inside another operator (attention, an operator in C++).
+    """
+
+    # Under inference_mode linear and matmul come whole, else as one of the others. Where the factors stand.
+    PRODUCTS = {
+        "aten::linear": (torch.nn.functional.linear, 0),
+        "aten::matmul": (torch.matmul, 0),
+        "aten::mm": (torch.mm, 0),
+        "aten::addmm": (torch.mm, 1),
+        "aten::addmm_": (torch.mm, 1),
+        "aten::bmm": (torch.bmm, 0),
+        "aten::baddbmm": (torch.bmm, 1),
+        "aten::baddbmm_": (torch.bmm, 1),
+        "aten::mv": (torch.mv, 0),
+        "aten::addmv": (torch.mv, 1),
+        "aten::addmv_": (torch.mv, 1),
+    }
 
     def __init__(self):
         super().__init__()
@@ -91,15 +108,16 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function._schema.name in self.PRODUCTS:
-            self.calls.append((function, [(x.shape, x.stride(), x.dtype) for x in args if isinstance(x, torch.Tensor)]))
+            product, first = self.PRODUCTS[function._schema.name]
+            self.calls.append((product, [(x.shape, x.stride(), x.dtype) for x in args[first : first + 2]]))
         return function(*args, **kwargs or {})
 
     def replay(self) -> Callable:
-        calls = [(function, [_like(*described) for described in inputs]) for function, inputs in self.calls]
+        calls = [(product, [_like(*described) for described in factors]) for product, factors in self.calls]
 
         def run():
-            for function, inputs in calls:
-                function(*inputs)
+            for product, factors in calls:
+                product(*factors)
 
         return run
 

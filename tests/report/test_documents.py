@@ -134,12 +134,42 @@ def precision_table():
     )
 
 
+TIMED = ("kernels", "step", "encoder", "large_step", "pretrain", "streaming", "rwkv")  # of the parts of bench.py
+
+
+def speed_table():
+    """A column a processor kind, a row for everything that was timed on one of them."""
+    runs = figures("bench.json")["runs"]
+    timed = [{(row["group"], row["what"]): row for row in run["rows"] if row["part"] in TIMED} for run in runs]
+    keys = list(dict.fromkeys(key for rows in timed for key in rows))
+    groups = list(dict.fromkeys(group for group, _ in keys))
+    lines, titled = [], set()
+    for group, what in sorted(keys, key=lambda key: groups.index(key[0])):
+        title = what if group in titled else f"**{group}**: {what}"
+        lines.append([title, *(milliseconds(rows.get((group, what))) for rows in timed)])
+        titled.add(group)
+    return table(["median ms (ratio to the group's first row)", *map(machine, runs)], lines)
+
+
+def milliseconds(row):
+    if row is None:
+        return "–"
+    median, ratio = row["median_ms"], row["ratio"]
+    digits = 2 if median < 10 else 1 if median < 100 else 0
+    return f"{median:,.{digits}f} ({ratio:.{2 if ratio < 10 else 1}f})"
+
+
+def machine(run):
+    return f"{run['kind']}: {run['processor']}, {run['threads']} threads, {run['versions']['spikegpt_lora']}"
+
+
 TABLES = [
     ("recipes/README.md", precision_table()),
     *(("recipes/results/subj.md", one) for one in subj_tables()),
     ("recipes/results/subj.md", trials_table()),
     ("recipes/results/gates.md", gates_table()),
     ("recipes/results/cola.md", cola_table()),
+    ("cuda/README.md", speed_table()),
     ("README.md", first_page_table()),
 ]
 
