@@ -96,6 +96,14 @@ TORCH_LIBRARY(spikegpt_lora, library) {
   library.def("adapter_in(Tensor x, Tensor a) -> (Tensor, Tensor)");
   library.def(
       "adapter_out(Tensor x, Tensor weight, Tensor? bias, Tensor passed, Tensor b, float scaling) -> Tensor");
+  library.def("packed_linear(Tensor x, Tensor weight, Tensor? scale) -> Tensor");
+  library.def(
+      "block_step(Tensor x, Tensor[] state, Tensor[] vectors, Tensor[] shares, Tensor[] matrices, "
+      "Tensor?[] scales, float eps, " LIF_SETTINGS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(spikegpt_lora, CPU, library) { spikegpt::register_kernels<spikegpt::Cpu>(library); }
+TORCH_LIBRARY_IMPL(spikegpt_lora, CPU, library) {
+  spikegpt::register_kernels<spikegpt::Cpu>(library);
+  library.impl("packed_linear", &spikegpt::packed_linear<spikegpt::Cpu>);
+  library.impl("block_step", &spikegpt::BlockStep<spikegpt::Cpu>::run);
+}

@@ -4,6 +4,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -15,6 +16,7 @@
 #include "activations.h"
 #include "dropout.h"
 #include "lif.h"
+#include "packed_linear.h"
 #include "token_shift.h"
 #include "wkv.h"
 
@@ -484,6 +486,76 @@ Tensor dropout(const Tensor& x, const Tensor& seed, double p) {
   });
   return out;
 }
+
+// ---- matrices held in few bytes: the CPU's alone
+
+template <class Device>
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scale) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, "packed_linear: x must be float32, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == 2, "packed_linear: weight must be (outputs, inputs), got ",
+                    as_tuple(weight.sizes()));
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == inputs, "packed_linear: x must be (..., ", inputs, "), got ",
+                    as_tuple(x.sizes()));
+  check("packed_linear: weight", weight, weight.sizes(), weight.scalar_type(), x);
+  check("packed_linear: scale", scale, {outputs}, at::kFloat, x);
+  const Tensor x_ = x.contiguous(), weight_ = weight.contiguous();
+  const OptionalTensor scale_ = contiguous(scale);
+  auto shape = x.sizes().vec();
+  shape.back() = outputs;
+  Tensor y = at::empty(shape, x.options());
+  const int64_t rows = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
+  const auto run = [&](const auto* held) {
+    Device::template run<float>(1, inputs, outputs, x, PackedLinear<std::decay_t<decltype(*held)>>{
+        x_.const_data_ptr<float>(), held, pointer<float>(scale_), y.mutable_data_ptr<float>(), rows, inputs, outputs});
+  };
+  switch (weight.scalar_type()) {
+    case at::kFloat: run(weight_.const_data_ptr<float>()); break;
+    case at::kChar: run(weight_.const_data_ptr<int8_t>()); break;
+    case at::kBFloat16: run(static_cast<const BFloat16Bits*>(weight_.const_data_ptr())); break;
+    default:
+      TORCH_CHECK_VALUE(false, "packed_linear: weight must be float32, bfloat16 or int8, got ", weight.scalar_type());
+  }
+  return y;
+}
+
+// ---- a whole block for few rows, so that Python is asked once: Block.forward of spikegpt_lora/model.py, in its order
+
+template <class Device, class... Settings>
+struct BlockSteps {
+  // state: the five tensors of a layer of SpikeGPTState. vectors: weight and bias of ln1 and of ln2, time_decay and
+  // time_first. shares: of att's key, value, receptance, of ffn's key, receptance. matrices, scales: of att's key, value,
+  // receptance, output, of ffn's key, receptance, value. Returns x and the five new tensors.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run(
+      const Tensor& x, at::TensorList state, at::TensorList vectors, at::TensorList shares, at::TensorList matrices,
+      const c10::List<OptionalTensor>& scales, double eps, Settings... settings) {
+    const bool complete = state.size() == 5 && vectors.size() == 6 && shares.size() == 5 && matrices.size() == 7;
+    TORCH_CHECK_VALUE(complete && scales.size() == 7, "block_step takes 5 states, 6 vectors, 5 shares, 7 matrices and 7 "
+                      "scales, got ", state.size(), ", ", vectors.size(), ", ", shares.size(), ", ", matrices.size(),
+                      ", ", scales.size());
+    using Lif = LifOperators<Device, Settings...>;
+    const auto held = [&](int i) { return state[i].to(at::kFloat); };
+    const auto vector = [&](int i) { return vectors[i].to(at::kFloat); };
+    const auto share = [&](int i) { return shares[i].reshape(-1).to(at::kFloat); };
+    const auto times = [&](const Tensor& from, int i) { return packed_linear<Device>(from, matrices[i], scales[i]); };
+
+    const Shifted<3> att =
+        shift<Device, 3>(x, vector(0), vector(1), eps, held(0), {}, {share(0), share(1), share(2)}, {});
+    const Tensor k = times(att.mixed[0], 0), v = times(att.mixed[1], 1), r = times(att.mixed[2], 2);
+    const auto [y, wkv_state] = wkv<Device>(vector(4).exp().neg_(), vector(5), k, v, held(1), {});
+    const Tensor mixed_time = times(sigmoid_gate<Device>(r, y), 3);
+    const auto [between, att_membrane] = Lif::add(x, mixed_time, held(2), {}, settings..., {}, 0.0);
+
+    const Shifted<2> ffn = shift<Device, 2>(between, vector(2), vector(3), eps, held(3), {}, {share(3), share(4)}, {});
+    const Tensor middle = times(squared_relu<Device>(times(ffn.mixed[0], 4)), 6);
+    const Tensor mixed_channels = sigmoid_gate<Device>(times(ffn.mixed[1], 5), middle);
+    const auto [after, ffn_membrane] = Lif::add(between, mixed_channels, held(4), {}, settings..., {}, 0.0);
+    return {after, att.last, wkv_state, att_membrane, ffn.last, ffn_membrane};
+  }
+};
+
+template <class Device>
+using BlockStep = BlockSteps<Device, double, double, std::optional<double>, bool, double, bool>;
 
 // Called by TORCH_LIBRARY_IMPL of each device: the names are those of the schemas in ops.cpp.
 template <class Device, class Library>

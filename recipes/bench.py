@@ -14,6 +14,7 @@ inputs of the same shapes and strides, nothing else.
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import importlib.metadata
 import math
@@ -47,6 +48,7 @@ from spikegpt_lora import (
 )
 from spikegpt_lora.adapters import fused
 from spikegpt_lora.adapters.config import PRESETS
+from spikegpt_lora.convert.generation import WEIGHTS, pack_weights
 from spikegpt_lora.forward import evaluating
 from spikegpt_lora.neurons.lif import LIF
 from spikegpt_lora.ops import build
@@ -268,19 +270,24 @@ def pretrain(repeats: int) -> list[dict]:
 
 
 def streaming(repeats: int) -> list[dict]:
-    """One token of the 216M model, its state carried along."""
+    """One token of the 216M model, its state carried along; its matrices as they are, and packed."""
     model = random_weights(SpikeGPTForCausalLM(config(LARGE, vocab_size=50277))).eval()
     with torch.inference_mode():
-        state = model(torch.tensor([[1, 2, 3]]), use_cache=True).state
-        token = torch.tensor([[4]])
-
-        def read():
-            return model(token, state=state, use_cache=True).logits
-
-        ways = {"kernels": read, "plain torch": inside(lambda: default_backend("reference"), read)}
+        read = token_reader(model)
+        plain = inside(lambda: default_backend("reference"), read)
+        ways = {"kernels": read, "plain torch": plain}
         agree("logits of one token", ways, 1e-3)
-        rows = compare("one token, 216M, streaming", {"matrix-vector products": products(read), **ways}, 3 * repeats)
+        ways = {"matrix-vector products": products(plain), **ways}  # torch's own: the kernels' are no operators
+        for weights in WEIGHTS:
+            ways[f"kernels, {weights} weights"] = token_reader(pack_weights(copy.deepcopy(model), weights))
+        rows = compare("one token, 216M, streaming", ways, 3 * repeats)
     return per_second(rows, 1)
+
+
+def token_reader(model: SpikeGPTForCausalLM) -> Callable:
+    """Reads one token after three others, as often as it is called."""
+    state, token = model(torch.tensor([[1, 2, 3]]), use_cache=True).state, torch.tensor([[4]])
+    return lambda: model(token, state=state, use_cache=True).logits
 
 
 def generation(repeats: int) -> list[dict]:

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: s
 from transformers import TextStreamer, set_seed
 
 from spikegpt_lora.checkpoint import load_language_model
+from spikegpt_lora.convert.generation import WEIGHTS, pack_weights
 from spikegpt_lora.utils import command_line
 
 
@@ -20,6 +21,8 @@ def main() -> int:
     args = parse_arguments()
     command_line.set_up()
     model, tokenizer = load_language_model(args.model)
+    if args.weights != "float32":
+        pack_weights(model, args.weights)
     prompt = tokenizer(args.prompt, return_tensors="pt")
     if prompt["input_ids"].shape[1] == 0:
         prompt = tokenizer(tokenizer.eos_token, return_tensors="pt")  # what stands before a text's first word
@@ -51,6 +54,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     add = parser.add_argument
     add("--model", default="embedded", help="embedded, the folder of a saved language model, or a hub id")
+    add(
+        "--weights",
+        default="float32",
+        choices=["float32", *WEIGHTS],
+        help="how matrices are held: fewer bytes are read faster",
+    )
     add("--prompt", default="this film is", type=command_line.utf8, help="the text begins with it")
     add("--max-new-tokens", default=100, type=command_line.positive, help="it ends there, or where the text ends")
     add(

@@ -32,7 +32,9 @@ from .config import SpikeGPTConfig, check_saved
 from .neurons.embedding import EmbeddingSpike
 from .neurons.lif import LIF
 from .ops.activations import sigmoid_gate, squared_relu
+from .ops.backend import untouched
 from .ops.dropout import Dropout
+from .ops.packed_linear import few_rows, is_matrix, matrix_product
 from .ops.token_shift import token_shift
 from .ops.wkv import wkv
 from .utils.inputs import (
@@ -68,9 +70,9 @@ class SpikeGPTState(ModelOutput):
         """The state of some of the sequences: `index` is any index into the batch dimension."""
         return SpikeGPTState(**{name: tensor[index] for name, tensor in self.items()})
 
-    def layer(self, i: int) -> tuple[Tensor, ...]:
-        """The five tensors of layer i, each `(B, ...)`."""
-        return tuple(tensor[:, i] for tensor in self.to_tuple()[:5])
+    def layers(self) -> list[tuple[Tensor, ...]]:
+        """Of each layer its five tensors, `(B, ...)`."""
+        return list(zip(*(tensor.unbind(1) for tensor in self.to_tuple()[:5])))
 
 
 @dataclass
@@ -160,6 +162,10 @@ class SRFFN(nn.Module):
         return sigmoid_gate(r, self.value(squared_relu(k))), shift
 
 
+_PARTS = ("ln1", "ln2", "att", "ffn", "lif1", "lif2", "dropout")
+_OF_ATT, _OF_FFN = ("key", "value", "receptance", "output"), ("key", "receptance", "value")
+
+
 class Block(GradientCheckpointingLayer):
     """x = x + LIF(SRWKV(LN x)); x = x + LIF(SRFFN(LN x)); dropout (paper figure 1; upstream Block)."""
 
@@ -178,15 +184,53 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, state: tuple[Tensor | None, ...], mask: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x `(B, T, C)`, the five tensors of `SpikeGPTState.layer` or five None -> x, the five new ones."""
+        """x `(B, T, C)`, the five tensors of one of `SpikeGPTState.layers` or five None -> x, the five new ones."""
         att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane = state
         if hasattr(self, "ln0"):
             x = self.ln0(x)
+        if mask is None and (stepped := self._step(x, state)) is not None:
+            return stepped
         current, att_shift, wkv_state = self.att(x, self.ln1, att_shift, wkv_state, mask)
         x, att_membrane = self.lif1.add(x, current, att_membrane, mask)
         current, ffn_shift = self.ffn(x, self.ln2, ffn_shift, mask)
         x, ffn_membrane = self.lif2.add(x, current, ffn_membrane, mask, self.dropout)
         return x, (att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane)
+
+    def _step(self, x: Tensor, state: tuple[Tensor | None, ...]) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """What forward gives for x after ln0, by one operator, where few rows go on from a state: what Python does
+        between the kernels would take longer than they do. None where a module inside has to run itself."""
+        if state[0] is None or self.training or not few_rows(x):
+            return None
+        # Modules and weights from their dictionaries: each of the 50 as an attribute takes as long as a small kernel.
+        own = cast(dict[str, Any], self._modules)
+        ln1, ln2, att, ffn, lif1, lif2, dropout = map(own.__getitem__, _PARTS)
+        linears = [*map(att._modules.__getitem__, _OF_ATT), *map(ffn._modules.__getitem__, _OF_FFN)]
+        kinds = (nn.LayerNorm, nn.LayerNorm, SRWKV, SRFFN, Dropout)
+        if not all(map(untouched, (ln1, ln2, att, ffn, dropout), kinds)) or not all(map(is_matrix, linears)):
+            return None
+        if not (lif1.is_unobserved_kernel() and lif2.is_unobserved_kernel()):
+            return None
+        settings, time, channels = lif1.settings, att._parameters, ffn._parameters
+        norms = [*ln1._parameters.values(), *ln2._parameters.values()]
+        if settings != lif2.settings or ln1.eps != ln2.eps or any(weight is None for weight in norms):
+            return None
+        x, *new = torch.ops.spikegpt_lora.block_step(
+            x,
+            state,
+            [*norms, time["time_decay"], time["time_first"]],
+            [
+                time["time_mix_k"],
+                time["time_mix_v"],
+                time["time_mix_r"],
+                channels["time_mix_k"],
+                channels["time_mix_r"],
+            ],
+            [linear.weight for linear in linears],
+            [linear._buffers.get("scale") for linear in linears],
+            ln1.eps,
+            *vars(settings).values(),
+        )
+        return x, tuple(new)
 
 
 class SpikeGPTPreTrainedModel(PreTrainedModel):
@@ -339,10 +383,11 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
 
         x, _ = self.emb_spike.step(x, mask=mask)
         hidden_states, new_states = [], []
-        for i, block in enumerate(self.blocks):
+        states = [(None,) * 5] * len(self.blocks) if state is None else state.layers()
+        for block, layer_state in zip(self.blocks, states):
             if output_hidden_states:  # else no layer's activations outlive it
                 hidden_states.append(x)
-            x, new_state = block(x, (None,) * 5 if state is None else state.layer(i), mask)
+            x, new_state = block(x, layer_state, mask)
             new_states.append(new_state)
         x = self.ln_out(x)
 
@@ -366,7 +411,8 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
             self._check_state(state, tokens.shape[0])
         if input_ids is None:
             return inputs_embeds, mask, state
-        self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        if state is None:  # of a text that goes on, it was said at its beginning
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         return self._embed(input_ids), mask, state
 
     def _check_state(self, state, B: int) -> None:
@@ -455,7 +501,7 @@ class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
         output = self.spikegpt(
             input_ids, attention_mask, inputs_embeds, state, use_cache, output_hidden_states, return_dict=True, **kwargs
         )
-        logits = self.head(output.last_hidden_state[:, -logits_to_keep:])  # [:, -0:] is everything
+        logits = matrix_product(self.head, output.last_hidden_state[:, -logits_to_keep:])  # [:, -0:] is everything
         loss = None
         if labels is not None:
             labels = _predictable(labels, attention_mask)

@@ -224,13 +224,15 @@ class LIF(Neuron, neuron.LIFNode):
 
     def _adds_in_one_pass(self, residual, x, dropout):
         return (
-            untouched(self, LIF)
-            and not self.store_v_seq
-            and self._has_kernel()
+            self.is_unobserved_kernel()
             and residual.dtype in (x.dtype, torch.promote_types(x.dtype, torch.float32))
             and (dropout is None or (untouched(dropout, Dropout) and dropout.p < 1 and not dropout.inplace))
             and use_extension("auto", x.device)
         )
+
+    def is_unobserved_kernel(self) -> bool:
+        """Whether the kernel does all that it does, and nobody looks at its spikes: another operator may do it too."""
+        return untouched(self, LIF) and not self.store_v_seq and self._has_kernel()
 
     def _has_kernel(self) -> bool:
         return type(self.surrogate_function) is surrogate.ATan and self.surrogate_function.spiking

@@ -230,7 +230,7 @@ def _short(name: str) -> str:
 
 def _left_out(model: nn.Module) -> list[str]:
     def matrices(module):
-        own = module.named_parameters(recurse=False)
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         return [p for key, p in own if p.dim() > 1 and ("weight" in key or isinstance(module, nn.ParameterDict))]
 
     counted = (nn.Linear, nn.Embedding)  # a look-up is no operation

@@ -72,6 +72,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x.to(dtype)`, which takes as long as a small operator even where there is nothing to do: here it does not."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 @contextlib.contextmanager
 def default_backend(backend: str) -> Iterator[None]:
     """Within this context backend="auto" means `backend`, everywhere in this process.

@@ -8,7 +8,7 @@ Source: SpikeGPT section 3.3 (eq. 6), upstream `src/model.py` (`time_shift`, `ti
 import torch
 from torch import Tensor, nn
 
-from .backend import bind, product_dtype, untouched, use_extension
+from .backend import bind, in_dtype, product_dtype, untouched, use_extension
 
 
 def token_shift(
@@ -42,10 +42,10 @@ def token_shift(
         x, norm = norm(x), None
     dtype = torch.promote_types(x.dtype, torch.float32)
     if norm is not None:
-        gain, bias = norm.weight.to(dtype), norm.bias.to(dtype)
-    flat = [share.reshape(-1).to(dtype) for share in shares]
+        gain, bias = in_dtype(norm.weight, dtype), in_dtype(norm.bias, dtype)
+    flat = [in_dtype(share.reshape(-1), dtype) for share in shares]
     shift = torch.ops.spikegpt_lora.token_shift2 if len(shares) == 2 else torch.ops.spikegpt_lora.token_shift3
-    eps, last = (0.0 if norm is None else norm.eps), (None if last is None else last.to(x.dtype))
+    eps, last = (0.0 if norm is None else norm.eps), (None if last is None else in_dtype(last, x.dtype))
     return shift(x, gain, bias, eps, last, mask, *flat, product_dtype(x))[: len(shares) + 1]
 
 

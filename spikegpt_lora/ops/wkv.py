@@ -11,7 +11,7 @@ Source: RWKV-4 (Peng et al. 2023, appendix D), SpikeGPT section 3.3, upstream `c
 import torch
 from torch import Tensor
 
-from .backend import bind, use_extension
+from .backend import bind, in_dtype, use_extension
 
 # Exponent of an empty state: exp(NOTHING_YET - p) is 0 for every p that a real token sets. This is -1e38 as float32
 # holds it: one number in every dtype and in the kernels.
@@ -47,14 +47,13 @@ def wkv(
     """
     if not use_extension(backend, k.device):
         return wkv_reference(time_decay, time_first, k, v, state, mask)
-    _check_shapes(time_decay, time_first, k, v, state, mask)
     dtype, v_dtype = torch.promote_types(k.dtype, torch.float32), v.dtype
     if v_dtype != k.dtype:
         k, v = (x.to(torch.promote_types(k.dtype, v_dtype)) for x in (k, v))
-    w, u = -torch.exp(time_decay.to(dtype)), time_first.to(dtype)
-    state = None if state is None else state.to(dtype)
-    y, state = torch.ops.spikegpt_lora.wkv(w, u, k, v, state, mask)
-    return y.to(v_dtype), state
+    w, u = -torch.exp(in_dtype(time_decay, dtype)), in_dtype(time_first, dtype)
+    state = None if state is None else in_dtype(state, dtype)
+    y, state = torch.ops.spikegpt_lora.wkv(w, u, k, v, state, mask)  # it checks the shapes
+    return in_dtype(y, v_dtype), state
 
 
 def wkv_reference(

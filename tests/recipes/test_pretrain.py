@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikegpt_lora import SpikeGPTForSequenceClassification, embedded_checkpoint, load_task
 from spikegpt_lora.checkpoint import load_language_model
+from spikegpt_lora.convert.generation import WEIGHTS, pack_weights
 from spikegpt_lora.pretrain.loop import Pretraining
 
 SMALL = ["--n-layer", "1", "--n-embd", "16", "--vocab-size", "400", "--batch-size", "4", "--length", "16"]
@@ -183,10 +184,12 @@ def test_a_classifier_is_no_language_model(tmp_path):
     assert done.returncode == 2 and "is no language model: it has no head.weight" in done.stderr
 
 
-def test_generate_writes_what_the_embedded_model_finds_most_likely():
+@pytest.mark.parametrize("weights", ["float32", *WEIGHTS])
+def test_generate_writes_what_the_embedded_model_finds_most_likely(weights):
     prompt = "this film is one of the"
-    done = here("generate.py", "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 12)
+    done = here("generate.py", "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 12, "--weights", weights)
     model, tokenizer = load_language_model("embedded")
+    model = model if weights == "float32" else pack_weights(model, weights)
     ids = model.generate(**tokenizer(prompt, return_tensors="pt"), do_sample=False, max_new_tokens=12)
     assert done.returncode == 0 and done.stdout.strip() == tokenizer.decode(ids[0], skip_special_tokens=True).strip()
 

@@ -110,6 +110,12 @@ def test_a_state_that_is_not_finite_is_refused_by_name(lm, ids, name, value):
         lm(ids, state=state)
 
 
+def test_a_state_whose_sum_overflows_is_finite(lm, ids):
+    state = state_of(lm.float(), ids)
+    state.wkv[:, :, 2] = -3e38
+    assert not state.wkv.sum().isfinite() and lm(ids, state=state).logits.isfinite().all()
+
+
 def test_a_state_of_another_width_is_refused(lm, ids):
     with pytest.raises(ValueError, match="state must be of width 12, got 6"):
         lm(ids, state=state_of(lm, ids, wkv=torch.zeros(4, 3, 3, 6)))
