@@ -21,6 +21,7 @@
 #include "activations.h"
 #include "dropout.h"
 #include "lif.h"
+#include "packed_linear.h"
 #include "token_shift.h"
 #include "wkv.h"
 
@@ -72,6 +73,15 @@ class Driver {
   const T* optional(int64_t size) {
     return given ? in<T>(size) : nullptr;
   }
+
+  // A matrix as packed_linear.h holds it.
+  template <class weight>
+  const weight* packed(int64_t size) {
+    return filled<weight>(size, [](int64_t i) { return weight{static_cast<decltype(bits_of(weight()))>(i % 127)}; });
+  }
+  static float bits_of(float);
+  static int8_t bits_of(int8_t);
+  static uint16_t bits_of(BFloat16Bits);
 
   const int64_t* seed() {
     return filled<int64_t>(1, [](int64_t) { return -0x123456789abcdef; });
@@ -217,6 +227,19 @@ void every_kernel(Driver& d) {
   };
   shift.template operator()<2>();
   shift.template operator()<3>();
+
+  const auto packed = [&]<class weight>(const char* name) {
+    const int64_t rows = all.B * T, outputs = NARROWEST + 1;
+    d.run<float>(name, {1, 1, outputs}, [&] {
+      return PackedLinear<weight>{d.in<float>(rows * C), d.packed<weight>(outputs * C), d.optional<float>(outputs),
+                                  d.out<float>(rows * outputs), rows, C, outputs};
+    });
+  };
+  if constexpr (std::is_same_v<scalar, float>) {
+    packed.template operator()<float>("PackedLinearFloat32");
+    packed.template operator()<BFloat16Bits>("PackedLinearBFloat16");
+    packed.template operator()<int8_t>("PackedLinearInt8");
+  }
 
   d.run<real>("RowMoments", {1, 1, all.B * T}, [&] {
     return RowMoments<scalar, real>{sequence(), C, real(1e-5), d.out<real>(all.B * T), d.out<real>(all.B * T)};

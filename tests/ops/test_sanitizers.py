@@ -60,7 +60,7 @@ def kernels(program):
 def test_the_driver_runs_every_kernel():
     structs = "".join(file.read_text() for file in build.sources().glob("*.h")).split("\nstruct ")
     called = {re.match(r"\w+", text)[0] for text in structs if re.search(r"operator\(\)\(int64_t\b.*, int n\b", text)}
-    assert len(called) > 10 and called <= set(re.findall(r"(\w+)<scalar, real", DRIVER.read_text()))
+    assert len(called) > 10 and called <= set(re.findall(r"(\w+)<(?:scalar, real|weight)", DRIVER.read_text()))
 
 
 @pytest.mark.slow
