@@ -32,9 +32,9 @@ from .config import SpikeGPTConfig, check_saved
 from .neurons.embedding import EmbeddingSpike
 from .neurons.lif import LIF
 from .ops.activations import sigmoid_gate, squared_relu
-from .ops.backend import untouched
+from .ops.block_step import block_step
 from .ops.dropout import Dropout
-from .ops.packed_linear import few_rows, is_matrix, matrix_product
+from .ops.packed_linear import matrix_product
 from .ops.token_shift import token_shift
 from .ops.wkv import wkv
 from .utils.inputs import (
@@ -162,10 +162,6 @@ class SRFFN(nn.Module):
         return sigmoid_gate(r, self.value(squared_relu(k))), shift
 
 
-_PARTS = ("ln1", "ln2", "att", "ffn", "lif1", "lif2", "dropout")
-_OF_ATT, _OF_FFN = ("key", "value", "receptance", "output"), ("key", "receptance", "value")
-
-
 class Block(GradientCheckpointingLayer):
     """x = x + LIF(SRWKV(LN x)); x = x + LIF(SRFFN(LN x)); dropout (paper figure 1; upstream Block)."""
 
@@ -188,49 +184,13 @@ class Block(GradientCheckpointingLayer):
         att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane = state
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        if mask is None and (stepped := self._step(x, state)) is not None:
+        if mask is None and (stepped := block_step(self, SRWKV, SRFFN, x, state)) is not None:
             return stepped
         current, att_shift, wkv_state = self.att(x, self.ln1, att_shift, wkv_state, mask)
         x, att_membrane = self.lif1.add(x, current, att_membrane, mask)
         current, ffn_shift = self.ffn(x, self.ln2, ffn_shift, mask)
         x, ffn_membrane = self.lif2.add(x, current, ffn_membrane, mask, self.dropout)
         return x, (att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane)
-
-    def _step(self, x: Tensor, state: tuple[Tensor | None, ...]) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """What forward gives for x after ln0, by one operator, where few rows go on from a state: what Python does
-        between the kernels would take longer than they do. None where a module inside has to run itself."""
-        if state[0] is None or self.training or not few_rows(x):
-            return None
-        # Modules and weights from their dictionaries: each of the 50 as an attribute takes as long as a small kernel.
-        own = cast(dict[str, Any], self._modules)
-        ln1, ln2, att, ffn, lif1, lif2, dropout = map(own.__getitem__, _PARTS)
-        linears = [*map(att._modules.__getitem__, _OF_ATT), *map(ffn._modules.__getitem__, _OF_FFN)]
-        kinds = (nn.LayerNorm, nn.LayerNorm, SRWKV, SRFFN, Dropout)
-        if not all(map(untouched, (ln1, ln2, att, ffn, dropout), kinds)) or not all(map(is_matrix, linears)):
-            return None
-        if not (lif1.is_unobserved_kernel() and lif2.is_unobserved_kernel()):
-            return None
-        settings, time, channels = lif1.settings, att._parameters, ffn._parameters
-        norms = [*ln1._parameters.values(), *ln2._parameters.values()]
-        if settings != lif2.settings or ln1.eps != ln2.eps or any(weight is None for weight in norms):
-            return None
-        x, *new = torch.ops.spikegpt_lora.block_step(
-            x,
-            state,
-            [*norms, time["time_decay"], time["time_first"]],
-            [
-                time["time_mix_k"],
-                time["time_mix_v"],
-                time["time_mix_r"],
-                channels["time_mix_k"],
-                channels["time_mix_r"],
-            ],
-            [linear.weight for linear in linears],
-            [linear._buffers.get("scale") for linear in linears],
-            ln1.eps,
-            *vars(settings).values(),
-        )
-        return x, tuple(new)
 
 
 class SpikeGPTPreTrainedModel(PreTrainedModel):

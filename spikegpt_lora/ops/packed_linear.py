@@ -119,8 +119,4 @@ def _bind() -> None:
     def fake(x, weight, scale):
         return x.new_empty(*x.shape[:-1], weight.shape[0])
 
-    def fake_step(x, state, *rest):
-        return x.new_empty(x.shape), *(tensor.new_empty(tensor.shape) for tensor in state)
-
     torch.library.register_fake("spikegpt_lora::packed_linear", fake)
-    torch.library.register_fake("spikegpt_lora::block_step", fake_step)
