@@ -85,7 +85,7 @@ def _compile(device: str, compiler: list[str], flags: list[str], library: Path):
     for left_over in library.parent.glob("build-*"):
         shutil.rmtree(left_over, ignore_errors=True)
     command = shlex.join(compiler)
-    logger.info("building the kernels with %s, once (about half a minute): %s", command, library)
+    logger.info("building the kernels with %s, once (under a minute): %s", command, library)
     files = [sources() / name for name in SOURCES[device]]
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent, ignore_cleanup_errors=True) as folder:
         if device == "cpu":
