@@ -115,7 +115,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which comparisons (default: all)")
+    named = f"of {' '.join(PARTS)} (default: all)"
+    add("--parts", nargs="+", choices=PARTS, metavar="PART", default=list(PARTS), help=named)
     add("--repeats", type=command_line.positive, default=15, help="rounds of each comparison")
     add("--threads", type=command_line.positive, help="of torch (default: its own choice)")
     add("--output-dir", type=Path, default=Path("runs/bench"), help="bench.md and bench.json go here")

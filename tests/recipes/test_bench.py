@@ -98,6 +98,19 @@ def test_ctrl_c_ends_it_and_leaves_nothing(run, bench, tmp_path, capsys):
 # ---- what it times
 
 
+@pytest.mark.parametrize("part", ["encoder", "large_step", "gates", "streaming", "rwkv"])
+def test_a_part_gives_groups_whose_first_row_has_ratio_1(bench, monkeypatch, part):
+    need_extension()
+    sizes = {"SMALL": TINY, "LARGE": TINY, "MINILM": TINY | {"n_embd": 32}, "VOCABULARY": 50}
+    for name, size in sizes.items():
+        monkeypatch.setattr(bench, name, size)
+    first = {}
+    for row in bench.PARTS[part](1):
+        assert row["median_ms"] > 0
+        first.setdefault(row["group"], row["ratio"])
+    assert set(first.values()) == {1.0}
+
+
 @pytest.mark.parametrize("native", [False, True])
 def test_bfloat16_is_timed_where_the_processor_has_it(bench, monkeypatch, native):
     need_extension()
@@ -114,8 +127,9 @@ def test_bfloat16_is_timed_where_the_processor_has_it(bench, monkeypatch, native
 
 
 def test_lora_steps_with_other_gradients_are_not_timed(bench, monkeypatch):
-    monkeypatch.setitem(bench.ADAPTERS, "LoRA, ours", partial(bench.ADAPTERS["LoRA, ours"], use_rslora=True))
-    with pytest.raises(bench.Disagreement, match="gradients of LoRA: .* 'LoRA, ours' differ"):
+    _, other, *_ = bench.ADAPTERS
+    monkeypatch.setitem(bench.ADAPTERS, other, partial(bench.ADAPTERS[other], use_rslora=True))
+    with pytest.raises(bench.Disagreement, match=f"gradients of LoRA: .* '{other}' differ"):
         bench.training_steps("tiny", bench.spikegpt, TINY, {}, 1)
 
 
