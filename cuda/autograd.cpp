@@ -337,7 +337,7 @@ struct AdapterOut : Function<AdapterOut> {
 
 std::tuple<Tensor, Tensor> adapter_in(const Tensor& x, const Tensor& a) {
   const variable_list out = AdapterIn::apply(x, a);
-  return {out[0], out[1]};
+  return {out[0], x.requires_grad() ? out[1] : x};  // the layer asks for no gradient that nobody needs
 }
 
 }  // namespace
