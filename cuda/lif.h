@@ -100,15 +100,16 @@ struct LifForward {
     FOR_LANES(c, n) v[c] = in.membrane_before(b, channel + c);
     for (int64_t t = 0; t < in.T; t++) {
       const int64_t at = in.at(b, t, channel);
-      if (in.real_token(b, t)) {
-        const scalar* __restrict x = in.x + at;
-        FOR_LANES(c, n) {
-          const real h = lif_charge(neuron, v[c], static_cast<real>(x[c]));
-          spikes[c] = h >= neuron.threshold ? real(1) : real(0);
-          v[c] = lif_reset(neuron, h);
-        }
-      } else {
+      if (!in.real_token(b, t)) {
         FOR_LANES(c, n) spikes[c] = 0;
+        output.row(at, n, spikes);
+        continue;
+      }
+      const scalar* __restrict x = in.x + at;
+      FOR_LANES(c, n) {
+        const real h = lif_charge(neuron, v[c], static_cast<real>(x[c]));
+        spikes[c] = h >= neuron.threshold ? real(1) : real(0);
+        v[c] = lif_reset(neuron, h);
       }
       output.row(at, n, spikes);
     }

@@ -15,7 +15,7 @@ namespace {
 constexpr int THREADS = 128;
 
 template <class real, class Kernel>
-__global__ void __launch_bounds__(THREADS) each_channel(int64_t count, int64_t C, real* scratch, Kernel kernel) {
+__global__ void __launch_bounds__(THREADS, 1) each_channel(int64_t count, int64_t C, real* scratch, Kernel kernel) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (i < count) kernel.template operator()<1>(i / C, i % C, 1, Scratch<real>{scratch + i, count});
 }

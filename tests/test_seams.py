@@ -279,6 +279,12 @@ SEAMS = [
          a_hook_sees_keywords),
     Seam("torch Module._forward_hooks, _forward_pre_hooks, _backward_hooks, _backward_pre_hooks", "ops/backend.py",
          "hold all the hooks on a module", hooks_are_seen),
+    Seam("torch Module._modules, _parameters, _buffers", "ops/block_step.py, ops/backend.py", "what it holds, by name",
+         lambda: (list((linear := nn.Linear(2, 2))._parameters), list(nn.Sequential(linear)._modules), linear._buffers)
+         == (["weight", "bias"], ["0"], {})),
+    Seam("torch Module._save_to_state_dict, _load_from_state_dict", "ops/packed_linear.py", "asked for every module",
+         lambda: says(nn.Module.state_dict, "self._save_to_state_dict(")
+         and says(nn.Module.load_state_dict, "module._load_from_state_dict(")),
     Seam("torch get_extra_state", "adapters/gate.py", "saved as _extra_state",
          lambda: "_extra_state" in spikegpt_lora.adapters.SpikeGate(2).state_dict()),
     Seam("torch._subclasses.FakeTensor", "utils/inputs.py", "tensors without values",

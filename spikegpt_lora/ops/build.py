@@ -97,7 +97,7 @@ def _compile(device: str, compiler: list[str], flags: list[str], library: Path):
         done = _run([_ninja(), "-C", folder])
         log = done.stdout + done.stderr
         if done.returncode != 0:
-            raise ExtensionError(f"{command} failed on {files[0].parent}:\n{log[-4000:].strip()}")
+            raise ExtensionError(f"{command} failed on {', '.join(map(str, files))}:\n{log[-4000:].strip()}")
         (library.parent / "build.log").write_text(log, encoding="utf-8")
         os.replace(Path(folder) / library.name, library)
 

@@ -28,11 +28,10 @@ def kernel_name(mangled: str) -> str:
     """The kernel's struct and what it is made for: "ShiftForward<float32, 2, bfloat16>". The second dtype, in which all
     of them compute, is left out."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-    for theirs, ours in NAMES.items():
-        name = name.replace(theirs, ours)
+    name = re.sub("|".join(NAMES), lambda found: NAMES[found[0]], name)
     kernel, given = re.search(r"each_channel<\w+, spikegpt::(\w+)<(.*)> ?>\(", name).groups()
-    dtype, _, *others = re.sub(r"spikegpt::|\(int\)", "", given).replace("> >", ">>").split(", ")
-    return f"{kernel}<{', '.join([dtype, *others])}>"
+    dtype, _, *others = re.sub(r"spikegpt::|\(int\)", "", given).split(", ")
+    return f"{kernel}<{', '.join([dtype, *others])}>".replace(" >", ">")
 
 
 def register_table(resources: dict[tuple[str, str], tuple[int, int]]) -> str:
