@@ -153,7 +153,7 @@ class LIF(Neuron, neuron.LIFNode):
         membrane = carry[0] if carry else None
         _check_shapes(x, membrane, mask)
         if self._has_kernel() and use_extension("auto", x.device):
-            spikes, membrane = self._run_kernel(x, membrane, mask)
+            spikes, membrane = torch.ops.spikegpt_lora.lif(*self._kernels_arguments(x, membrane, mask))
         elif mask is None:
             spikes, membrane, _ = self._run(x, self._membrane_before(x, membrane), store_v_seq=False)
         else:
@@ -218,9 +218,7 @@ class LIF(Neuron, neuron.LIFNode):
             return residual + spikes if dropout is None else dropout(residual + spikes), membrane
         _check_shapes(x, membrane, mask)
         seed, p = (None, 0.0) if dropout is None or not dropout.drops else (dropout.seed(x.device), dropout.p)
-        if membrane is not None:
-            membrane = membrane.to(torch.promote_types(x.dtype, torch.float32))
-        return torch.ops.spikegpt_lora.lif_add(residual, x, membrane, mask, *vars(self.settings).values(), seed, p)
+        return torch.ops.spikegpt_lora.lif_add(residual, *self._kernels_arguments(x, membrane, mask), seed, p)
 
     def _adds_in_one_pass(self, residual, x, dropout):
         return (
@@ -237,10 +235,10 @@ class LIF(Neuron, neuron.LIFNode):
     def _has_kernel(self) -> bool:
         return type(self.surrogate_function) is surrogate.ATan and self.surrogate_function.spiking
 
-    def _run_kernel(self, x, membrane, mask):
+    def _kernels_arguments(self, x, membrane, mask):
         if membrane is not None:
             membrane = membrane.to(torch.promote_types(x.dtype, torch.float32))
-        return torch.ops.spikegpt_lora.lif(x, membrane, mask, *vars(self.settings).values())
+        return x, membrane, mask, *vars(self.settings).values()
 
     def _membrane_before(self, x, membrane):
         dtype = torch.promote_types(x.dtype, torch.float32)
