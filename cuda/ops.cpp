@@ -1,5 +1,5 @@
-// Schemas of all operators (their gradients: autograd.cpp), and their CPU kernels: parallel over sequences and blocks of channels, vectorised over the
-// channels of a block.
+// Schemas of all operators (their gradients: autograd.cpp), and their CPU kernels: parallel over sequences and blocks of
+// channels, vectorised over the channels of a block.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops.backend import product_dtype, untouched, use_extension
+from ..ops.backend import in_dtype, product_dtype, untouched, use_extension
 from . import sequence
 from .gate import SpikeGate
 
@@ -112,12 +112,12 @@ class FusedLinear(LoraLinear):
 
     def _fused(self, x: Tensor, adapter: str) -> Tensor:
         base, dtype = self.base_layer, product_dtype(x)
-        a, b = (part[adapter].weight.to(dtype) for part in (self.lora_A, self.lora_B))
-        bias = None if base.bias is None else base.bias.to(dtype)
-        dropped = self.lora_dropout[adapter](x).to(dtype)
+        a, b = (in_dtype(part[adapter].weight, dtype) for part in (self.lora_A, self.lora_B))
+        bias = None if base.bias is None else in_dtype(base.bias, dtype)
+        dropped = in_dtype(self.lora_dropout[adapter](x), dtype)
         passed, read = torch.ops.spikegpt_lora.adapter_in(dropped, a)
         if not isinstance(self.lora_dropout[adapter], nn.Identity):
-            read = x.to(dtype)
+            read = in_dtype(x, dtype)
         return torch.ops.spikegpt_lora.adapter_out(
             read, self._frozen(dtype), bias, self._passed(passed, adapter), b, self.scaling[adapter]
         )

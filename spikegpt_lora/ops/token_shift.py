@@ -37,19 +37,19 @@ def token_shift(
     """
     if not use_extension(backend, x.device) or len(shares) not in (2, 3):
         return token_shift_reference(x, last, mask, *shares, norm=norm)
-    gain = bias = None
-    if norm is not None and not _fusible(norm, x):
-        x, norm = norm(x), None
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if norm is not None:
-        gain, bias = in_dtype(norm.weight, dtype), in_dtype(norm.bias, dtype)
+    gain, bias, eps = None, None, 0.0
+    if norm is not None and _fusible(norm):
+        gain, bias, eps = in_dtype(norm.weight, dtype), in_dtype(norm.bias, dtype), norm.eps
+    elif norm is not None:
+        x = norm(x)
     flat = [in_dtype(share.reshape(-1), dtype) for share in shares]
     shift = torch.ops.spikegpt_lora.token_shift2 if len(shares) == 2 else torch.ops.spikegpt_lora.token_shift3
-    eps, last = (0.0 if norm is None else norm.eps), (None if last is None else in_dtype(last, x.dtype))
+    last = None if last is None else in_dtype(last, x.dtype)
     return shift(x, gain, bias, eps, last, mask, *flat, product_dtype(x))[: len(shares) + 1]
 
 
-def _fusible(norm: nn.Module, x: Tensor) -> bool:
+def _fusible(norm: nn.Module) -> bool:
     return untouched(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
 
