@@ -151,9 +151,11 @@ def test_a_layer_that_is_trained_itself_goes_pefts_way(monkeypatch):
 
 
 def test_without_the_gate_a_spikelora_configuration_never_fuses(monkeypatch):
-    model = net("spikelora", use_spikelora=False)
+    need_extension()
+    model, x = net("spikelora", use_spikelora=False), torch.randn(3, 5, 6).double()
     monkeypatch.setattr(FusedLinear, "_fused", lambda *given: pytest.fail("stock LoRA to the bit is peft's own"))
-    model(torch.randn(3, 5, 6).double())
+    assert [layer._fusible(x) for layer in layers(model)] == [None, None]
+    model(x)
 
 
 def test_frozen_weights_are_cast_once_and_again_where_they_change():
