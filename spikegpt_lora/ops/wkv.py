@@ -8,6 +8,8 @@ times exp(p)): no exp here ever has a positive argument, so no k overflows.
 Source: RWKV-4 (Peng et al. 2023, appendix D), SpikeGPT section 3.3, upstream `cuda/wkv_cuda.cu`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,19 @@ def wkv_reference(
     old, new = torch.exp(before - q), torch.exp(u + k - q)
     y = (old * numerator + new * v) / (old * denominator + new).where(real, 1)  # a masked one may be 0 / 0
     return y.where(real, 0).to(v_out), torch.cat([sums[-1], exponents[-1][:, None]], 1)
+
+
+def powers_of_two(time_decay: Tensor, time_first: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `wkv` with every weight a power of two, so that shifts do what exp does: k and time_first
+    rounded to multiples of ln 2, the decay of a token to the nearest of 2^-n and 1 - 2^-n, n = 1 ... 15, as time_decay
+    says it. Gradients go straight through."""
+    ln2 = math.log(2)
+    halves = 2.0 ** -torch.arange(1, 16, dtype=time_decay.dtype, device=time_decay.device)
+    rates = torch.cat([halves, 1 - halves[1:]]).log().neg().log()  # as time_decay: the decay is exp(-exp(.))
+    nearest = rates[(time_decay.detach()[:, None] - rates).abs().argmin(dim=1)]
+    rounded = [torch.floor(x.detach() / ln2 + 0.5) * ln2 for x in (time_first, k)]
+    decay, first, k = (x + (to - x).detach() for x, to in zip((time_decay, time_first, k), (nearest, *rounded)))
+    return decay, first, k
 
 
 def _check_shapes(time_decay, time_first, k, v, state, mask):
