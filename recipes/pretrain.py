@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, load_task, record_spikes
 from spikegpt_lora.checkpoint import load_language_model
+from spikegpt_lora.config import MATRIX_SPIKES, SPIKING, TOKEN_SHIFTS
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.ops.dropout import set_dropout
 from spikegpt_lora.pretrain.corpus import Corpus, prepare_corpus, read_documents
@@ -87,6 +88,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     for name, (size, help) in SIZES.items():
         add(f"--{name.replace('_', '-')}", type=int, help=f"{help} of a new model (default: {size})")
+    add("--matrix-spikes", choices=MATRIX_SPIKES, help="what the matrices of a new model read (default: none)")
+    add("--spike-levels", type=int, metavar="K", help="the largest integer spike (default: 3)")
+    add("--token-shift", choices=TOKEN_SHIFTS, help="before the matrices, or after (default with integer spikes: rows)")
+    add("--wkv-powers-of-two", action="store_true", default=None, help="no exp in WKV")
     add("--dropout", default=0.0, type=command_line.number("in [0, 1)"), help="after each block")
     add = parser.add_argument_group("training").add_argument
     defaults = PretrainOptions(steps=10000)
@@ -133,9 +138,11 @@ def describe(corpus: Corpus) -> None:
 def settings(args, bf16: bool) -> tuple[PretrainOptions, SpikeGPTConfig]:
     names = ("steps", "batch_size", "length", "learning_rate", "seed", "pairs")
     options = PretrainOptions(bf16=bf16, **{name: getattr(args, name) for name in names})
-    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in (*SIZES, *SPIKING) if getattr(args, name) is not None}
     if given and args.model:
-        raise ValueError(f"{', '.join(given)}: sizes are for a new model; {args.model} has its own")
+        raise ValueError(f"{', '.join(given)}: for a new model; {args.model} has its own")
+    if given.get("matrix_spikes") == "integer":
+        given = {"token_shift": "rows"} | given
     sizes = {name: size for name, (size, _) in SIZES.items()} | given
     return options, SpikeGPTConfig(context_length=args.length, **sizes)
 

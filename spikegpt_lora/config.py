@@ -10,11 +10,15 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from .neurons.lif import NeuronParameters
+from .neurons.multilevel import MOST
 from .utils.checks import kinds, violations
 from .utils.errors import DamagedFile, first_line, read_json
 from .utils.saved import saved_shapes, some
 
 POOLINGS = ("last", "mean", "last_mean")
+MATRIX_SPIKES = ("none", "integer")
+TOKEN_SHIFTS = ("channels", "rows")
+SPIKING = ("matrix_spikes", "spike_levels", "token_shift", "wkv_powers_of_two")  # what differs from the published model
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What transformers itself passes to a config beside its fields (saved by older versions, or set by `from_pretrained`).
@@ -41,6 +45,14 @@ class SpikeGPTConfig(PretrainedConfig):
         dropout: dropout probability after each block (upstream: 0.03), and only there.
         lif_tau, lif_v_threshold, lif_v_reset, lif_decay_input, lif_detach_reset, lif_surrogate_alpha: of the blocks'
             neurons, see `neurons.lif.NeuronParameters`; the last one also of the embedding's spikes.
+        matrix_spikes: what matrices read: "none", as published, real numbers behind a norm; "integer", integer spikes
+            (neurons/multilevel.py, neurons/residual.py) and nothing else.
+        spike_levels: K, the largest integer spike: -K ... K before att.output and after the token shift, squares of
+            0 ... K before ffn.value.
+        token_shift: where a token is mixed with the one before it: "channels" before a matrix, as published; "rows"
+            after it. With integer spikes, "rows" is a model whose matrices read the residual stream itself (for
+            training from the beginning), "channels" has neurons after the token shift (for existing checkpoints).
+        wkv_powers_of_two: decays of WKV and weights of its tokens are powers of two, so that it needs no exp.
         pooling: what the classifier reads: "last" real token, "mean" over real tokens, or both ("last_mean").
         use_cache: return the state by default when not training (language model only).
 
@@ -66,6 +78,10 @@ class SpikeGPTConfig(PretrainedConfig):
     lif_decay_input: bool = True
     lif_detach_reset: bool = False
     lif_surrogate_alpha: float = 2.0
+    matrix_spikes: str = "none"
+    spike_levels: int = 3
+    token_shift: str = "channels"
+    wkv_powers_of_two: bool = False
     pooling: str = "last"
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -83,6 +99,13 @@ class SpikeGPTConfig(PretrainedConfig):
         if problems:
             raise ValueError("SpikeGPTConfig: " + "; ".join(problems))
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        """As in transformers; what makes a model spiking is left out of one that is as published."""
+        said = super().to_dict()
+        if all(getattr(self, name) == getattr(type(self), name) for name in SPIKING):
+            return {name: value for name, value in said.items() if name not in SPIKING}
+        return said
 
     @property
     def neuron(self) -> NeuronParameters:
@@ -105,6 +128,9 @@ class SpikeGPTConfig(PretrainedConfig):
             ("dropout", "in [0, 1)", 0 <= self.dropout < 1),
             ("layer_norm_eps", "> 0", self.layer_norm_eps > 0),
             *self.neuron.rules("lif_"),
+            ("matrix_spikes", f"one of {', '.join(MATRIX_SPIKES)}", self.matrix_spikes in MATRIX_SPIKES),
+            ("spike_levels", f"in 1 ... {MOST}", 1 <= self.spike_levels <= MOST),
+            ("token_shift", f"one of {', '.join(TOKEN_SHIFTS)}", self.token_shift in TOKEN_SHIFTS),
             ("pooling", f"one of {', '.join(POOLINGS)}", self.pooling in POOLINGS),
         ]
         return violations(self, rules)

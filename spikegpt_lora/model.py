@@ -6,6 +6,7 @@
 
 What differs from a transformer: no attention matrix and no position embedding; SRWKV is a decaying average (wkv.py),
 the residual stream receives spikes only (neurons/lif.py), and the whole past is a state of fixed size, `SpikeGPTState`.
+With `config.matrix_spikes = "integer"` every matrix reads integer spikes (neurons/multilevel.py, neurons/residual.py).
 A mask means that a time step does not exist: nothing decays, shifts or fires there, on whichever side the padding is.
 Names inside the base model are upstream's. Source: SpikeGPT (arXiv 2302.13939), upstream `src/model.py`.
 """
@@ -31,12 +32,15 @@ from transformers.modeling_outputs import ModelOutput
 from .config import SpikeGPTConfig, check_saved
 from .neurons.embedding import EmbeddingSpike
 from .neurons.lif import LIF
+from .neurons.multilevel import IntegerSpikes
+from .neurons.residual import IntegerAmplitude, IntegerNorm
 from .ops.activations import sigmoid_gate, squared_relu
 from .ops.block_step import block_step
 from .ops.dropout import Dropout
 from .ops.packed_linear import matrix_product
+from .ops.spike_linear import SpikeLinear
 from .ops.token_shift import token_shift
-from .ops.wkv import wkv
+from .ops.wkv import powers_of_two, wkv
 from .utils.inputs import (
     CACHES,
     LOSS,
@@ -54,7 +58,8 @@ from .utils.saved import some
 class SpikeGPTState(ModelOutput):
     """Everything that SpikeGPT remembers of the tokens it has read; batch first, L layers, C = n_embd.
 
-    att_shift, ffn_shift `(B, L, C)`: input of SRWKV and of SRFFN at the last token; wkv `(B, L, 3, C)`: numerator,
+    att_shift, ffn_shift `(B, L, C)`: input of SRWKV and of SRFFN at the last token, or where `config.token_shift` is
+    "rows" what their matrices gave for it, `(B, L, 3 C)` and `(B, L, n_ffn + C)`; wkv `(B, L, 3, C)`: numerator,
     denominator, exponent; att_membrane, ffn_membrane `(B, L, C)`: membranes of the two LIFs of each block. adapters
     `(B, units)`: membranes of the adapters' gates, where those live in token time.
     """
@@ -77,11 +82,13 @@ class SpikeGPTState(ModelOutput):
 
 @dataclass
 class SpikeGPTOutput(ModelOutput):
-    """last_hidden_state `(B, T, C)`, state, and hidden_states: n_layer + 1 tensors `(B, T, C)` if asked for."""
+    """last_hidden_state `(B, T, C)`, state, hidden_states: n_layer + 1 tensors `(B, T, C)` if asked for; and where
+    matrices read integer spikes those that a head reads, `(B, T, C)`: the residual stream before ln_out."""
 
     last_hidden_state: Tensor | None = None
     state: SpikeGPTState | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    residual: Tensor | None = None
 
 
 @dataclass
@@ -99,29 +106,93 @@ class SpikeGPTHeadOutput(ModelOutput):
         return super().get("state" if key in CACHES else key, default)
 
 
-def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+def _linear(config: SpikeGPTConfig, inputs: int, outputs: int, gain: float) -> nn.Linear:
     """A linear layer without bias whose initial weight is orthogonal with this gain: see `_init_weights`."""
-    linear = nn.Linear(inputs, outputs, bias=False)
+    integer = config.matrix_spikes == "integer"
+    linear = SpikeLinear(inputs, outputs) if integer else nn.Linear(inputs, outputs, bias=False)
     linear.init_gain = gain  # type: ignore[assignment]  # torch's hints know tensors and modules only
     return linear
 
 
-class SRWKV(nn.Module):
-    """Spiking RWKV's time mixing: sigmoid(R) * WKV(K, V), projected (paper section 3.3; upstream RWKV_TimeMix)."""
+def _norm(config: SpikeGPTConfig) -> nn.LayerNorm:
+    kind = IntegerNorm if config.matrix_spikes == "integer" else nn.LayerNorm
+    return kind(config.n_embd, eps=config.layer_norm_eps)
+
+
+def _product(linear: nn.Module, spikes: IntegerSpikes | None, x: Tensor) -> Tensor:
+    """W x; or W diag(s) q for the integer spikes q of x, where there are neurons before the matrix."""
+    return linear(x) if spikes is None else linear(spikes(x), scale=spikes.scale)
+
+
+class _Half(nn.Module):
+    """What SRWKV and SRFFN share: linear layers that read each token mixed with the one before it."""
+
+    readers: tuple[str, ...]  # their names
+    time_mix_k: nn.Parameter
+    time_mix_v: nn.Parameter
+    time_mix_r: nn.Parameter
 
     def __init__(self, config: SpikeGPTConfig, layer_id: int):
         super().__init__()
-        C = config.n_embd
         self.layer_id, self.n_layer = layer_id, config.n_layer
+        self.mixes_rows = config.token_shift == "rows"
+        self.spiking = config.matrix_spikes == "integer"
+
+    def _add_reader(self, config: SpikeGPTConfig, name: str, outputs: int, gain: float) -> None:
+        C, mixed = config.n_embd, outputs if self.mixes_rows else config.n_embd
+        setattr(self, name, _linear(config, C, outputs, gain))
+        setattr(self, f"time_mix_{name[0]}", nn.Parameter(torch.empty(1, 1, mixed)))
+        before = IntegerSpikes(C, config.spike_levels) if self.spiking and not self.mixes_rows else None
+        self.register_module(f"spike_{name}", before)
+
+    def read(
+        self, x: Tensor, norm: nn.LayerNorm, shift: Tensor | None, mask: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """What the readers give for x `(B, T, C)`, before the norm; and the new shift."""
+        linears = [getattr(self, name) for name in self.readers]
+        shares = [getattr(self, f"time_mix_{name[0]}") for name in self.readers]
+        if self.mixes_rows:
+            return _mixed_rows(_read(norm, x, linears), shares, shift, mask)
+        *mixed, shift = token_shift(x, shift, mask, *shares, norm=norm)
+        neurons = [getattr(self, f"spike_{name}") for name in self.readers]
+        return [_product(*one) for one in zip(linears, neurons, mixed)], shift
+
+
+def _read(norm: nn.LayerNorm, x: Tensor, linears: list[nn.Module]) -> list[Tensor]:
+    """What `linears` give for the norm of x."""
+    if isinstance(norm, IntegerNorm):
+        return norm.read(x, *linears)
+    x = norm(x)
+    return [linear(x) for linear in linears]
+
+
+def _mixed_rows(
+    rows: list[Tensor], shares: list[Tensor], shift: Tensor | None, mask: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """Each of `rows` mixed with what it was at the token before; and the new shift, all of them at the last token."""
+    before = [None] * len(rows) if shift is None else shift.split([one.shape[-1] for one in rows], dim=-1)
+    mixed, last = zip(*(token_shift(row, old, mask, share) for row, old, share in zip(rows, before, shares)))
+    return list(mixed), torch.cat(last, dim=-1)
+
+
+class SRWKV(_Half):
+    """Spiking RWKV's time mixing: sigmoid(R) * WKV(K, V), projected (paper section 3.3; upstream RWKV_TimeMix)."""
+
+    readers = ("key", "value", "receptance")
+    spike_output: IntegerSpikes | None
+
+    def __init__(self, config: SpikeGPTConfig, layer_id: int):
+        super().__init__(config, layer_id)
+        C = config.n_embd
+        self.powers_of_two = config.wkv_powers_of_two
         self.time_decay = nn.Parameter(torch.empty(C))
         self.time_first = nn.Parameter(torch.empty(C))
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))
-        self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))
-        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
-        self.key = _linear(C, C, gain=0)
-        self.value = _linear(C, C, gain=1)
-        self.receptance = _linear(C, C, gain=0)
-        self.output = _linear(C, C, gain=0)
+        self._add_reader(config, "key", C, gain=0)
+        self._add_reader(config, "value", C, gain=1)
+        self._add_reader(config, "receptance", C, gain=0)
+        K = config.spike_levels
+        self.register_module("spike_output", IntegerSpikes(C, K, scale=1.2 / K) if self.spiking else None)
+        self.output = _linear(config, C, C, gain=0)
 
     def forward(
         self,
@@ -131,35 +202,38 @@ class SRWKV(nn.Module):
         wkv_state: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x `(B, T, C)`, before the norm -> current for lif1 `(B, T, C)`, new shift `(B, C)`, new wkv state
-        `(B, 3, C)`."""
-        shares = self.time_mix_k, self.time_mix_v, self.time_mix_r
-        for_k, for_v, for_r, shift = token_shift(x, shift, mask, *shares, norm=norm)
-        k, v, r = self.key(for_k), self.value(for_v), self.receptance(for_r)
-        y, wkv_state = wkv(self.time_decay, self.time_first, k, v, wkv_state, mask)
-        return self.output(sigmoid_gate(r, y)), shift, wkv_state
+        """x `(B, T, C)`, before the norm -> current for lif1 `(B, T, C)`, new shift, new wkv state `(B, 3, C)`."""
+        (k, v, r), shift = self.read(x, norm, shift, mask)
+        weights: tuple[Tensor, Tensor, Tensor] = (self.time_decay, self.time_first, k)
+        weights = powers_of_two(*weights) if self.powers_of_two else weights
+        y, wkv_state = wkv(*weights, v, wkv_state, mask)
+        return _product(self.output, self.spike_output, sigmoid_gate(r, y)), shift, wkv_state
 
 
-class SRFFN(nn.Module):
-    """Spiking RWKV's channel mixing: sigmoid(R) * V(relu(K)^2) (paper section 3.4; upstream RWKV_ChannelMix)."""
+class SRFFN(_Half):
+    """Spiking RWKV's channel mixing: sigmoid(R) * V(relu(K)^2) (paper section 3.4; upstream RWKV_ChannelMix). Where
+    matrices read integer spikes, relu(K)^2 is what the neurons before V send: squares."""
+
+    readers = ("key", "receptance")
+    spike_value: IntegerSpikes | None
 
     def __init__(self, config: SpikeGPTConfig, layer_id: int):
-        super().__init__()
+        super().__init__(config, layer_id)
         C, hidden = config.n_embd, cast(int, config.n_ffn)  # a configuration that is made has no None there
-        self.layer_id, self.n_layer = layer_id, config.n_layer
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))
-        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
-        self.key = _linear(C, hidden, gain=math.sqrt(max(1, hidden / C)))
-        self.receptance = _linear(C, C, gain=0)
-        self.value = _linear(hidden, C, gain=0)
+        self._add_reader(config, "key", hidden, gain=math.sqrt(max(1, hidden / C)))
+        self._add_reader(config, "receptance", C, gain=0)
+        K = config.spike_levels
+        before = IntegerSpikes(hidden, K, signed=False, squared=True, scale=3 / K) if self.spiking else None
+        self.register_module("spike_value", before)
+        self.value = _linear(config, hidden, C, gain=0)
 
     def forward(
         self, x: Tensor, norm: nn.LayerNorm, shift: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x `(B, T, C)`, before the norm -> current for lif2 `(B, T, C)`, new shift `(B, C)`."""
-        for_k, for_r, shift = token_shift(x, shift, mask, self.time_mix_k, self.time_mix_r, norm=norm)
-        k, r = self.key(for_k), self.receptance(for_r)
-        return sigmoid_gate(r, self.value(squared_relu(k))), shift
+        """x `(B, T, C)`, before the norm -> current for lif2 `(B, T, C)`, new shift."""
+        (k, r), shift = self.read(x, norm, shift, mask)
+        k = k if self.spiking else squared_relu(k)
+        return sigmoid_gate(r, _product(self.value, self.spike_value, k)), shift
 
 
 class Block(GradientCheckpointingLayer):
@@ -167,10 +241,12 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: SpikeGPTConfig, layer_id: int):
         super().__init__()
-        if layer_id == 0:
+        if layer_id == 0 and config.matrix_spikes == "integer":
+            self.amplitude0 = IntegerAmplitude(config.n_embd)
+        elif layer_id == 0:
             self.ln0 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
-        self.ln1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
-        self.ln2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.ln1 = _norm(config)
+        self.ln2 = _norm(config)
         self.att = SRWKV(config, layer_id)
         self.ffn = SRFFN(config, layer_id)
         self.lif1 = LIF(config.neuron)
@@ -184,6 +260,8 @@ class Block(GradientCheckpointingLayer):
         att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane = state
         if hasattr(self, "ln0"):
             x = self.ln0(x)
+        elif hasattr(self, "amplitude0"):
+            x = self.amplitude0(x)
         if mask is None and (stepped := block_step(self, SRWKV, SRFFN, x, state)) is not None:
             return stepped
         current, att_shift, wkv_state = self.att(x, self.ln1, att_shift, wkv_state, mask)
@@ -237,7 +315,8 @@ class SpikeGPTPreTrainedModel(PreTrainedModel):
         | parameter | initial value |
         | --- | --- |
         | emb | orthogonal, gain 1e-4 sqrt(max(V, C)) |
-        | ln0, ln1, ln2, ln_out | weight 1, bias 0 |
+        | ln0, ln1, ln2, ln_out | weight 1, bias 0; with integer spikes: offset -1, centre 0 |
+        | amplitude0 | 2 |
         | att.time_decay | -5 + 8 h^(0.7 + 1.3 l) |
         | att.time_first | ln 0.3 + 0.5 ((channel + 1) mod 3 - 1) |
         | att.time_mix_k, _v, _r | i^m, i^m + 0.3 l, i^(m / 2) |
@@ -248,10 +327,22 @@ class SpikeGPTPreTrainedModel(PreTrainedModel):
         | ffn.value, ffn.receptance | 0 |
         | head | orthogonal, gain 0.5 sqrt(max(1, V / C)) |
         | score | normal, standard deviation 0.02 |
+        | spike_... | see `IntegerSpikes`: s = 1; 1.2 / K before att.output, 3 / K before ffn.value |
+
+        With `token_shift="rows"` C of time_mix is the number of rows.
         """
         if isinstance(module, nn.LayerNorm):
             initialization.ones_(module.weight)
             initialization.zeros_(module.bias)
+            if isinstance(module, IntegerNorm):
+                initialization.constant_(module.offset, -1.0)
+                initialization.zeros_(module.centre)
+        elif isinstance(module, IntegerAmplitude):
+            initialization.constant_(module.amplitude, 2.0)
+        elif isinstance(module, IntegerSpikes):
+            scale, most = module.initial
+            initialization.constant_(module.log_scale, math.log(scale))
+            initialization.constant_(module.most, most)
         elif isinstance(module, nn.Embedding):
             _orthogonal(module.weight, 1e-4 * math.sqrt(max(module.weight.shape)))
         elif isinstance(module, nn.Linear) and hasattr(module, "init_gain"):
@@ -276,10 +367,10 @@ def _init_srwkv(att: SRWKV):
 
 
 def _init_srffn(ffn: SRFFN):
-    C, m = ffn.time_mix_k.shape[-1], 1 - ffn.layer_id / ffn.n_layer
-    i = (torch.arange(C, dtype=torch.float32, device=ffn.time_mix_k.device) / C).view(1, 1, C)
-    initialization.copy_(ffn.time_mix_k, i**m)
-    initialization.copy_(ffn.time_mix_r, i**m)
+    m = 1 - ffn.layer_id / ffn.n_layer
+    for share in (ffn.time_mix_k, ffn.time_mix_r):
+        i = torch.arange(share.numel(), dtype=torch.float32, device=share.device) / share.numel()
+        initialization.copy_(share, i.view(1, 1, -1) ** m)
 
 
 def _orthogonal(weight: Tensor, gain: float):
@@ -299,7 +390,7 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
         self.emb: nn.Module = nn.Embedding(config.vocab_size, config.n_embd)
         self.emb_spike = EmbeddingSpike(config.lif_surrogate_alpha)
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
-        self.ln_out = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.ln_out = _norm(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -349,12 +440,13 @@ class SpikeGPTModel(SpikeGPTPreTrainedModel):
                 hidden_states.append(x)
             x, new_state = block(x, layer_state, mask)
             new_states.append(new_state)
-        x = self.ln_out(x)
+        residual, x = x, self.ln_out(x)
 
         output = SpikeGPTOutput(
             last_hidden_state=x,
             state=SpikeGPTState(*(torch.stack(t, dim=1) for t in zip(*new_states))) if use_cache else None,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            residual=residual if self.config.matrix_spikes == "integer" else None,
         )
         return output if _default(return_dict, self.config.return_dict) else output.to_tuple()
 
@@ -430,7 +522,7 @@ class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.spikegpt = SpikeGPTModel(config)
         gain = 0.5 * math.sqrt(max(1, config.vocab_size / config.n_embd))
-        self.head: nn.Module = _linear(config.n_embd, config.vocab_size, gain=gain)
+        self.head: nn.Module = _linear(config, config.n_embd, config.vocab_size, gain=gain)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -461,7 +553,11 @@ class SpikeGPTForCausalLM(SpikeGPTPreTrainedModel, GenerationMixin):
         output = self.spikegpt(
             input_ids, attention_mask, inputs_embeds, state, use_cache, output_hidden_states, return_dict=True, **kwargs
         )
-        logits = matrix_product(self.head, output.last_hidden_state[:, -logits_to_keep:])  # [:, -0:] is everything
+        kept = slice(-logits_to_keep, None)  # of 0: everything
+        if output.residual is None:
+            logits = matrix_product(self.head, output.last_hidden_state[:, kept])
+        else:
+            (logits,) = _read(self.spikegpt.ln_out, output.residual[:, kept], [self.head])
         loss = None
         if labels is not None:
             labels = _predictable(labels, attention_mask)
@@ -525,8 +621,7 @@ class SpikeGPTForSequenceClassification(SpikeGPTPreTrainedModel):
         super().__init__(config)
         self.num_labels = cast(int, config.num_labels)
         self.spikegpt = SpikeGPTModel(config)
-        width = config.n_embd * (2 if config.pooling == "last_mean" else 1)
-        self.score = nn.Linear(width, self.num_labels, bias=False)
+        self.score: nn.Module = _score(config)
         self.post_init()
 
     @classmethod
@@ -564,7 +659,11 @@ class SpikeGPTForSequenceClassification(SpikeGPTPreTrainedModel):
         output = self.spikegpt(
             input_ids, attention_mask, inputs_embeds, state, use_cache, output_hidden_states, return_dict=True, **kwargs
         )
-        logits = self.score(pool(output.last_hidden_state, attention_mask, self.config.pooling))
+        if output.residual is None:
+            logits = self.score(pool(output.last_hidden_state, attention_mask, self.config.pooling))
+        else:  # a mean is no integer: what is pooled is what the matrix gave
+            (rows,) = _read(self.spikegpt.ln_out, output.residual, [self.score])
+            logits = pool_rows(rows, attention_mask, self.config.pooling)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **of_loss)
@@ -581,6 +680,23 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
         return last
     mean = (hidden * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     return mean if pooling == "mean" else torch.cat([last, mean], dim=1)
+
+
+def pool_rows(rows: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
+    """Logits `(B, labels)` of what a score with integer spikes gave for every token, `(B, T, rows)`; for "last_mean"
+    the second half of the rows reads the mean."""
+    if pooling != "last_mean":
+        return pool(rows, attention_mask, pooling)
+    last, mean = rows.chunk(2, dim=-1)
+    return pool(last, attention_mask, "last") + pool(mean, attention_mask, "mean")
+
+
+def _score(config: SpikeGPTConfig) -> nn.Linear:
+    """`score`; with integer spikes its two parts of "last_mean" stand one above the other, not side by side."""
+    parts, labels = 2 if config.pooling == "last_mean" else 1, cast(int, config.num_labels)
+    if config.matrix_spikes == "integer":
+        return SpikeLinear(config.n_embd, parts * labels)
+    return nn.Linear(parts * config.n_embd, labels, bias=False)
 
 
 def _head_output(model, loss, logits, output: SpikeGPTOutput, return_dict):

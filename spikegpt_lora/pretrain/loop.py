@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..config import SPIKING
 from ..model import SpikeGPTForCausalLM, SpikeGPTState
 from ..utils.checks import check
 from ..utils.errors import DamagedFile
@@ -129,6 +130,7 @@ class Pretraining:
         self.identity = {
             "tokens": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(),
             **{name: getattr(model.config, name) for name in ("vocab_size", "n_layer", "n_embd", "n_ffn", "dropout")},
+            **{name: getattr(model.config, name) for name in SPIKING},
         }
         self.streams = Streams(tokens, options.batch_size, options.length, options.seed)
         self.trained = {f"model.{name}": p for name, p in model.named_parameters()}
