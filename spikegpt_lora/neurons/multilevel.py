@@ -23,6 +23,9 @@ MOST = 127  # the largest K: a spike is one byte
 class IntegerSpikes(Neuron):
     """Integer spikes of `channels` neurons without memory.
 
+    With `silent = True` nothing is rounded: u, or where squared max(u, 0)^2, is passed on as it is, so that what the
+    spikes cost can be measured, and scales be fitted.
+
     Parameters and buffers: log_scale `(channels,)`, the logarithm of s; most `(channels,)`, K of each channel.
 
     Args:
@@ -50,6 +53,7 @@ class IntegerSpikes(Neuron):
         if signed and squared:
             raise ValueError("squared spikes have no sign: give signed=False")
         self.signed, self.squared, self.initial = signed, squared, (scale, most)
+        self.silent = False
         self.log_scale = nn.Parameter(torch.empty(channels))
         self.register_buffer("most", torch.empty(channels))
         self.reset_parameters()
@@ -74,6 +78,10 @@ class IntegerSpikes(Neuron):
 
     def forward(self, x: Tensor) -> Tensor:
         """Integers of x's shape and dtype for the current x `(..., channels)`."""
+        if self.silent:
+            u = x / self.log_scale.exp()
+            u = u if self.signed else u.relu()
+            return (u * u if self.squared else u).to(x.dtype)
         return _Fire.apply(x, self.log_scale, self.most, self.signed, self.squared)
 
     def step(self, x: Tensor, membrane: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, None]:

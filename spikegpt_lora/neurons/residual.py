@@ -16,15 +16,17 @@ from torch.nn import functional as F
 
 
 class IntegerAmplitude(nn.Module):
-    """round(a) times the embedding's spikes, a learned (straight through its rounding); `(C,)`."""
+    """round(a) times the embedding's spikes, a learned (straight through its rounding); `(C,)`. With `silent = True` a is
+    not rounded."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.silent = False
         self.amplitude = nn.Parameter(torch.empty(channels))
 
     def forward(self, spikes: Tensor) -> Tensor:
         a = self.amplitude
-        return (a + (torch.floor(a + 0.5) - a).detach()).to(spikes.dtype) * spikes
+        return spikes * (a if self.silent else a + (torch.floor(a + 0.5) - a).detach()).to(spikes.dtype)
 
 
 class IntegerNorm(nn.LayerNorm):
