@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 
 class IntegerAmplitude(nn.Module):
-    """round(a) times the embedding's spikes, a learned (straight through its rounding); `(C,)`. With `silent = True` a is
+    """round(a) times the embedding's spikes, a `(C,)` learned, straight through its rounding. With `silent = True` a is
     not rounded."""
 
     def __init__(self, channels: int) -> None:
