@@ -22,15 +22,16 @@ from spikegpt_lora.neurons.neuron import Neuron, neurons_of
 from spikegpt_lora.ops.backend import default_backend
 
 B, T, C = 3, 9, 4
-GATES = product(["pointwise", "token"], [False, True], ["none", "both"], [0.0, -0.2, None])
+GATES = product(["pointwise", "token"], ["graded", "binary"], ["none", "both"], [0.0, -0.2, None])
 
 NEURONS = [
     EmbeddingSpike(),
     *(LIF(**settings) for settings in SETTINGS),
     *(
-        SpikeGate(C, time=time, binary=binary, learn=learn, per_rank=True, v_reset=reset, v_threshold=0.3, tau=3.0)
-        for time, binary, learn, reset in GATES
+        SpikeGate(C, time=time, kind=kind, learn=learn, per_rank=True, v_reset=reset, v_threshold=0.3, tau=3.0)
+        for time, kind, learn, reset in GATES
     ),
+    *(SpikeGate(C, kind="integer", learn=learn, per_rank=True, v_threshold=0.1) for learn in ("none", "both")),
 ]
 
 
