@@ -285,7 +285,7 @@ struct IntegerSpikes : Function<IntegerSpikes> {
   }
 };
 
-// ---- a frozen linear layer with an adapter, in two operators between which the gate stands:
+// ---- a linear layer, most often a frozen one, with an adapter, in two operators between which the gate stands:
 //
 //   a = x A^T, x                       gradient of x: that of the layer, and grad_a A added to it in place
 //   x W^T + bias, + s passed B^T       in place
@@ -337,7 +337,7 @@ struct AdapterOut : Function<AdapterOut> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                         const Tensor& passed, const Tensor& b, double scaling) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({weight, passed, b, held(bias)});
+    ctx->save_for_backward({weight, passed, b, held(bias), weight.requires_grad() ? x : Tensor()});
     ctx->saved_data["scaling"] = scaling;
     Tensor out = bias.has_value() ? at::addmm(*bias, rows(x), weight.t()) : at::mm(rows(x), weight.t());
     out.addmm_(rows(passed), b.t(), 1, scaling);
@@ -350,12 +350,13 @@ struct AdapterOut : Function<AdapterOut> {
     const double scaling = ctx->saved_data["scaling"].toDouble();
     const Tensor g = rows(grads[0]);
     const size_t at_passed = bias.defined() ? 3 : 2;
-    Tensor grad_x, grad_bias, grad_passed, grad_b;
+    Tensor grad_x, grad_weight, grad_bias, grad_passed, grad_b;
     if (ctx->needs_input_grad(0)) grad_x = like(at::mm(g, weight), grads[0]);
+    if (saved[4].defined()) grad_weight = at::mm(g.t(), rows(saved[4]));
     if (bias.defined() && ctx->needs_input_grad(2)) grad_bias = g.sum(0);
     if (ctx->needs_input_grad(at_passed)) grad_passed = like(at::mm(g, b).mul_(scaling), passed);
     if (ctx->needs_input_grad(at_passed + 1)) grad_b = at::mm(rows(passed).t(), g).mul_(scaling).t();
-    return {grad_x, Tensor(), grad_bias, grad_passed, grad_b, Tensor()};
+    return {grad_x, grad_weight, grad_bias, grad_passed, grad_b, Tensor()};
   }
 };
 

@@ -19,8 +19,8 @@ from .packed_linear import few_rows
 
 @dataclass(frozen=True)
 class NormalisedIntegers:
-    """Of n `(B, T, C)`: spikes n - c, in n's dtype; and in float32, or float64 for float64, stream n + o, x its LayerNorm,
-    mean and rstd `(B, T)` of it, which have no gradient. eps: what is added to the variance."""
+    """Of n `(B, T, C)`: spikes n - c, in n's dtype; in float32, or float64 for float64, stream n + o, x its LayerNorm,
+    mean and rstd `(B, T)` of it, which have no gradient; eps, what is added to its variance."""
 
     spikes: Tensor
     stream: Tensor
