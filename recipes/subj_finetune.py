@@ -44,6 +44,7 @@ from spikegpt_lora import (
 )
 from spikegpt_lora.checkpoint import UPSTREAM_TOKENIZERS, load_model, load_tokenizer, require_same_tokens
 from spikegpt_lora.config import POOLINGS, read_config
+from spikegpt_lora.convert import calibrate, spiking
 from spikegpt_lora.finetune.experiment import (
     Comparison,
     Plan,
@@ -87,6 +88,7 @@ ADJUSTABLE = {
     "target_sparsity": (float, "of SpikeLoRA's gate, held while training"),
     "spike_penalty": (float, "price of what matrices read, where they read integer spikes"),
 }
+CALIBRATION, ROW = 16384, 64  # tokens of training sentences that integer spikes are fitted on; tokens a row of them
 COMPARED = ["full", "lora", "spikelora", "head"]
 RANDOM_SIZES = {"n_layer": 2, "n_embd": 128, "vocab_size": 4096}
 STOPPED = "stopped. What is finished stands in results.md; the same command goes on from here."
@@ -344,11 +346,20 @@ def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
         lm = load_upstream_checkpoint(source)
         model = SpikeGPTForSequenceClassification.from_language_model(lm, **changes)
     require_same_tokens(tokenizer, model.config, source)
+    if plan.matrix_spikes == "integer" and model.config.matrix_spikes == "none":
+        model = with_spikes(model, comparison)
     for method in plan.methods:
         METHODS[method].require(model.config, plan.settings[method])
     with whole_files(folder, last="config.json") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+def with_spikes(model: SpikeGPTForSequenceClassification, comparison: Comparison) -> SpikeGPTForSequenceClassification:
+    """`model` converted, its neurons' scales fitted on training sentences."""
+    tokens = [token for ids in comparison.tokens["train"]["input_ids"] for token in ids][:CALIBRATION]
+    ids = torch.tensor(tokens[: len(tokens) // ROW * ROW]).view(-1, ROW)
+    return calibrate.calibrate(spiking.prepare(model, comparison.plan.spike_levels or 3, tokens=ids), ids)
 
 
 def record_traces(comparison: Comparison, model, test: Dataset, name: str) -> None:
