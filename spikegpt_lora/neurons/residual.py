@@ -111,11 +111,13 @@ class IntegerNorm(nn.LayerNorm):
             base, *adapter = found
         else:
             return None
-        real = torch.promote_types(spikes.dtype, torch.float32)
+        return Matrix(base.weight, *self.folded(base, torch.promote_types(spikes.dtype, torch.float32)), *adapter)
 
-        @torch.no_grad()  # the gradient goes another way
+    def folded(self, linear: SpikeLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_g, and its vectors `(3, rows)` in dtype; neither has a gradient, which goes another way."""
+
+        @torch.no_grad()
         def fold():
-            return base.weight * self.weight, in_dtype(self._vectors(base.weight), real)
+            return linear.weight * self.weight, in_dtype(self._vectors(linear.weight), dtype)
 
-        sources = base.weight, self.weight, self.bias, self.offset, self.centre
-        return Matrix(base.weight, *base.folded(fold, *sources), *adapter)
+        return linear.folded(fold, linear.weight, self.weight, self.bias, self.offset, self.centre)
