@@ -42,20 +42,25 @@ def integer_block_step(
     x, *new = torch.ops.spikegpt_lora.integer_block_step(
         x,
         state,
-        [tensor for norm in (ln1, ln2) for tensor in (norm.weight, norm.bias, norm.offset, norm.centre)],
+        [tensor for norm in (ln1, ln2) for tensor in _held(norm)],
         [*map(att._parameters.__getitem__, VECTORS)],
         [*map(att._parameters.__getitem__, SHARES_OF_ATT), *map(ffn._parameters.__getitem__, SHARES_OF_FFN)],
         [*matrices, output.scaled(neurons[0].scale), ffn_value.scaled(neurons[1].scale)],
         vectors,
-        [tensor for neuron in neurons for tensor in (neuron.log_scale, neuron.most)],
+        [tensor for neuron in neurons for tensor in _held(neuron)],
         ln1.eps,
         *vars(lif1.settings).values(),
     )
     return x, tuple(new)
 
 
+def _held(module: nn.Module) -> list[Any]:
+    """weight, bias, offset and centre of a norm, log_scale and most of a neuron, in this order."""
+    return [*module._parameters.values(), *module._buffers.values()]
+
+
 def _is_matrix(linear: nn.Module) -> bool:
-    return untouched(linear, SpikeLinear) and cast(Tensor, linear.weight).dtype == torch.float32
+    return untouched(linear, SpikeLinear) and cast(Tensor, linear._parameters["weight"]).dtype == torch.float32
 
 
 def _read_by(readers: list[tuple], neurons: list[IntegerSpikes], dtype: torch.dtype) -> tuple[list, list]:

@@ -116,8 +116,9 @@ class IntegerNorm(nn.LayerNorm):
     def folded(self, linear: SpikeLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W_g, and its vectors `(3, rows)` in dtype; neither has a gradient, which goes another way."""
 
-        @torch.no_grad()
         def fold():
-            return linear.weight * self.weight, in_dtype(self._vectors(linear.weight), dtype)
+            with torch.no_grad():
+                return weight * self.weight, in_dtype(self._vectors(weight), dtype)
 
-        return linear.folded(fold, linear.weight, self.weight, self.bias, self.offset, self.centre)
+        weight = cast(Tensor, linear._parameters["weight"])
+        return linear.folded(fold, weight, *cast(dict, self._parameters).values(), self.centre)
