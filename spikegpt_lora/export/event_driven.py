@@ -15,7 +15,7 @@ The cost column stands beside the operations as executed and is never added to t
 
 import numpy as np
 
-from ..observe.operations import ENERGY, memory_energy
+from ..observe.energy import ENERGY, memory_energy
 from .interpreter import NEURONS, Program
 
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..observe.operations import LayerCount, Operations, PopulationCount, as_json
+from ..observe.books import as_json
+from ..observe.operations import LayerCount, Operations, PopulationCount
 from . import event_driven
 from .bundle import Bundle
 from .event_driven import EventDriven

@@ -27,7 +27,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..convert.weights import WEIGHTS, quantized_copy
-from ..observe.operations import as_json, count_operations
+from ..observe.books import as_json
+from ..observe.operations import count_operations
 from ..observe.traces import SpikeTrace, record_spikes
 from ..utils.files import UNFINISHED, whole_file, write_json
 from . import islands
