@@ -46,8 +46,8 @@ def with_reads(dense: float, reads: float, additions: float | None) -> dict[str,
 
     dense_int8: every weight read once for so many tokens, every product made. skipping_int8: no product with a 0; read
         is each weight once for so many tokens, or for each token those that it needs, whichever is less. spiking:
-        32-bit additions of bit planes, for each token its own reads; left out where `additions` is None. break_even: below
-        this density of nonzero inputs, each with as many planes as here, spiking takes less than dense_int8:
+        32-bit additions of bit planes, for each token its own reads; left out where `additions` is None. break_even:
+        below this density of nonzero inputs, each with as many planes as here, spiking takes less than dense_int8:
 
             density * (m + 0.1 planes) < m / tokens + 0.23        m pJ a weight read, 0.1 an addition, 0.23 a MAC
 

@@ -21,11 +21,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ..config import SpikeGPTConfig
 from ..forward import RealTokens, hooked, run, token_model
+from ..model import SpikeGPTModel
 from ..neurons.neuron import neurons_of
 from .energy import real_valued
 
@@ -155,11 +158,11 @@ class _Counter:
         yield self.tokens.attach()
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear):
-                hook = partial(self._linear, _short(name), _nonzeros_of_columns(name, module))
+                hook = partial(self._linear, short_name(name), _nonzeros_of_columns(name, module))
                 yield module.register_forward_hook(hook, with_kwargs=True)
         for name, neuron in neurons_of(self.model):
             if neuron.has_current:  # a look-up costs nothing
-                yield neuron.register_forward_hook(partial(self._population, _short(name)))
+                yield neuron.register_forward_hook(partial(self._population, short_name(name)))
 
     def _rows(self, x: Tensor) -> tuple[Tensor, int]:
         """x as `(rows, features)`, padding rows zeroed so that they add no operations; and how many rows count."""
@@ -247,7 +250,7 @@ def _nonzeros_of_columns(name: str, linear: nn.Linear) -> Tensor:
     return (weight != 0).sum(dim=0)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A module's path in SpikeGPTModel, or in the model that peft wraps; W0 and a classifier that peft trains bear the
     name of the layer that they are."""
     name = name.removeprefix("base_model.model.").removeprefix("spikegpt.").removesuffix(".base_layer")
@@ -261,9 +264,12 @@ def _left_out(model: nn.Module) -> list[str]:
 
     counted = (nn.Linear, nn.Embedding)  # a look-up is no operation
     others = ((name, module) for name, module in model.named_modules() if not isinstance(module, counted))
-    return [_short(name) for name, module in others if matrices(module)]
+    return [short_name(name) for name, module in others if matrices(module)]
 
 
 def _real_valued(model: nn.Module) -> dict | None:
-    config = getattr(token_model(model), "config", None)
-    return real_valued(config) if getattr(config, "matrix_spikes", "none") == "integer" else None
+    inside = token_model(model)
+    if not isinstance(inside, SpikeGPTModel):
+        return None
+    config = cast(SpikeGPTConfig, inside.config)
+    return real_valued(config) if config.matrix_spikes == "integer" else None
