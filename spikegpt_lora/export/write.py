@@ -39,7 +39,7 @@ from .graph import Graph, graph_of, levels_of, neurons_in, weights_before
 from .interpreter import Program
 from .manifest import statements, write_manifest
 from .sentences import left_aligned
-from .verify import Recorded, compare, record_in_float64
+from .verify import Recorded, compare, in_float64, record_in_float64
 
 PACKAGES = ("spikegpt_lora", "torch", "spikingjelly", "nir", "numpy")
 
@@ -86,7 +86,7 @@ def export_bundle(
     cost = {"as_executed": as_json(count_operations(model, [batch]))}
     with _whole_folder(directory) as folder:
         _write(folder, graph, trace, batch, weights)
-        recorded = record_in_float64(model.double(), batch, progress)  # the copy is ours
+        recorded = record_in_float64(in_float64(model), batch, progress)  # the copy is ours
         checks = {"exported": compare(Program(folder, np.float64), recorded, "interpreter", progress)}
         if event_driven:
             cost["event_driven"] = _event_driven(folder, recorded, progress)
