@@ -20,8 +20,8 @@ from ..convert.weights import WEIGHTS
 from . import islands
 from .bundle import PARTS, Bundle
 from .events import events_of
+from .files import islands_for
 from .findings import Findings
-from .graph import weights_before
 from .manifest import MANIFEST, own_hash, sha256, statements
 from .recount import check_costs
 from .reruns import check_interpreter, check_simulators
@@ -165,8 +165,7 @@ def _check_events(bundle: Bundle, found: Findings) -> None:
 def _check_islands(bundle: Bundle, found: Findings) -> None:
     left = set(bundle.islands)
     for node in bundle.neurons:
-        parts = weights_before(bundle.nodes, node)
-        graphs = islands.islands_for(node, bundle.sizes[node["name"]], parts, bundle.weights)
+        graphs = islands_for(bundle.nodes, node, bundle.sizes[node["name"]], bundle.weights)
         for file, graph in graphs.items():
             if file not in left:
                 found.add(f"islands/{file} is missing")

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import ADAPTERS
-from helpers import fresh_classifier, padded_batch
-from peft import get_peft_model
+from builders import ADAPTERS, DESIGNS, sentences, spiking
+from helpers import fresh_classifier
 
 from spikegpt_lora import SpikeLoraConfig, record_spikes
 from spikegpt_lora.convert.fold import FoldedLinear, fold_scales
@@ -15,39 +14,13 @@ from spikegpt_lora.convert.weights import quantized_copy
 from spikegpt_lora.export.graph import INTEGER_SCHEMA, SCHEMA, graph_of
 from spikegpt_lora.export.interpreter import Program
 from spikegpt_lora.export.verify import in_float64
-from spikegpt_lora.neurons.multilevel import IntegerSpikes
-from spikegpt_lora.neurons.residual import IntegerNorm
 
-DESIGNS = {"M": {"token_shift": "rows"}, "H": {"token_shift": "channels"}}
 SHIFTS = {"exp": {}, "shifts": {"wkv_powers_of_two": True}}
-
-
-def spiking(design, adapter="none", **config):
-    """float32; centres, gains and scales that are none of the initial ones."""
-    config = {"matrix_spikes": "integer", "spike_levels": 7, "pad_token_id": 0, **DESIGNS[design], **config}
-    model, generator = fresh_classifier(**config), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, IntegerNorm):
-                module.centre.copy_(torch.randint(0, 4, module.centre.shape, generator=generator))
-            if isinstance(module, IntegerSpikes):
-                module.log_scale.sub_(1)
-    if ADAPTERS[adapter] is not None:
-        model = get_peft_model(model, ADAPTERS[adapter])
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
-    return model.float().eval()
-
-
-def sentences():
-    batch = padded_batch([11, 1, 7, 4])
-    return batch["input_ids"].numpy(), batch["attention_mask"].sum(1).numpy(), batch
 
 
 def agrees(model, program, least=0.02):
     """`program` gives the spikes and logits of `model`, float64."""
-    ids, lengths, batch = sentences()
+    ids, lengths, batch = (x if isinstance(x, dict) else x.numpy() for x in sentences())
     trace = record_spikes(model, batch)
     logits, seen = program.run(ids, lengths, trace.spikes)
     for name, spikes in trace.spikes.items():
@@ -85,7 +58,7 @@ def test_integer_arithmetic_gives_the_rounded_models_spikes_and_logits(design, a
 
 
 def test_integer_arithmetic_is_refused_where_a_matrix_reads_real_numbers(tmp_path):
-    ids, lengths, _ = sentences()
+    ids, lengths = (x.numpy() for x in sentences()[:2])
     graph_of(quantized_copy(spiking("M", "graded"), "int8")).save(tmp_path / "graded", int8=True)
     with pytest.raises(ValueError, match=r"lora_B.default reads real numbers"):
         Program(tmp_path / "graded", np.float64, integers=True).run(ids, lengths)
