@@ -121,6 +121,13 @@ def neurons_in(nodes: list[dict]) -> list[dict]:
     return [node for node in nodes if node["op"] in NEURONS]
 
 
+def read_real_numbers(nodes: list[dict]) -> list[str]:
+    """The matrices that read anything but integers, by name."""
+    by_name = {node["name"]: node for node in nodes}
+    integer = ("centre", "embed_spike", *NEURONS)
+    return [n["name"] for n in nodes if n["op"] == "linear" and by_name[n["inputs"][0]]["op"] not in integer]
+
+
 def levels_of(node: dict) -> list[int]:
     """The values that the spikes of a node can have, in rising order."""
     return node.get("levels", BINARY)

@@ -1,6 +1,7 @@
 """Runs an exported SpikeGPT with numpy alone: token by token, the state explicit, many sentences at once.
 
-    python interpreter.py BUNDLE    the bundle's sentences again, compared with what was recorded
+    python interpreter.py BUNDLE    the bundle's sentences again, compared with what was recorded (with --integers:
+                                    every matrix in int32, where all of them read integer spikes and are int8)
     logits, seen = Program(folder).run(ids, lengths, watch=["blocks.0.lif1"])
 
 For whoever writes a chip's host code: every operation of the model is a few lines below, with its equation. This file
@@ -294,9 +295,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
+    parser.add_argument("--integers", action="store_true", help="int8 weights times integer spikes, in int32")
     args = parser.parse_args()
     try:
-        return 0 if reread(Program(args.bundle, args.dtype), args.bundle) else 1
+        return 0 if reread(Program(args.bundle, args.dtype, args.integers), args.bundle) else 1
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {args.bundle} cannot be run: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ import numpy as np
 from ..observe.traces import SpikeTrace
 from ..utils.files import write_json, write_text
 from .files import INTEGER, island_names
-from .graph import BINARY, INTEGER_SCHEMA, levels_of, schema_of, weights_before
+from .graph import BINARY, INTEGER_SCHEMA, levels_of, read_real_numbers, schema_of, weights_before
 
 MANIFEST = ("manifest.json", "manifest.json.sha256")
 CONVENTIONS = {
@@ -42,6 +42,11 @@ def statements(trace: SpikeTrace, nodes: list[dict], classes: list[str], logits:
         "populations": [population(trace, name, nodes) for name in trace.spikes],
         "host": _host(nodes),
     }
+
+
+def in_integers(nodes: list[dict], weights: str) -> bool:
+    """Whether every matrix reads integers and is int8, so that the interpreter can run in integer arithmetic."""
+    return weights == "int8" and schema_of(nodes) == INTEGER_SCHEMA and not read_real_numbers(nodes)
 
 
 def population(trace: SpikeTrace, name: str, nodes: list[dict]) -> dict:

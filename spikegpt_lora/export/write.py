@@ -39,7 +39,7 @@ from .events import save_events
 from .files import islands_for
 from .graph import INTEGER_SCHEMA, Graph, graph_of, levels_of, neurons_in
 from .interpreter import Program
-from .manifest import statements, write_manifest
+from .manifest import in_integers, statements, write_manifest
 from .sentences import left_aligned
 from .verify import Recorded, compare, in_float64, record_in_float64
 
@@ -96,6 +96,9 @@ def export_bundle(
         _write(folder, graph, trace, batch, weights)
         recorded = record_in_float64(in_float64(model), batch, progress)  # the copy is ours
         checks = {"exported": compare(Program(folder, np.float64), recorded, "interpreter", progress)}
+        if in_integers(graph.nodes, weights):
+            program = Program(folder, np.float64, integers=True)
+            checks["integers"] = compare(program, recorded, "interpreter in integers", progress)
         if event_driven:
             cost["event_driven"] = _event_driven(folder, recorded, progress)
         write_json(folder / "cost.json", cost)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from builders import DESIGNS, batch_of, edit, put, reseal, spiking
 
-from spikegpt_lora.export import Bundle, check_bundle, draw_all, export_bundle, simulators, summary
+from spikegpt_lora.export import Bundle, check_bundle, draw_all, export_bundle, interpreter, simulators, summary
 from spikegpt_lora.export.encoders import Population, encoder_graph, path_graph
 from spikegpt_lora.export.event_driven import EventDriven
 from spikegpt_lora.export.simulators import run_neurons, self_test_integers
@@ -204,3 +204,25 @@ def test_an_encoder_is_what_its_file_says():
     assert graph.nodes["encoder"].weight.shape == (6, 3) and json.dumps(graph.metadata)
     assert [type(graph.nodes[name]).__name__ for name in graph.nodes] == ["Input", "Linear", "LIF", "Output"]
     assert np.all(graph.nodes["population"].tau == 1e-4)
+
+
+def test_an_int8_bundle_ran_in_integers_too_and_one_that_did_not_is_found(tmp_path):
+    folder = export_bundle(spiking("M", "binary"), batch_of(), tmp_path / "bundle", weights="int8")
+    stated = Bundle(folder).manifest["checks"]["integers"]
+    assert stated["different_spikes"] == stated["different_predictions"] == 0 and stated["steps"] > 1000
+    assert stated["largest_logit_difference"] < 1e-9
+    assert interpreter_main(folder, "--integers") == 0
+    edit(folder / "manifest.json", lambda manifest: manifest["checks"].pop("integers"))
+    assert "different_spikes of checks.integers must be 0, got None" in problems(folder)
+
+
+def interpreter_main(folder, *options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["interpreter.py", str(folder), *options])
+        return interpreter.main()
+
+
+def test_a_graded_gate_keeps_a_bundle_from_integer_arithmetic(tmp_path, capsys):
+    folder = export_bundle(spiking("M", "graded"), batch_of(), tmp_path / "bundle", weights="int8")
+    assert "integers" not in Bundle(folder).manifest["checks"] and check_bundle(folder)["passed"]
+    assert interpreter_main(folder, "--integers") == 2 and "reads real numbers" in capsys.readouterr().err
