@@ -261,7 +261,31 @@ struct Dropout : Function<Dropout> {
   }
 };
 
-// ---- a frozen linear layer with an adapter, in two operators between which the gate stands:
+// ---- integer spikes
+
+struct IntegerSpikes : Function<IntegerSpikes> {
+  using Forward = Tensor(const Tensor&, const Tensor&, const Tensor&, bool, bool);
+  using Backward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, bool, bool, const Tensor&);
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& log_scale, const Tensor& most,
+                        bool has_sign, bool squares) {
+    static const auto run = find<Forward>("spikegpt_lora::integer_spikes");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({x, log_scale, most});
+    ctx->saved_data["has_sign"] = has_sign, ctx->saved_data["squares"] = squares;
+    return run.call(x, log_scale, most, has_sign, squares);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto run = find<Backward>("spikegpt_lora::integer_spikes_backward");
+    const variable_list saved = ctx->get_saved_variables();
+    const auto [x, log_scale] = run.call(saved[0], saved[1], saved[2], ctx->saved_data["has_sign"].toBool(),
+                                         ctx->saved_data["squares"].toBool(), grads[0]);
+    return {x, log_scale, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+// ---- a linear layer, most often a frozen one, with an adapter, in two operators between which the gate stands:
 //
 //   a = x A^T, x                       gradient of x: that of the layer, and grad_a A added to it in place
 //   x W^T + bias, + s passed B^T       in place
@@ -313,7 +337,7 @@ struct AdapterOut : Function<AdapterOut> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                         const Tensor& passed, const Tensor& b, double scaling) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({weight, passed, b, held(bias)});
+    ctx->save_for_backward({weight, passed, b, held(bias), weight.requires_grad() ? x : Tensor()});
     ctx->saved_data["scaling"] = scaling;
     Tensor out = bias.has_value() ? at::addmm(*bias, rows(x), weight.t()) : at::mm(rows(x), weight.t());
     out.addmm_(rows(passed), b.t(), 1, scaling);
@@ -326,14 +350,83 @@ struct AdapterOut : Function<AdapterOut> {
     const double scaling = ctx->saved_data["scaling"].toDouble();
     const Tensor g = rows(grads[0]);
     const size_t at_passed = bias.defined() ? 3 : 2;
-    Tensor grad_x, grad_bias, grad_passed, grad_b;
+    Tensor grad_x, grad_weight, grad_bias, grad_passed, grad_b;
     if (ctx->needs_input_grad(0)) grad_x = like(at::mm(g, weight), grads[0]);
+    if (saved[4].defined()) grad_weight = at::mm(g.t(), rows(saved[4]));
     if (bias.defined() && ctx->needs_input_grad(2)) grad_bias = g.sum(0);
     if (ctx->needs_input_grad(at_passed)) grad_passed = like(at::mm(g, b).mul_(scaling), passed);
     if (ctx->needs_input_grad(at_passed + 1)) grad_b = at::mm(rows(passed).t(), g).mul_(scaling).t();
-    return {grad_x, Tensor(), grad_bias, grad_passed, grad_b, Tensor()};
+    return {grad_x, grad_weight, grad_bias, grad_passed, grad_b, Tensor()};
   }
 };
+
+// ---- rows that read the integer residual, an adapter's part added to the product:
+//
+//   z = spikes scaled^T + s passed B^T,  then integer_rows.h
+//
+// It is the function weight x + s normed B^T of x = LN(n + o) and normed = rstd passed, then mixed; so that its gradient
+// is theirs, and spikes, scaled, vectors, mean, rstd and passed have none.
+
+struct IntegerRead : Function<IntegerRead> {
+  using Rows = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                          const OptionalTensor&, const OptionalTensor&, const OptionalTensor&);
+  using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                      const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                      const Tensor&, const Tensor&);
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& spikes, const Tensor& scaled, const Tensor& vectors,
+                               const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
+                               const OptionalTensor& passed, const OptionalTensor& normed, const OptionalTensor& b,
+                               double scaling, const OptionalTensor& share, const OptionalTensor& last,
+                               const OptionalTensor& mask) {
+    static const auto run = find<Rows>("spikegpt_lora::integer_rows");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor product = at::mm(rows(spikes), scaled.t());
+    if (passed.has_value()) product.addmm_(rows(*passed), b->t(), 1, scaling);
+    const Tensor z = like(product, spikes);
+    const Tensor kept = share.has_value() ? z : Tensor();
+    ctx->save_for_backward({x, weight, held(normed), held(b), kept, mean, rstd, vectors, held(share), held(last),
+                            held(mask)});
+    ctx->saved_data["scaling"] = scaling;
+    const auto [out, after] = run.call(z, mean, rstd, vectors, share, last, mask);
+    return {out, after};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &normed = saved[2], &b = saved[3], &share = saved[8];
+    Tensor grad = grads[0], grad_x, grad_weight, grad_normed, grad_b, grad_share, grad_last;
+    if (share.defined()) std::tie(grad, grad_share, grad_last) = unmixed(saved, grads);
+    const Tensor g = rows(grad);
+    if (ctx->needs_input_grad(3)) grad_x = like(at::mm(g, weight), grad);
+    if (ctx->needs_input_grad(4)) grad_weight = at::mm(g.t(), rows(x));
+    if (normed.defined()) {  // the places of passed, normed and b are 7, 8 and 9 where they are given
+      const double scaling = ctx->saved_data["scaling"].toDouble();
+      if (ctx->needs_input_grad(8)) grad_normed = like(at::mm(g, b).mul_(scaling), normed);
+      if (ctx->needs_input_grad(9)) grad_b = at::mm(rows(normed).t(), g).mul_(scaling).t();
+    }
+    variable_list out(14);
+    out[3] = grad_x, out[4] = grad_weight, out[8] = grad_normed, out[9] = grad_b;
+    out[11] = gradient(grad_share, share), out[12] = gradient(grad_last, saved[9]);
+    return out;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> unmixed(const variable_list& saved, const variable_list& grads) {
+    static const auto run = find<Backward>("spikegpt_lora::integer_rows_backward");
+    return run.call(saved[4], saved[5], saved[6], saved[7], saved[8], given(saved[9]), given(saved[10]), grads[0],
+                    grads[1]);
+  }
+};
+
+std::tuple<Tensor, Tensor> integer_read(const Tensor& spikes, const Tensor& scaled, const Tensor& vectors,
+                                        const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
+                                        const OptionalTensor& passed, const OptionalTensor& normed,
+                                        const OptionalTensor& b, double scaling, const OptionalTensor& share,
+                                        const OptionalTensor& last, const OptionalTensor& mask) {
+  const variable_list out = IntegerRead::apply(spikes, scaled, vectors, x, weight, mean, rstd, passed, normed, b,
+                                               scaling, share, last, mask);
+  return {out[0], out[1]};
+}
 
 std::tuple<Tensor, Tensor> adapter_in(const Tensor& x, const Tensor& a) {
   const variable_list out = AdapterIn::apply(x, a);
@@ -353,8 +446,11 @@ TORCH_LIBRARY_IMPL(spikegpt_lora, Autograd, library) {
   library.impl("sigmoid_gate", [](const Tensor& r, const Tensor& y) { return SigmoidGate::apply(r, y); });
   library.impl("squared_relu", [](const Tensor& k) { return SquaredRelu::apply(k); });
   library.impl("dropout", [](const Tensor& x, const Tensor& seed, double p) { return Dropout::apply(x, seed, p); });
+  library.impl("integer_spikes", [](const Tensor& x, const Tensor& log_scale, const Tensor& most, bool has_sign,
+                                    bool squares) { return IntegerSpikes::apply(x, log_scale, most, has_sign, squares); });
   for (const char* name : {"wkv_backward", "lif_backward", "token_shift2_backward", "token_shift3_backward",
-                           "sigmoid_gate_backward", "squared_relu_backward"}) {
+                           "sigmoid_gate_backward", "squared_relu_backward", "integer_spikes_backward",
+                           "integer_rows", "integer_rows_backward"}) {
     library.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
@@ -366,4 +462,5 @@ TORCH_LIBRARY_IMPL(spikegpt_lora, CompositeImplicitAutograd, library) {
                                  const Tensor& passed, const Tensor& b, double scaling) {
     return AdapterOut::apply(x, weight, bias, passed, b, scaling);
   });
+  library.impl("integer_read", &integer_read);
 }

@@ -92,6 +92,20 @@ TORCH_LIBRARY(spikegpt_lora, library) {
   library.def("sigmoid_gate_backward(Tensor r, Tensor y, Tensor grad) -> (Tensor, Tensor)");
   library.def("squared_relu(Tensor k) -> Tensor");
   library.def("squared_relu_backward(Tensor k, Tensor grad) -> Tensor");
+  library.def("integer_spikes(Tensor x, Tensor log_scale, Tensor most, bool has_sign, bool squares) -> Tensor");
+  library.def(
+      "integer_spikes_backward(Tensor x, Tensor log_scale, Tensor most, bool has_sign, bool squares, Tensor grad) "
+      "-> (Tensor, Tensor)");
+  library.def(
+      "integer_rows(Tensor z, Tensor mean, Tensor rstd, Tensor vectors, Tensor? share, Tensor? last, Tensor? mask) "
+      "-> (Tensor, Tensor)");
+  library.def(
+      "integer_rows_backward(Tensor z, Tensor mean, Tensor rstd, Tensor vectors, Tensor share, Tensor? last, "
+      "Tensor? mask, Tensor grad_out, Tensor grad_last) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "integer_read(Tensor spikes, Tensor scaled, Tensor vectors, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+      "Tensor? passed, Tensor? normed, Tensor? b, float scaling, Tensor? share, Tensor? last, Tensor? mask) "
+      "-> (Tensor, Tensor)");
   library.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
   library.def("adapter_in(Tensor x, Tensor a) -> (Tensor, Tensor)");
   library.def(

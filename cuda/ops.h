@@ -15,6 +15,8 @@
 
 #include "activations.h"
 #include "dropout.h"
+#include "integer_rows.h"
+#include "integer_spikes.h"
 #include "lif.h"
 #include "packed_linear.h"
 #include "token_shift.h"
@@ -474,6 +476,120 @@ Tensor squared_relu_backward(const Tensor& k, const Tensor& grad) {
   return grad_k;
 }
 
+// ---- integer spikes: x (..., C)
+
+struct FireArguments {
+  Tensor x, scale, most;
+  bool has_sign, squares;
+  int64_t B, T;  // x as (B, T, C)
+
+  FireArguments(const Tensor& x, const Tensor& log_scale, const Tensor& most, bool has_sign, bool squares)
+      : has_sign(has_sign), squares(squares) {
+    TORCH_CHECK_VALUE(x.dim() > 0, "integer_spikes: x must be (..., C), got ()");
+    check("integer_spikes: log_scale", log_scale, {x.size(-1)}, state_dtype(x), x);
+    check("integer_spikes: most", most, {x.size(-1)}, state_dtype(x), x);
+    this->x = x.contiguous(), scale = log_scale.contiguous().exp(), this->most = most.contiguous();
+    T = x.dim() > 1 ? x.size(-2) : 1;
+    B = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1) / std::max<int64_t>(T, 1);
+  }
+
+  template <class scalar, class real>
+  FireInput<scalar, real> input() const {
+    return {{T, x.size(-1), nullptr}, x.const_data_ptr<scalar>(), scale.const_data_ptr<real>(),
+            most.const_data_ptr<real>(), has_sign, squares};
+  }
+};
+
+template <class Device>
+Tensor integer_spikes(const Tensor& x, const Tensor& log_scale, const Tensor& most, bool has_sign, bool squares) {
+  const FireArguments arguments(x, log_scale, most, has_sign, squares);
+  Tensor spikes = at::empty(x.sizes(), x.options());
+  DISPATCH(x, "integer_spikes", {
+    Device::template run<real>(arguments.B, arguments.T, x.size(-1), x, FireForward<scalar_t, real>{
+        arguments.input<scalar_t, real>(), spikes.mutable_data_ptr<scalar_t>()});
+  });
+  return spikes;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> integer_spikes_backward(const Tensor& x, const Tensor& log_scale, const Tensor& most,
+                                                   bool has_sign, bool squares, const Tensor& grad) {
+  const FireArguments arguments(x, log_scale, most, has_sign, squares);
+  check("integer_spikes: gradient", grad, x.sizes(), x.scalar_type(), x);
+  const Tensor g = grad.contiguous();
+  Tensor grad_x = at::empty(x.sizes(), x.options()), grad_log_scale = new_state(x, {arguments.B, x.size(-1)});
+  DISPATCH(x, "integer_spikes_backward", {
+    Device::template run<real>(arguments.B, arguments.T, x.size(-1), x, FireBackward<scalar_t, real>{
+        arguments.input<scalar_t, real>(), g.const_data_ptr<scalar_t>(), grad_x.mutable_data_ptr<scalar_t>(),
+        grad_log_scale.mutable_data_ptr<real>()});
+  });
+  return {grad_x, grad_log_scale.sum(0)};
+}
+
+// ---- rows that read the integer residual, after the product
+
+struct RowsArguments {
+  Tensor z, mean, rstd, vectors;
+  OptionalTensor share, last, mask;
+
+  RowsArguments(const Tensor& z, const Tensor& mean, const Tensor& rstd, const Tensor& vectors,
+                const OptionalTensor& share, const OptionalTensor& last, const OptionalTensor& mask) {
+    check_sequence("integer_rows: z", z);
+    const int64_t B = z.size(0), T = z.size(1), R = z.size(2);
+    check("integer_rows: mean", mean, {B, T}, state_dtype(z), z);
+    check("integer_rows: rstd", rstd, {B, T}, state_dtype(z), z);
+    check("integer_rows: vectors", vectors, {3, R}, state_dtype(z), z);
+    check("integer_rows: share", share, {R}, state_dtype(z), z);
+    check("integer_rows: last", last, {B, R}, state_dtype(z), z);
+    check("integer_rows: mask", mask, {B, T}, at::kBool, z);
+    TORCH_CHECK_VALUE(share.has_value() || !(last.has_value() || mask.has_value()),
+                      "integer_rows: last and mask are the token shift's: give them together with share");
+    this->z = z.contiguous(), this->mean = mean.contiguous(), this->rstd = rstd.contiguous();
+    this->vectors = vectors.contiguous(), this->share = contiguous(share), this->last = contiguous(last);
+    this->mask = contiguous(mask);
+  }
+
+  template <class scalar, class real>
+  RowsInput<scalar, real> input() const {
+    return {{z.size(1), z.size(2), pointer<bool>(mask)}, z.const_data_ptr<scalar>(), mean.const_data_ptr<real>(),
+            rstd.const_data_ptr<real>(), vectors.const_data_ptr<real>(), pointer<real>(share), pointer<real>(last)};
+  }
+};
+
+template <class Device>
+std::tuple<Tensor, Tensor> integer_rows(const Tensor& z, const Tensor& mean, const Tensor& rstd, const Tensor& vectors,
+                                        const OptionalTensor& share, const OptionalTensor& last,
+                                        const OptionalTensor& mask) {
+  const RowsArguments arguments(z, mean, rstd, vectors, share, last, mask);
+  const int64_t B = z.size(0), T = z.size(1), R = z.size(2);
+  Tensor out = at::empty({B, T, R}, z.options()), last_after = new_state(z, {share.has_value() ? B : 0, R});
+  DISPATCH(z, "integer_rows", {
+    Device::template run<real>(B, T, R, z, RowsForward<scalar_t, real>{
+        arguments.input<scalar_t, real>(), out.mutable_data_ptr<scalar_t>(), last_after.mutable_data_ptr<real>()});
+  });
+  return {out, last_after};
+}
+
+// Gradients of y (B, T, R), before it is mixed, of the shares and of last.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> integer_rows_backward(const Tensor& z, const Tensor& mean, const Tensor& rstd,
+                                                         const Tensor& vectors, const Tensor& share,
+                                                         const OptionalTensor& last, const OptionalTensor& mask,
+                                                         const Tensor& grad_out, const Tensor& grad_last_after) {
+  const RowsArguments arguments(z, mean, rstd, vectors, share, last, mask);
+  const int64_t B = z.size(0), T = z.size(1), R = z.size(2);
+  check("integer_rows: gradient", grad_out, {B, T, R}, z.scalar_type(), z);
+  check("integer_rows: gradient of last", grad_last_after, {B, R}, state_dtype(z), z);
+  const Tensor go = grad_out.contiguous(), gl = grad_last_after.contiguous();
+  Tensor grad_y = at::empty({B, T, R}, z.options()), grad_share = new_state(z, {B, R}), grad_last = new_state(z, {B, R});
+  DISPATCH(z, "integer_rows_backward", {
+    Device::template run<real>(B, T, R, z, RowsBackward<scalar_t, real>{
+        arguments.input<scalar_t, real>(), go.const_data_ptr<scalar_t>(), gl.const_data_ptr<real>(),
+        grad_y.mutable_data_ptr<scalar_t>(), grad_share.mutable_data_ptr<real>(), grad_last.mutable_data_ptr<real>()});
+  });
+  return {grad_y, grad_share.sum(0), grad_last};
+}
+
 // ---- dropout; its gradient is itself, with the same seed
 
 template <class Device>
@@ -573,6 +689,10 @@ void register_kernels(Library& library) {
   library.impl("sigmoid_gate_backward", &sigmoid_gate_backward<Device>);
   library.impl("squared_relu", &squared_relu<Device>);
   library.impl("dropout", &dropout<Device>);
+  library.impl("integer_spikes", &integer_spikes<Device>);
+  library.impl("integer_spikes_backward", &integer_spikes_backward<Device>);
+  library.impl("integer_rows", &integer_rows<Device>);
+  library.impl("integer_rows_backward", &integer_rows_backward<Device>);
   library.impl("squared_relu_backward", &squared_relu_backward<Device>);
 }
 

@@ -17,17 +17,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
 import torch
-from tqdm import tqdm
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, load_task, record_spikes
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, record_spikes
 from spikegpt_lora.checkpoint import load_language_model
 from spikegpt_lora.config import MATRIX_SPIKES, SPIKING, TOKEN_SHIFTS
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.ops.dropout import set_dropout
-from spikegpt_lora.pretrain.corpus import Corpus, prepare_corpus, read_documents
+from spikegpt_lora.pretrain.corpus import Corpus, evaluation_sentences, prepare_corpus
 from spikegpt_lora.pretrain.kneser_ney import KneserNey
 from spikegpt_lora.pretrain.loop import (
-    NEWEST,
     Pretraining,
     PretrainOptions,
     bf16_of,
@@ -35,16 +33,15 @@ from spikegpt_lora.pretrain.loop import (
     write_log,
 )
 from spikegpt_lora.pretrain.perplexity import per_token_word_character, perplexity
+from spikegpt_lora.pretrain.progress import STOPPED, bar, train
 from spikegpt_lora.report.markdown import table
 from spikegpt_lora.tasks.registry import TASKS
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
 from spikegpt_lora.utils.precision import name_of, resolve
-from spikegpt_lora.utils.stopping import deferred
 
 SIZES = {"n_layer": (4, "blocks"), "n_embd": (256, "width"), "vocab_size": (8192, "tokens of the BPE")}
 PAIRS = "; beside it, each step tells {pairs} pairs of neighbouring sentences from one another"
-STOPPED = "stopped; the same command goes on from the last save."
 KNESER_NEY_TOKENS = 50_000_000  # it keeps all n-grams in memory, about 100 bytes a token
 
 
@@ -63,7 +60,7 @@ def main() -> int:
         use_extension("auto", device)  # built now: no log line breaks a progress bar
         model = model or new(config, corpus, options.seed)
         run = start(options, model.to(device), corpus, args)
-        train(run, args)
+        train(run, args.output_dir, 60 * args.save_minutes)
         finish(run, corpus, args)
     return 0
 
@@ -106,25 +103,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def bar(items, task: str, **kwargs):
-    return tqdm(items, task, leave=False, disable=None, **kwargs)
-
-
-def evaluation_sentences(names: list[str], data_dir: Path | None) -> list[str]:
-    """The sentences of the named tasks and files; raises if one of them is not to be had."""
-    sentences = []
-    for name in [name for name in names if name != "none"]:
-        if name in TASKS:
-            task = load_task(name, data_dir if name == "subj" else None)
-            sentences += [text for split in task.values() for text in split["text"]]
-        elif Path(name).is_file():
-            lines = read_documents(name)
-            sentences += [field for line in lines for field in line.split("\t")]
-        else:
-            raise ValueError(f"--decontaminate takes {', '.join(TASKS)}, a file, or none; got {name!r}")
-    return sentences
-
-
 def describe(corpus: Corpus) -> None:
     facts = corpus.facts
     print(
@@ -161,28 +139,6 @@ def start(options: PretrainOptions, model: SpikeGPTForCausalLM, corpus: Corpus, 
     if run.resume(args.output_dir):
         print(f"going on from step {run.step:,}")
     return run
-
-
-def train(run: Pretraining, args) -> None:
-    """To the last step; a first Ctrl-C or SIGTERM is obeyed after the step, which is saved."""
-    sizes = {"total": run.options.steps, "initial": run.step, "smoothing": 0.01, "disable": None}
-    mean, begun = None, run.step
-    with deferred() as stop, tqdm(desc="training", unit="step", **sizes) as progress:
-        for loss in run.train(args.output_dir, 60 * args.save_minutes):
-            mean = loss if mean is None else 0.98 * mean + 0.02 * loss
-            progress.update()
-            if run.step % 10 == 0:
-                progress.set_postfix({"loss": f"{mean:.3f}", "tokens/s": f"{tokens_per_second(run):,.0f}"})
-            if stop.asked is not None:
-                run.save(args.output_dir / NEWEST)
-                raise stop.asked
-        if progress.disable and mean is not None:
-            loss = f"loss={mean:.3f}, tokens/s={tokens_per_second(run):,.0f}"
-            print(f"training: from step {begun:,} to {run.step}/{run.options.steps}, {loss}", file=sys.stderr)
-
-
-def tokens_per_second(run: Pretraining) -> float:
-    return run.options.batch_size * run.options.length * run.step / run.seconds
 
 
 def finish(run: Pretraining, corpus: Corpus, args) -> None:

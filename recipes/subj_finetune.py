@@ -44,6 +44,7 @@ from spikegpt_lora import (
 )
 from spikegpt_lora.checkpoint import UPSTREAM_TOKENIZERS, load_model, load_tokenizer, require_same_tokens
 from spikegpt_lora.config import POOLINGS, read_config
+from spikegpt_lora.convert import calibrate, spiking
 from spikegpt_lora.finetune.experiment import (
     Comparison,
     Plan,
@@ -82,10 +83,12 @@ ADJUSTABLE = {
     "rank": (int, "of adapters; alpha is the same"),
     "v_threshold": (float, "of SpikeLoRA's gate"),
     "time": (str, "of SpikeLoRA's gate: pointwise or token"),
-    "gate": (str, "of SpikeLoRA: graded or binary"),
+    "gate": (str, "of SpikeLoRA: graded, binary or integer; with integer spikes integer unless it is said"),
     "learn": (str, "of SpikeLoRA's gate: none, threshold, tau or both"),
     "target_sparsity": (float, "of SpikeLoRA's gate, held while training"),
+    "spike_penalty": (float, "price of what matrices read, where they read integer spikes"),
 }
+CALIBRATION, ROW = 16384, 64  # tokens of training sentences that integer spikes are fitted on; tokens a row of them
 COMPARED = ["full", "lora", "spikelora", "head"]
 RANDOM_SIZES = {"n_layer": 2, "n_embd": 128, "vocab_size": 4096}
 STOPPED = "stopped. What is finished stands in results.md; the same command goes on from here."
@@ -120,6 +123,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", default="embedded", help="embedded, random, a folder, an upstream .pth file, or a hub id")
     add("--tokenizer", help="folder or hub id, where the model does not bring its own")
     add("--pooling", choices=POOLINGS, help="what the classifier reads (default: last_mean)")
+    add(
+        "--matrix-spikes",
+        choices=["integer"],
+        help="make every matrix read integer spikes: a model that exists is converted",
+    )
+    add("--spike-levels", type=positive, metavar="K", help="the largest integer spike (default: 3)")
     for name, size in RANDOM_SIZES.items():
         add(f"--{name.replace('_', '-')}", type=positive, help=f"of a random model (default: {size})")
     add = parser.add_argument_group("training", "one VALUE for all methods, or METHOD=VALUE ...").add_argument
@@ -149,6 +158,10 @@ def require_consistent(args: argparse.Namespace) -> None:
     """Raise ValueError for arguments that exclude each other."""
     if args.tune and args.parity:
         raise ValueError("--tune searches for settings and --parity fixes them: give one of the two")
+    if args.spike_levels and not args.matrix_spikes:
+        raise ValueError("--spike-levels is for --matrix-spikes integer: a model that has integer spikes has its own")
+    if args.spike_penalty and not reads_spikes(args):
+        raise ValueError("--spike-penalty is a price of integer spikes: give --matrix-spikes integer too")
     if args.parity == "library" and (args.max_train_samples or args.pooling):
         raise ValueError("--parity library fixes --pooling (last) and takes no --max-train-samples")
     sizes = [name for name in RANDOM_SIZES if getattr(args, name) is not None]
@@ -160,6 +173,8 @@ def settings_of(args: argparse.Namespace, bf16: bool = False) -> dict[str, Finet
     """Of every method; raises ValueError, before anything is trained, for what an adapter refuses."""
     kind = args.model if args.model in MODELS else "embedded" if is_small(args.model) else "other"
     changes = {name: getattr(args, name) or [] for name in ADJUSTABLE}
+    if reads_spikes(args) and not changes["gate"]:
+        changes["gate"] = [{"spikelora": "integer"}]  # so that B reads spikes too
     settings = resolve_options(kind, args.parity, bf16, changes)
     for name, method in METHODS.items():
         if method.adapter is not None:
@@ -167,10 +182,17 @@ def settings_of(args: argparse.Namespace, bf16: bool = False) -> dict[str, Finet
     return settings
 
 
+def reads_spikes(args: argparse.Namespace) -> bool:
+    """Whether the matrices of what is trained read integer spikes."""
+    saved = (Path(args.model) / "config.json").is_file()
+    return args.matrix_spikes == "integer" or (saved and read_config(args.model).matrix_spikes == "integer")
+
+
 def plan_of(args: argparse.Namespace, task: str, data: DatasetDict, out: Path, bf16: bool) -> Plan:
     by_seed = args.parity == "library"
     source = embedded_checkpoint() if args.model == "embedded" else args.model
     same = ("model", "tokenizer", "parity", "max_length", "max_train_samples", "methods", "trace_sentences")
+    same += ("matrix_spikes", "spike_levels")
     return Plan(
         task=task,
         pooling=args.pooling or ("last" if by_seed else "last_mean"),
@@ -315,6 +337,8 @@ def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
     changes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     if plan.model == "random":
         sizes = {"vocab_size": len(tokenizer), "n_embd": plan.n_embd, "n_layer": plan.n_layer}
+        if plan.matrix_spikes == "integer":
+            changes |= {"matrix_spikes": "integer", "token_shift": "rows", "spike_levels": plan.spike_levels or 3}
         model = SpikeGPTForSequenceClassification(SpikeGPTConfig(**sizes, **changes))
     elif Path(source).is_dir():
         model = load_model(SpikeGPTForSequenceClassification, source, new_head=True, **changes)
@@ -322,11 +346,20 @@ def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
         lm = load_upstream_checkpoint(source)
         model = SpikeGPTForSequenceClassification.from_language_model(lm, **changes)
     require_same_tokens(tokenizer, model.config, source)
+    if plan.matrix_spikes == "integer" and model.config.matrix_spikes == "none":
+        model = with_spikes(model, comparison)
     for method in plan.methods:
         METHODS[method].require(model.config, plan.settings[method])
     with whole_files(folder, last="config.json") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+def with_spikes(model: SpikeGPTForSequenceClassification, comparison: Comparison) -> SpikeGPTForSequenceClassification:
+    """`model` converted, its neurons' scales fitted on training sentences."""
+    tokens = [token for ids in comparison.tokens["train"]["input_ids"] for token in ids][:CALIBRATION]
+    ids = torch.tensor(tokens[: len(tokens) // ROW * ROW]).view(-1, ROW)
+    return calibrate.calibrate(spiking.prepare(model, comparison.plan.spike_levels or 3, tokens=ids), ids)
 
 
 def record_traces(comparison: Comparison, model, test: Dataset, name: str) -> None:

@@ -46,6 +46,9 @@ UPSTREAM_CONSTANTS = {
     "lif_decay_input": True,
     "lif_surrogate_alpha": 2.0,
     "layer_norm_eps": 1e-5,
+    "matrix_spikes": "none",
+    "token_shift": "channels",
+    "wkv_powers_of_two": False,
 }
 
 

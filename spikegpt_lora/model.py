@@ -37,6 +37,7 @@ from .neurons.residual import IntegerAmplitude, IntegerNorm
 from .ops.activations import sigmoid_gate, squared_relu
 from .ops.block_step import block_step
 from .ops.dropout import Dropout
+from .ops.integer_read import RowShift
 from .ops.packed_linear import matrix_product
 from .ops.spike_linear import SpikeLinear
 from .ops.token_shift import token_shift
@@ -152,7 +153,7 @@ class _Half(nn.Module):
         linears = [getattr(self, name) for name in self.readers]
         shares = [getattr(self, f"time_mix_{name[0]}") for name in self.readers]
         if self.mixes_rows:
-            return _mixed_rows(_read(norm, x, linears), shares, shift, mask)
+            return _mixed_rows(norm, x, linears, shares, shift, mask)
         *mixed, shift = token_shift(x, shift, mask, *shares, norm=norm)
         neurons = [getattr(self, f"spike_{name}") for name in self.readers]
         return [_product(*one) for one in zip(linears, neurons, mixed)], shift
@@ -167,11 +168,22 @@ def _read(norm: nn.LayerNorm, x: Tensor, linears: list[nn.Module]) -> list[Tenso
 
 
 def _mixed_rows(
-    rows: list[Tensor], shares: list[Tensor], shift: Tensor | None, mask: Tensor | None
+    norm: nn.LayerNorm,
+    x: Tensor,
+    linears: list[nn.Module],
+    shares: list[Tensor],
+    shift: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Each of `rows` mixed with what it was at the token before; and the new shift, all of them at the last token."""
-    before = [None] * len(rows) if shift is None else shift.split([one.shape[-1] for one in rows], dim=-1)
-    mixed, last = zip(*(token_shift(row, old, mask, share) for row, old, share in zip(rows, before, shares)))
+    """What `linears` give for the norm of x, mixed with what it was at the token before; and the new shift, all of it
+    at the last token."""
+    before = [None] * len(shares) if shift is None else shift.split([share.numel() for share in shares], dim=-1)
+    if isinstance(norm, IntegerNorm):
+        shifts = [RowShift(share, old, mask) for share, old in zip(shares, before)]
+        mixed, last = zip(*norm.read_mixed(x, linears, shifts))
+    else:
+        rows = _read(norm, x, linears)
+        mixed, last = zip(*(token_shift(row, old, mask, share) for row, old, share in zip(rows, before, shares)))
     return list(mixed), torch.cat(last, dim=-1)
 
 

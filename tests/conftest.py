@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from helpers import SIZES, lively, need_extension
+from helpers import DESIGNS, SIZES, lively, need_extension
 from matplotlib.figure import Figure
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification
@@ -54,13 +54,20 @@ def figures(monkeypatch):
 
 
 @pytest.fixture
-def lm():
-    return lively(SpikeGPTForCausalLM(SpikeGPTConfig(**SIZES)))
+def design():
+    """A file whose tests hold of every design has a fixture of this name with `DESIGNS` as its params."""
+    return "published"
 
 
 @pytest.fixture
-def classifier():
-    return lively(SpikeGPTForSequenceClassification(SpikeGPTConfig(**SIZES, pooling="last_mean", pad_token_id=0)))
+def lm(design):
+    return lively(SpikeGPTForCausalLM(SpikeGPTConfig(**SIZES, **DESIGNS[design])))
+
+
+@pytest.fixture
+def classifier(design):
+    config = SpikeGPTConfig(**SIZES, **DESIGNS[design], pooling="last_mean", pad_token_id=0)
+    return lively(SpikeGPTForSequenceClassification(config))
 
 
 @pytest.fixture

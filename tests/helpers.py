@@ -8,6 +8,14 @@ from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, Spi
 from spikegpt_lora.ops.backend import ExtensionError, load
 
 SIZES = {"vocab_size": 37, "n_embd": 12, "n_layer": 3}
+DESIGNS = {  # of what the matrices read
+    "published": {},
+    "rows": {"token_shift": "rows"},
+    "integer-rows": {"matrix_spikes": "integer", "token_shift": "rows"},
+    "integer-channels": {"matrix_spikes": "integer", "spike_levels": 7},
+    "integer-powers": {"matrix_spikes": "integer", "token_shift": "rows", "wkv_powers_of_two": True},
+}
+INTEGER = [name for name in DESIGNS if name.startswith("integer")]
 GATE = {"spikelora_v_threshold": 0.3, "spikelora_tau": 3.0, "spikelora_surrogate_alpha": 1.5}
 
 

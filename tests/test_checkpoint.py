@@ -194,6 +194,9 @@ def test_what_upstream_cannot_run_is_not_written(tmp_path):
     model = lively(SpikeGPTForCausalLM(SpikeGPTConfig(vocab_size=9, n_embd=4, n_layer=1, lif_tau=4.0)))
     with pytest.raises(ValueError, match=r"lif_tau = 4.0 \(upstream: 2.0\)"):
         save_upstream_checkpoint(model, tmp_path / "x.pth")
+    spiking = SpikeGPTForCausalLM(SpikeGPTConfig(vocab_size=9, n_embd=4, n_layer=1, matrix_spikes="integer"))
+    with pytest.raises(ValueError, match=r"matrix_spikes = 'integer' \(upstream: 'none'\)"):
+        save_upstream_checkpoint(spiking, tmp_path / "x.pth")
     with pytest.raises(TypeError, match="got SpikeGPTModel"):
         save_upstream_checkpoint(model.spikegpt, tmp_path / "x.pth")
     adapted = SpikeGPTForCausalLM(SpikeGPTConfig(vocab_size=9, n_embd=4, n_layer=1))

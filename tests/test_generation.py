@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+from helpers import DESIGNS
 from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor, pipeline
 
 from spikegpt_lora import SpikeGPTState, embedded_checkpoint
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(params=DESIGNS)
+def design(request):
+    return request.param
 
 
 def left_padded(ids, lengths):

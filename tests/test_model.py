@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from helpers import SIZES, largest_difference, lively
+from helpers import DESIGNS, SIZES, largest_difference, lively
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -30,6 +30,11 @@ from spikegpt_lora import (
 )
 from spikegpt_lora.neurons.lif import LIF
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
+
+
+@pytest.fixture(params=DESIGNS)
+def design(request):
+    return request.param
 
 
 def by_equations(model, ids):
@@ -80,6 +85,7 @@ def by_equations(model, ids):
     return torch.stack(logits), spikes
 
 
+@pytest.mark.parametrize("design", ["published"])
 def test_logits_and_spikes_follow_the_equations(lm, ids):
     logits, spikes = by_equations(lm, ids[0])
     trace = record_spikes(lm, {"input_ids": ids[:1]})
@@ -209,8 +215,9 @@ def test_masks_may_have_holes(lm, ids):
     output = lm(ids, attention_mask=mask, use_cache=True)
     for row in range(4):
         alone = lm(ids[row][mask[row]][None], use_cache=True)
+        size = max(1, alone.state.ffn_shift.abs().max())
         assert largest_difference(output.logits[row][mask[row]], alone.logits[0]) < 1e-12
-        assert largest_difference(output.state.select([row]).to_tuple(), alone.state.to_tuple()) < 1e-12
+        assert largest_difference(output.state.select([row]).to_tuple(), alone.state.to_tuple()) < 1e-12 * size
 
 
 def test_no_state_survives_an_exception(lm, ids):
@@ -385,7 +392,7 @@ def test_tuples_instead_of_outputs(lm, ids):
 def test_hidden_states_are_one_more_than_the_layers(lm, ids):
     output = lm(ids, output_hidden_states=True)
     assert [tuple(x.shape) for x in output.hidden_states] == [(4, 9, 12)] * 4
-    assert torch.equal(lm.head(output.hidden_states[-1]), output.logits)
+    assert largest_difference(lm.head(output.hidden_states[-1]), output.logits) < 1e-12
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])

@@ -11,6 +11,7 @@ from peft.utils import PeftType
 from ..neurons.lif import NeuronParameters
 from ..utils.checks import check, kinds
 from .fingerprint import FORM
+from .gate import KINDS as GATES
 from .gate import SpikeGate
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class SpikeLoraConfig(LoraConfig):
         default="graded",
         metadata={
             "help": '"graded": spike times activation goes to B (the paper); "binary": the spike alone, so that B x is '
-            "a sum of columns."
+            'a sum of columns; "integer": 0 ... 3 spikes a unit and token, in pointwise time.'
         },
     )
     spikelora_v_threshold: float = field(
@@ -133,6 +134,7 @@ class SpikeLoraConfig(LoraConfig):
     def _ranges(self) -> list[tuple[str, str, bool]]:
         plain, rest = not self.use_spikelora, self.neuron.rest
         learned, target = self.spikelora_learn, self.spikelora_target_sparsity
+        integer = self.spikelora_gate == "integer"
         return [
             ("r", ">= 1", self.r >= 1),
             ("lora_alpha", "> 0", self.lora_alpha > 0),
@@ -140,7 +142,13 @@ class SpikeLoraConfig(LoraConfig):
             ("lora_dropout", "in [0, 1)", 0 <= self.lora_dropout < 1),
             *self.neuron.rules("spikelora_", fires_at_rest=True),
             ("spikelora_time", "'pointwise' or 'token'", self.spikelora_time in ("pointwise", "token")),
-            ("spikelora_gate", "'graded' or 'binary'", self.spikelora_gate in ("graded", "binary")),
+            ("spikelora_gate", f"one of {', '.join(GATES)}", self.spikelora_gate in GATES),
+            ("spikelora_time", "'pointwise' with an integer gate", not integer or self.spikelora_time == "pointwise"),
+            (
+                "spikelora_v_threshold",
+                "above spikelora_v_reset with an integer gate",
+                not integer or self.spikelora_v_threshold > rest,
+            ),
             ("spikelora_learn", f"one of {', '.join(LEARN)}", learned in LEARN),
             (
                 "spikelora_v_threshold",
@@ -191,7 +199,7 @@ class SpikeLoraConfig(LoraConfig):
         return SpikeGate(
             units,
             adapter,
-            binary=self.spikelora_gate == "binary",
+            kind=self.spikelora_gate,
             time=self.spikelora_time,
             learn=self.spikelora_learn,
             per_rank=self.spikelora_per_rank,

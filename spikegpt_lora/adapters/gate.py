@@ -5,6 +5,10 @@ Its neurons are LIF neurons (see `neurons.lif.NeuronParameters`) with the curren
 "pointwise" (SpikeLoRA's code, eq. 5): every token is a first step from rest, so unit j fires where
 a_j >= tau (V_theta - v_reset). "token": the equations as they stand, along the sequence; v is at rest before its first
 token, and a masked step does not exist.
+
+"graded" gates pass spike times activation to B, "binary" ones the spike. "integer" ones pass how often the unit fires,
+k = floor(u + 1/2) in 0 ... 3, u = a / (2 tau (V_theta - v_reset)): its first spike is where the others have theirs.
+Backward, the surrogate's times k, and straight through the rounding.
 """
 
 import math
@@ -19,6 +23,8 @@ from ..neurons.neuron import neurons_of
 from . import sequence
 
 DEFAULTS = NeuronParameters(v_threshold=0.1, detach_reset=True)
+KINDS = ("graded", "binary", "integer")
+MOST = 3  # spikes of an integer gate at one token
 
 
 class SpikeGate(LIF):
@@ -27,7 +33,7 @@ class SpikeGate(LIF):
     Args:
         units: r.
         adapter: its name.
-        binary: the spike alone goes to B, not spike times activation.
+        kind: what goes to B, "graded", "binary" or "integer"; the last in pointwise time alone.
         time: "pointwise" or "token".
         learn: "none", "threshold", "tau" or "both".
         per_rank: a threshold and a tau for each unit, not for all of them.
@@ -38,7 +44,7 @@ class SpikeGate(LIF):
         self,
         units: int,
         adapter: str = "default",
-        binary: bool = False,
+        kind: str = "graded",
         time: str = "pointwise",
         learn: str = "none",
         per_rank: bool = False,
@@ -46,7 +52,7 @@ class SpikeGate(LIF):
         **changes,
     ):
         super().__init__(settings, **changes)
-        self.units, self.adapter, self.binary, self.time = units, adapter, binary, time
+        self.units, self.adapter, self.kind, self.time = units, adapter, kind, time
         size = units if per_rank else 1
         # softplus keeps a threshold above the reset value and a tau above 1, whatever the optimizer does.
         above = self.v_threshold - (self.v_reset or 0.0)
@@ -55,7 +61,19 @@ class SpikeGate(LIF):
 
     @property
     def graded(self) -> bool:
-        return not self.binary
+        return self.kind == "graded"
+
+    @property
+    def levels(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(range(MOST + 1)) if self.kind == "integer" else (0, 1)
+
+    @property
+    def op(self) -> str:  # type: ignore[override]
+        return "integer_spikes" if self.kind == "integer" else "lif"
+
+    @property
+    def has_membrane(self) -> bool:  # type: ignore[override]
+        return self.kind != "integer"
 
     @property
     def from_rest(self) -> bool:
@@ -85,7 +103,8 @@ class SpikeGate(LIF):
             self.v_seq = self.membranes(a)
         if self.from_rest:
             # Nothing couples tokens or units, so the kernel may see them as one row.
-            return self._first_step(a) if self.learns else self._fire(a.reshape(1, 1, -1)).view_as(a)
+            spikes = self._first_step(a) if self.learns else self._fire(a.reshape(1, 1, -1)).view_as(a)
+            return spikes * self._count(a) if self.kind == "integer" else spikes
         tokens = sequence.current()
         mask, membrane = tokens.of(self, a)
         if self.learns:
@@ -105,7 +124,7 @@ class SpikeGate(LIF):
         return (spikes if mask is None else spikes * mask[..., None]), told.after.get(self)
 
     def passed(self, a: Tensor) -> Tensor:
-        """What goes to B: spike times activation, or of a binary gate the spike."""
+        """What goes to B: spike times activation, or the spikes alone."""
         spikes = self(a)  # through __call__: observers see them
         return spikes * a if self.graded else spikes
 
@@ -117,6 +136,23 @@ class SpikeGate(LIF):
             return self.scan(flat, None, None)[1].view_as(a)
         mask, membrane = sequence.current().of(self, a)
         return self.scan(a, membrane, mask)[1]
+
+    def node(self) -> dict:
+        if self.kind != "integer":
+            return super().node()
+        scales = torch.as_tensor(self._scale()).detach().double().expand(self.units).tolist()
+        settings = {"scale": scales, "most": [MOST] * self.units, "signed": False, "squared": False}
+        return settings | {"levels": list(self.levels)}
+
+    def _scale(self) -> float | Tensor:
+        """What one spike of an integer gate stands for, a number, `(1,)` or `(r,)`."""
+        return 2 * self.tau_now() * (self.threshold_now() - (self.v_reset or 0.0))
+
+    def _count(self, a: Tensor) -> Tensor:
+        """How often units that fire do so, 1 ... MOST."""
+        u = torch.clamp(a.to(torch.promote_types(a.dtype, torch.float32)) / self._scale(), max=MOST + 0.5)
+        count = torch.clamp(torch.floor(u.detach() + 0.5), 1, MOST)
+        return (u + (count - u.detach())).to(a.dtype)
 
     def get_extra_state(self) -> Tensor:
         """V_theta, saved with the adapter: a controller or a calibration may have moved it."""

@@ -19,12 +19,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.backend import in_dtype, product_dtype, untouched, use_extension
+from ..ops.spike_linear import SpikeLinear
 from . import sequence
 from .gate import SpikeGate
 
 MERGE_REFUSED = (
     "SpikeLoRA adapter {!r} cannot be merged: its gate SN(A x) depends on the input x, so no fixed weight equals it. "
     "Keep the adapter unmerged (model.unload() drops it; a plain LoRA adapter can be merged)."
+)
+
+
+SPIKES_MERGE_REFUSED = (
+    "adapter {!r} cannot be merged: it reads integers as they are, its matrix multiplies them by a scale of each "
+    "channel besides, so no change of the matrix equals it. Keep the adapter unmerged."
 )
 
 
@@ -87,8 +94,31 @@ class FusedLinear(LoraLinear):
         super().__init__(base_layer, *args, **kwargs)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        adapter = None if args or kwargs else self._fusible(x)
-        return super().forward(x, *args, **kwargs) if adapter is None else self._fused(x, adapter)
+        """x `(..., inputs)` -> `(..., outputs)`; of a `SpikeLinear` integers, and their `scale` where it takes one."""
+        adapter = None if args or kwargs.keys() - {"scale"} else self._fusible(x)
+        return super().forward(x, *args, **kwargs) if adapter is None else self._fused(x, adapter, **kwargs)
+
+    def spike_parts(self, spikes: Tensor) -> tuple[SpikeLinear, Tensor, Tensor, float] | None:
+        """What `IntegerNorm` reads of it in place of calling it: the base layer, what goes to B, B, and the adapter's
+        scaling; None where it must be called."""
+        adapter = self._fusible(spikes) if untouched(self, type(self)) else None
+        if adapter is None or type(self.base_layer) is not SpikeLinear:
+            return None
+        dropped = in_dtype(self.lora_dropout[adapter](spikes), product_dtype(spikes))
+        passed = self._passed(
+            nn.functional.linear(dropped, in_dtype(self.lora_A[adapter].weight, dropped.dtype)), adapter
+        )
+        return self.base_layer, passed, self.lora_B[adapter].weight, self.scaling[adapter]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """As peft's.
+
+        Raises:
+            RuntimeError: the base layer reads integers.
+        """
+        if isinstance(self.get_base_layer(), SpikeLinear):
+            raise RuntimeError(SPIKES_MERGE_REFUSED.format(adapter))
+        return super().get_delta_weight(adapter)
 
     def _fusible(self, x: Tensor) -> str | None:
         """The adapter that may be added in place, if one alone is active and nobody looks in between."""
@@ -98,7 +128,7 @@ class FusedLinear(LoraLinear):
         base, a, b = self.base_layer, self.lora_A[names[0]], self.lora_B[names[0]]
         dtype, autocast = product_dtype(x), torch.is_autocast_enabled(x.device.type)
         ours = (
-            untouched(base, nn.Linear)
+            (untouched(base, nn.Linear) or untouched(base, SpikeLinear))
             and not base.weight.requires_grad
             and _adds_nothing_else(a)
             and _adds_nothing_else(b)
@@ -110,7 +140,7 @@ class FusedLinear(LoraLinear):
     def _fuses(self, adapter: str) -> bool:
         return adapter not in self.lora_variant
 
-    def _fused(self, x: Tensor, adapter: str) -> Tensor:
+    def _fused(self, x: Tensor, adapter: str, scale: Tensor | None = None) -> Tensor:
         base, dtype = self.base_layer, product_dtype(x)
         a, b = (in_dtype(part[adapter].weight, dtype) for part in (self.lora_A, self.lora_B))
         bias = None if base.bias is None else in_dtype(base.bias, dtype)
@@ -118,8 +148,9 @@ class FusedLinear(LoraLinear):
         passed, read = torch.ops.spikegpt_lora.adapter_in(dropped, a)
         if not isinstance(self.lora_dropout[adapter], nn.Identity):
             read = in_dtype(x, dtype)
+        weight = self._frozen(dtype) if scale is None else in_dtype(base.scaled(scale), dtype)
         return torch.ops.spikegpt_lora.adapter_out(
-            read, self._frozen(dtype), bias, self._passed(passed, adapter), b, self.scaling[adapter]
+            read, weight, bias, self._passed(passed, adapter), b, self.scaling[adapter]
         )
 
     def _passed(self, a: Tensor, adapter: str) -> Tensor:

@@ -45,13 +45,18 @@ def pack_weights(model: SpikeGPTForCausalLM, weights: str) -> SpikeGPTForCausalL
         weights: one of WEIGHTS.
 
     Raises:
-        ValueError: another kind of model, one that is training, adapters that are not merged, matrices that are not
-            float32, or `weights` is none of WEIGHTS.
+        ValueError: another kind of model, one that is training, adapters that are not merged, integer spikes before
+            its matrices, matrices that are not float32, or `weights` is none of WEIGHTS.
     """
     if not isinstance(model, SpikeGPTForCausalLM) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise ValueError(
             f"weights are packed of a SpikeGPTForCausalLM without adapters, got a {type(model).__name__} with other "
             "modules: of a peft model, pack what merge_and_unload() returns"
+        )
+    if model.config.matrix_spikes != "none":
+        raise ValueError(
+            "packed weights are for matrices that read real numbers, and this model's read integer spikes: it is not "
+            "packed; run it as it is"
         )
     if model.training:
         raise ValueError("packed weights cannot be trained: call model.eval() first")

@@ -67,6 +67,8 @@ class Plan:
     seeds: list[int] = aside()
     trace_sentences: int = aside(32)
     protocol: Protocol = aside(ONE_SPLIT)  # `parity` says which
+    matrix_spikes: str | None = None  # None: as the model has it
+    spike_levels: int | None = None
 
     @property
     def bf16(self) -> bool:

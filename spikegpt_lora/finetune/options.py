@@ -31,6 +31,7 @@ class FinetuneOptions:
     gate: str = "graded"
     learn: str = "none"
     target_sparsity: float | None = None
+    spike_penalty: float | None = None  # price of what matrices read, see `spike_penalty`
     bf16: bool = False
     keep: str = "best"  # epoch on the validation split, or "last"
     group_by_length: bool = True  # batches of sentences of similar length
@@ -42,6 +43,7 @@ class FinetuneOptions:
             *((name, ">= 1", getattr(self, name) >= 1) for name in ("epochs", "batch_size", "rank")),
             *((name, "in [0, 1)", 0 <= getattr(self, name) < 1) for name in ("warmup", "dropout", "word_dropout")),
             ("v_threshold", ">= 0 and finite", 0 <= self.v_threshold < math.inf),
+            ("spike_penalty", ">= 0 and finite", 0 <= (self.spike_penalty or 0) < math.inf),
             ("keep", "'best' or 'last'", self.keep in ("best", "last")),
         ]
         check(self, rules)

@@ -128,7 +128,8 @@ def _trained(model, method, data, tokenizer, directory, seed, options, descripti
             compute_metrics=_accuracy,
             callbacks=[Stopwatch(), Resumption(stop), *METHODS[method].callbacks(options)],
         )
-        trainer.group_by_length, trainer.word_dropout = options.group_by_length, options.word_dropout
+        for name in ("group_by_length", "word_dropout", "spike_penalty"):
+            setattr(trainer, name, getattr(options, name))
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(Progress(description))

@@ -25,6 +25,7 @@ from ..utils.errors import DamagedFile, read_json
 from ..utils.saved import safetensors_shapes
 from ..utils.stopping import Request
 from .options import FinetuneOptions
+from .spike_penalty import seeing_reads
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,14 @@ class PairedTrainer(Trainer):
     own way with a loss of NaN is to leave it out of the log.
     """
 
-    group_by_length, word_dropout = True, 0.0
+    group_by_length, word_dropout, spike_penalty = True, 0.0, 0.0
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not self.spike_penalty or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with seeing_reads(model, inputs["attention_mask"]) as reads:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss + self.spike_penalty * reads.share()
 
     def evaluate(self, *args, **kwargs):
         """Also logs eval_sparsity, the share of silent gate outputs."""

@@ -15,6 +15,8 @@ generalised integrate-and-fire neuron of SpikeLLM (Xing et al. 2024, arXiv 2407.
 import torch
 from torch import Tensor, nn
 
+from ..ops.folded import Folded
+from ..ops.integer_spikes import integer_spikes
 from .neuron import Neuron
 
 MOST = 127  # the largest K: a spike is one byte
@@ -54,6 +56,7 @@ class IntegerSpikes(Neuron):
             raise ValueError("squared spikes have no sign: give signed=False")
         self.signed, self.squared, self.initial = signed, squared, (scale, most)
         self.silent = False
+        self.folded = Folded()
         self.log_scale = nn.Parameter(torch.empty(channels))
         self.register_buffer("most", torch.empty(channels))
         self.reset_parameters()
@@ -73,8 +76,9 @@ class IntegerSpikes(Neuron):
 
     @property
     def scale(self) -> Tensor:
-        """What the matrix multiplies a sent integer by, `(channels,)`: s, or s^2 of a squared one."""
-        return (self.log_scale * 2 if self.squared else self.log_scale).exp()
+        """What the matrix multiplies a sent integer by, `(channels,)`: s, or s^2 of a squared one. The same tensor
+        while log_scale stays as it is and no gradient goes through it."""
+        return self.folded(lambda: (self.log_scale * 2 if self.squared else self.log_scale).exp(), self.log_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Integers of x's shape and dtype for the current x `(..., channels)`."""
@@ -82,7 +86,7 @@ class IntegerSpikes(Neuron):
             u = x / self.log_scale.exp()
             u = u if self.signed else u.relu()
             return (u * u if self.squared else u).to(x.dtype)
-        return _Fire.apply(x, self.log_scale, self.most, self.signed, self.squared)
+        return integer_spikes(x, self.log_scale, self.most, self.signed, self.squared)
 
     def step(self, x: Tensor, membrane: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, None]:
         spikes = self(x)  # through __call__: hooks must see them
@@ -98,24 +102,3 @@ class IntegerSpikes(Neuron):
 
     def extra_repr(self) -> str:
         return f"{len(self.most)}, levels={self.levels}"
-
-
-class _Fire(torch.autograd.Function):
-    """The equations at the top of this file."""
-
-    @staticmethod
-    def forward(ctx, x, log_scale, most, signed, squared):
-        u = x.to(torch.promote_types(x.dtype, torch.float32)) / log_scale.exp()
-        k = torch.clamp(torch.floor(u + 0.5), -most if signed else torch.zeros_like(most), most)
-        ctx.save_for_backward(u, k, log_scale, most)
-        ctx.signed, ctx.squared, ctx.dtype = signed, squared, x.dtype
-        return (k * k if squared else k).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        u, k, log_scale, most = ctx.saved_tensors
-        low = -most if ctx.signed else torch.zeros_like(most)
-        inside = (u >= low - 0.5) & (u < most + 0.5)
-        grad_u = grad.to(u.dtype) * (2 * k * inside if ctx.squared else inside)
-        grad_log = -(grad_u * u).reshape(-1, u.shape[-1]).sum(0).to(log_scale.dtype)
-        return (grad_u / log_scale.exp()).to(ctx.dtype), grad_log, None, None, None

@@ -8,11 +8,17 @@ numbers a token (mean and deviation of n + o) and three a row of W. c, integers 
 of the integers are 0.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..ops.backend import in_dtype, untouched, use_extension
+from ..ops.integer_read import Matrix, NormalisedIntegers, RowShift, integer_read
+from ..ops.spike_linear import SpikeLinear
+from ..ops.token_shift import token_shift
 
 
 class IntegerAmplitude(nn.Module):
@@ -46,15 +52,70 @@ class IntegerNorm(nn.LayerNorm):
         return super().forward(n + self.offset)
 
     def read(self, n: Tensor, *linears: nn.Module) -> list[Tensor]:
-        """W LN(n + o) of each of `linears`, `(..., rows)`; they are called with the integers n - c, and g as their
-        scale (see `SpikeLinear`)."""
-        x = n + self.offset
-        variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-        rstd, spikes = torch.rsqrt(variance + self.eps), n - self.centre
-        vectors = torch.stack([self.weight, self.weight * (self.offset + self.centre), self.bias])
-        read = []
-        for linear in linears:
-            ones, offsets, biases = F.linear(vectors, cast(Tensor, linear.weight).to(vectors.dtype))
-            product = linear(spikes, scale=self.weight)
-            read.append((product + offsets - mean * ones) * rstd + biases)
+        """W LN(n + o) of each of `linears`, `(..., rows)`.
+
+        They are called with the integers n - c, and g as their scale (see `SpikeLinear`); or where nobody looks on the
+        kernels do what they would.
+        """
+        return [rows for rows, _ in self._read(n, linears, [None] * len(linears))]
+
+    def read_mixed(self, n: Tensor, linears: Sequence[nn.Module], shifts: Sequence[RowShift]) -> list[tuple]:
+        """Of each of `linears` its rows as `read` gives them, mixed as its shift says, `(B, T, rows)`; and the rows
+        before they are mixed at the last real token, `(B, rows)`."""
+        return self._read(n, linears, shifts)
+
+    def _read(self, n, linears, shifts):
+        if n.dim() == 3 and use_extension("auto", n.device):
+            normalised = self._normalise(n)
+            matrices = [self._matrix(linear, normalised.spikes) for linear in linears]
+        else:
+            normalised, matrices = None, [None] * len(linears)
+        read, reference = [], None
+        for linear, matrix, shift in zip(linears, matrices, shifts):
+            if matrix is not None:
+                read.append(integer_read(normalised, matrix, shift))
+                continue
+            reference = reference or self._moments(n)
+            rows = self._rows(linear, *reference)
+            read.append((rows, None) if shift is None else token_shift(rows, shift.last, shift.mask, shift.share))
         return read
+
+    def _moments(self, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """n - c, and mean and 1 / deviation of n + o, `(..., 1)`."""
+        variance, mean = torch.var_mean(n + self.offset, dim=-1, correction=0, keepdim=True)
+        return n - self.centre, mean, torch.rsqrt(variance + self.eps)
+
+    def _rows(self, linear: nn.Module, spikes: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        """The equations at the top of this file in plain torch: the definition that the kernel is compared with."""
+        ones, offsets, biases = self._vectors(cast(Tensor, linear.weight))
+        return (linear(spikes, scale=self.weight) + offsets - mean * ones) * rstd + biases
+
+    def _vectors(self, weight: Tensor) -> Tensor:
+        """W_g 1, W_g (o + c) and W b, `(3, rows)`."""
+        by = torch.stack([self.weight, self.weight * (self.offset + self.centre), self.bias])
+        return F.linear(by, weight.to(by.dtype))
+
+    def _normalise(self, n: Tensor) -> NormalisedIntegers:
+        real = torch.promote_types(n.dtype, torch.float32)
+        gain, bias, offset = (in_dtype(p, real) for p in (self.weight, self.bias, self.offset))
+        stream = in_dtype(n, real) + offset
+        x, mean, rstd = torch.native_layer_norm(stream, n.shape[-1:], gain, bias, self.eps)
+        moments = mean.detach().squeeze(-1), rstd.detach().squeeze(-1)
+        return NormalisedIntegers(n - in_dtype(self.centre, n.dtype), stream, x, *moments, self.eps)
+
+    def _matrix(self, linear: nn.Module, spikes: Tensor) -> Matrix | None:
+        """What the kernels read of `linear`; None where it must be called."""
+        if untouched(linear, SpikeLinear):
+            adapter, base = (), cast(SpikeLinear, linear)
+        elif (found := getattr(linear, "spike_parts", lambda x: None)(spikes)) is not None:
+            base, *adapter = found
+        else:
+            return None
+        real = torch.promote_types(spikes.dtype, torch.float32)
+
+        @torch.no_grad()  # the gradient goes another way
+        def fold():
+            return base.weight * self.weight, in_dtype(self._vectors(base.weight), real)
+
+        sources = base.weight, self.weight, self.bias, self.offset, self.centre
+        return Matrix(base.weight, *base.folded(fold, *sources), *adapter)

@@ -21,6 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..checkpoint import load_tokenizer
+from ..tasks.registry import TASKS, load_task
 from ..tasks.text import to_ascii
 from ..utils.errors import DamagedFile, read_json
 from ..utils.files import whole_file, whole_files, write_json
@@ -85,6 +86,29 @@ def _read_hub(repo_id: str) -> Iterator[str]:
     if "text" not in rows.column_names:
         raise ValueError(f"dataset {repo_id} must have a column text, found {', '.join(rows.column_names)}")
     yield from (text for text in rows["text"] if text and text.strip())
+
+
+def evaluation_sentences(names: list[str], data_dir: Path | None) -> list[str]:
+    """The sentences of tasks and files, by name, that a model will be judged on; "none" names nothing.
+
+    Args:
+        names: of tasks, or files of sentences that tabs part.
+        data_dir: a folder with Subj.
+
+    Raises:
+        ValueError: neither a task nor a file. FileNotFoundError: a task's data are not to be had.
+    """
+    sentences = []
+    for name in [name for name in names if name != "none"]:
+        if name in TASKS:
+            task = load_task(name, data_dir if name == "subj" else None)
+            sentences += [text for split in task.values() for text in split["text"]]
+        elif Path(name).is_file():
+            lines = read_documents(name)
+            sentences += [field for line in lines for field in line.split("\t")]
+        else:
+            raise ValueError(f"--decontaminate takes {', '.join(TASKS)}, a file, or none; got {name!r}")
+    return sentences
 
 
 def word_sequences(text: str) -> set[str]:

@@ -31,7 +31,8 @@ from ..utils.checks import check
 from ..utils.errors import DamagedFile
 from ..utils.files import whole_file, write_text
 from ..utils.inputs import require_finite
-from .perplexity import next_token_loss
+from ..utils.saved import weights_digest
+from .perplexity import divergence, next_token_loss
 from .sentence_pairs import SentencePairs
 
 LOG_EVERY = 50  # steps
@@ -109,6 +110,7 @@ class Pretraining:
         tokens: token ids `(N,)`.
         options: see `PretrainOptions`.
         tokenizer: the one that made the tokens; needed where sentences are compared (`options.pairs`).
+        teacher: a language model to be imitated: then the loss is `perplexity.divergence` from it.
 
     Raises:
         ValueError: too few tokens, or pairs of sentences, for one step.
@@ -120,6 +122,7 @@ class Pretraining:
         tokens: np.ndarray,
         options: PretrainOptions,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher: SpikeGPTForCausalLM | None = None,
     ):
         torch.manual_seed(options.seed)
         self.pairs = None
@@ -131,7 +134,9 @@ class Pretraining:
             "tokens": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(),
             **{name: getattr(model.config, name) for name in ("vocab_size", "n_layer", "n_embd", "n_ffn", "dropout")},
             **{name: getattr(model.config, name) for name in SPIKING},
+            "teacher": None if teacher is None else weights_digest(teacher),
         }
+        self.teacher = None if teacher is None else teacher.eval()
         self.streams = Streams(tokens, options.batch_size, options.length, options.seed)
         self.trained = {f"model.{name}": p for name, p in model.named_parameters()}
         if self.pairs is not None:
@@ -139,6 +144,7 @@ class Pretraining:
         self.optimizer = _optimizer(self.trained, options)
         self.step, self.seconds, self.log = 0, 0.0, []  # log: [step, mean loss(es) since the entry before, seconds]
         self.state: SpikeGPTState | None = None
+        self.teachers_state: SpikeGPTState | None = None
         self._losses = []
 
     def train(self, directory: str | Path, save_seconds: float = 300.0) -> Iterator[float]:
@@ -166,7 +172,9 @@ class Pretraining:
         started = time.perf_counter()
         ids, fresh = self.streams[self.step]
         ids = ids.to(self.model.device)
-        loss, self.state = next_token_loss(self.model, ids, None if fresh else self.state, self.options.bf16)
+        if fresh:
+            self.state = self.teachers_state = None
+        loss = self._loss(ids)
         loss.backward()
         losses = [loss.item()]
         if self.pairs is not None:
@@ -190,12 +198,21 @@ class Pretraining:
             self._losses = []
         return losses[0]
 
+    def _loss(self, ids: Tensor) -> Tensor:
+        if self.teacher is None:
+            loss, self.state = next_token_loss(self.model, ids, self.state, self.options.bf16)
+            return loss
+        states = self.state, self.teachers_state
+        loss, self.state, self.teachers_state = divergence(self.model, self.teacher, ids, *states, self.options.bf16)
+        return loss
+
     def save(self, path: str | Path) -> None:
         """Everything that the rest of the run depends on, in one safetensors file."""
         tensors = {name: p.detach() for name, p in self.trained.items()}
         for index, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in entries.items()}
-        tensors |= {f"state.{name}": value for name, value in (self.state or {}).items()}
+        for part, state in (("state", self.state), ("teacher", self.teachers_state)):
+            tensors |= {f"{part}.{name}": value for name, value in (state or {}).items()}
         tensors["rng"] = torch.get_rng_state()
         facts = {"step": self.step, "seconds": self.seconds, "log": self.log, "losses": self._losses}
         facts |= {"options": asdict(self.options), "identity": self.identity}
@@ -224,7 +241,7 @@ class Pretraining:
     def _goes_on_from(self, path: Path) -> bool:
         held = _facts(path)
         steps = held["options"].pop("steps")
-        old, new = held["options"] | held["identity"], asdict(self.options) | self.identity
+        old, new = {"teacher": None} | held["options"] | held["identity"], asdict(self.options) | self.identity
         if changes := "; ".join(f"{key} was {old[key]}, is {new.get(key)}" for key in old if old[key] != new.get(key)):
             raise ValueError(f"{path.parent} holds a run of other settings ({changes}): give another directory")
         if steps > self.options.steps and held["step"] > self.options.decay_start:
@@ -242,7 +259,7 @@ class Pretraining:
         if missing := sorted({*self.trained, "rng"} - tensors.keys()):
             raise DamagedFile(f"{path} has no {', '.join(missing[:3])}: delete it, and the run begins anew")
         require_finite(tensors, f"{path}: what was trained")
-        parts = {"optimizer": {}, "state": {}}
+        parts = {"optimizer": {}, "state": {}, "teacher": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             if part in parts:
@@ -255,7 +272,8 @@ class Pretraining:
             index, _, key = name.partition(".")
             moments.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.state = SpikeGPTState(**parts["state"]) if parts["state"] else None
+        states = [SpikeGPTState(**parts[name]) if parts[name] else None for name in ("state", "teacher")]
+        self.state, self.teachers_state = states
         torch.set_rng_state(tensors["rng"].cpu())
         self.step, self.seconds, self.log = facts["step"], facts["seconds"], facts["log"]
         self._losses = facts["losses"]

@@ -19,6 +19,25 @@ def next_token_loss(
     return loss, SpikeGPTState(**{name: tensor.detach() for name, tensor in output.state.items()})
 
 
+def divergence(
+    model: SpikeGPTForCausalLM,
+    teacher: SpikeGPTForCausalLM,
+    ids: Tensor,
+    state: SpikeGPTState | None,
+    teachers_state: SpikeGPTState | None,
+    bf16: bool,
+) -> tuple[Tensor, SpikeGPTState, SpikeGPTState]:
+    """Mean of sum p ln(p / q) in nats a token of ids `(B, T + 1)`, for p and q what `teacher` and `model` give to each
+    next token (distillation at temperature 1: Hinton et al. 2015, arXiv 1503.02531); and the state of both after T."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+        output = model(ids[:, :-1], state=state, use_cache=True)
+        with torch.no_grad():
+            wanted = teacher(ids[:, :-1], state=teachers_state, use_cache=True)
+    q, p = (one.logits.float().flatten(0, 1).log_softmax(dim=-1) for one in (output, wanted))
+    loss = nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+    return loss, SpikeGPTState(**{name: tensor.detach() for name, tensor in output.state.items()}), wanted.state
+
+
 @torch.no_grad()
 def perplexity(model: SpikeGPTForCausalLM, tokens: np.ndarray, facts: dict, bf16: bool = False) -> dict[str, float]:
     """How well `model` predicts a text that it reads once, in 64 streams with the state carried along.

@@ -3,13 +3,14 @@
 transformers fills what a file lacks with random numbers, and says so in a report that nobody has to read.
 """
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import DamagedFile, first_line, read_json
 
@@ -76,3 +77,11 @@ def read_torch_file(path: Path):
             f"{path} must hold its tensors' {numbers:,} bytes, has {size:,}: some repeat one number (stride 0)"
         )
     return tensors
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

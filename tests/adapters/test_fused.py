@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers import need_extension
+from helpers import fresh_classifier, need_extension, padded_batch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -226,3 +227,64 @@ def test_a_controller_sees_the_gates_of_fused_layers():
         model(torch.randn(2, 3, 6))
         controller.step()
     assert 0 <= controller.silent <= 1
+
+
+READERS = ["key", "value", "receptance", "output"]
+
+
+def integer_net(kind, dtype, shift):
+    """A model whose matrices read integers, all of them with adapters whose B is not 0."""
+    torch.manual_seed(0)
+    model = fresh_classifier(matrix_spikes="integer", token_shift=shift, dropout=0.0)
+    model = get_peft_model(model, KINDS[kind](target_modules=READERS, r=4, lora_alpha=3)).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def integer_results(model, train=()):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or any(part in name for part in train))
+    out = model(**padded_batch([7, 4, 1]))
+    out.logits.square().sum().backward()
+    return out.logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("train", [(), ("log_scale", "ln1", "ln2", "amplitude0")], ids=["adapters", "and scales"])
+@pytest.mark.parametrize("shift", ["rows", "channels"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_model_that_reads_integers_it_is_pefts_own_forward_in_every_gradient(
+    kind, dtype, shift, train, monkeypatch
+):
+    need_extension()
+    (ours, our_gradients), (theirs, their_gradients) = (
+        integer_results(integer_net(kind, dtype, shift), train),
+        integer_results(by_peft(integer_net(kind, dtype, shift), monkeypatch), train),
+    )
+    assert our_gradients.keys() == their_gradients.keys() and any("lora_A" in name for name in our_gradients)
+    tolerance = {"rtol": 1e-8, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    for name, gradient in our_gradients.items():
+        largest = their_gradients[name].abs().max().item()
+        torch.testing.assert_close(gradient, their_gradients[name], rtol=0, atol=tolerance["atol"] * (1 + largest))
+
+
+def test_a_model_that_reads_integers_runs_fused_and_where_somebody_looks_on_pefts_way(monkeypatch):
+    need_extension()
+    model, ways, batch = integer_net("spikelora", torch.float32, "rows"), [], padded_batch([3])
+    plain = LoraLinear.forward
+    monkeypatch.setattr(LoraLinear, "forward", lambda *given, **named: ways.append(given[0]) or plain(*given, **named))
+    model(**batch)
+    assert not ways
+    looked_on = layers(model)[0]
+    with hooked([looked_on.base_layer.register_forward_hook(lambda module, given, output: None)]):
+        model(**batch)
+    assert ways == [looked_on]
+
+
+def test_an_adapter_that_reads_integers_is_not_merged():
+    model = integer_net("lora", torch.float32, "rows")
+    with pytest.raises(RuntimeError, match="'default' cannot be merged: it reads integers as they are"):
+        model.merge_and_unload()

@@ -149,3 +149,21 @@ def test_the_raw_parameter_of_a_small_value_is_exact():
         gate = SpikeGate(1, v_threshold=value, learn="threshold")
         assert gate.threshold_now().item() == pytest.approx(value, rel=1e-5)
         assert F.softplus(gate.raw_threshold).shape == (1,)
+
+
+def test_an_integer_gate_fires_first_where_the_others_do_and_counts_on():
+    a = torch.linspace(-2, 12, 400, dtype=torch.float64)[:, None]
+    counts = SpikeGate(1, kind="integer", v_threshold=0.65)(a).flatten()
+    spikes = SpikeGate(1, kind="binary", v_threshold=0.65)(a).flatten()
+    assert torch.equal(counts > 0, spikes > 0)
+    assert [a[counts >= k].min().item() for k in (1, 2, 3)] == pytest.approx([1.3, 3.9, 6.5], abs=0.04)
+
+
+def test_an_integer_gates_gradient_is_the_spikes_own_times_the_count_and_one_spikes_share():
+    gate = SpikeGate(1, kind="integer", v_threshold=0.65)
+    a = torch.tensor([[0.5], [1.5], [4.0], [12.0]], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(gate(a).sum(), a)
+    binary = SpikeGate(1, kind="binary", v_threshold=0.65)
+    (surrogate,) = torch.autograd.grad(binary(a).sum(), a)
+    counts, passes = torch.tensor([[1.0], [1], [2], [3]]), torch.tensor([[0.0], [1], [1], [0]])
+    assert torch.allclose(found, surrogate * counts + passes / 2.6)

@@ -189,7 +189,15 @@ def test_layers_that_are_no_plain_linear_are_refused_by_name():
             "init_lora_weights must be True, False or 'gaussian' with the gate, got 'pissa'",
         ),
         ({"spikelora_time": "sequence"}, "spikelora_time must be 'pointwise' or 'token', got 'sequence'"),
-        ({"spikelora_gate": "ternary"}, "spikelora_gate must be 'graded' or 'binary', got 'ternary'"),
+        ({"spikelora_gate": "ternary"}, "spikelora_gate must be one of graded, binary, integer, got 'ternary'"),
+        (
+            {"spikelora_gate": "integer", "spikelora_time": "token"},
+            "spikelora_time must be 'pointwise' with an integer gate, got 'token'",
+        ),
+        (
+            {"spikelora_gate": "integer", "spikelora_v_threshold": 0.0},
+            "spikelora_v_threshold must be above spikelora_v_reset with an integer gate, got 0.0",
+        ),
         ({"spikelora_learn": "all"}, "spikelora_learn must be one of none, threshold, tau, both, got 'all'"),
         ({"spikelora_learn": "both", "spikelora_v_threshold": 0.0}, "spikelora_v_threshold must be above .* learned"),
         ({"spikelora_target_sparsity": 1.0}, r"spikelora_target_sparsity must be in \(0, 1\), or None, got 1.0"),

@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from helpers import SIZES
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from spikegpt_lora import SpikeGPTForSequenceClassification, count_operations
+from spikegpt_lora import (
+    SpikeGPTConfig,
+    SpikeGPTForCausalLM,
+    SpikeGPTForSequenceClassification,
+    count_operations,
+)
 from spikegpt_lora.convert.generation import WEIGHTS, pack, pack_weights
 from spikegpt_lora.ops.packed_linear import PackedLinear
 
@@ -100,6 +106,11 @@ REFUSED = {
         lambda lm: SpikeGPTForSequenceClassification.from_language_model(lm),
         "int8",
         "of a SpikeGPTForCausalLM without adapters, got a SpikeGPTForSequenceClassification",
+    ),
+    "integer spikes": (
+        lambda lm: SpikeGPTForCausalLM(SpikeGPTConfig(**SIZES, matrix_spikes="integer")).eval(),
+        "int8",
+        "matrices that read real numbers, and this model's read integer spikes",
     ),
     "int4": (lambda lm: lm.float(), "int4", "weights must be one of bfloat16, int8, got 'int4'"),
 }

@@ -20,6 +20,8 @@
 
 #include "activations.h"
 #include "dropout.h"
+#include "integer_rows.h"
+#include "integer_spikes.h"
 #include "lif.h"
 #include "packed_linear.h"
 #include "token_shift.h"
@@ -243,6 +245,27 @@ void every_kernel(Driver& d) {
 
   d.run<real>("RowMoments", {1, 1, all.B * T}, [&] {
     return RowMoments<scalar, real>{sequence(), C, real(1e-5), d.out<real>(all.B * T), d.out<real>(all.B * T)};
+  });
+
+  const auto fire = [&]() -> FireInput<scalar, real> {
+    return {{T, C, nullptr}, sequence(), d.in<real>(C), d.in<real>(C), d.given, !d.given};
+  };
+  d.run<real>("FireForward", all, [&] { return FireForward<scalar, real>{fire(), new_sequence()}; });
+  d.run<real>("FireBackward", all, [&] {
+    return FireBackward<scalar, real>{fire(), sequence(), new_sequence(), d.out<real>(BC)};
+  });
+
+  const auto rows = [&](bool mixed) -> RowsInput<scalar, real> {
+    const Steps steps = mixed ? d.steps() : Steps{T, C, nullptr};
+    return {steps, sequence(), d.in<real>(all.B * T), d.in<real>(all.B * T), d.in<real>(3 * C),
+            mixed ? d.in<real>(C) : nullptr, mixed ? d.optional<real>(BC) : nullptr};
+  };
+  d.run<real>("RowsForward", all, [&] {
+    return RowsForward<scalar, real>{rows(d.given), new_sequence(), d.given ? d.out<real>(BC) : nullptr};
+  });
+  d.run<real>("RowsBackward", all, [&] {
+    return RowsBackward<scalar, real>{rows(true), sequence(), d.in<real>(BC), new_sequence(), d.out<real>(BC),
+                                      d.out<real>(BC)};
   });
 
   d.run<real>("SigmoidGateForward", one_by_one, [&] {

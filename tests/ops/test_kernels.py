@@ -211,12 +211,20 @@ def operator_calls():
     yield "token_shift3", (x, share, w, 1e-5, None, None, w, u, share, None)
     yield "sigmoid_gate", (x, y)
     yield "squared_relu", (wide,)
+    yield "integer_spikes", (x, w, torch.tensor([1.0, 2.0, 3.0]), True, False)
+    yield "integer_spikes", (wide, draw(5), torch.ones(5), False, True)
     yield "dropout", (wide, torch.tensor([7]), 0.3)
     yield "adapter_in", (x, draw(2, 3))
     yield "adapter_out", (x, draw(5, 3), draw(5), draw(2, 4, 2), draw(5, 2), 0.7)
+    without = [t.detach() for t in (draw(2, 4, 3), draw(5, 3), draw(3, 5), draw(2, 4), draw(2, 4), draw(2, 4, 2))]
+    spikes, scaled, vectors, mean, rstd, passed = without
+    read = (spikes, scaled, vectors, x, draw(5, 3), mean, rstd)
+    yield "integer_read", (*read, None, None, None, 1.0, None, None, None)
+    yield "integer_read", (*read, passed, draw(2, 4, 2), draw(5, 2), 0.7, draw(5), draw(2, 5), mask)
+    yield "integer_rows", (wide.detach(), mean, rstd, vectors, draw(5).detach(), None, None)
 
 
-@pytest.mark.parametrize("number", range(13))
+@pytest.mark.parametrize("number", range(18))
 def test_opcheck(number):
     need_extension()
     name, arguments = list(operator_calls())[number]
@@ -234,6 +242,8 @@ def test_opcheck(number):
         ("lif", {1: torch.zeros(3)}, r"membrane must be \(2, 3\)"),
         ("token_shift2", {6: torch.zeros(4)}, r"share must be \(3,\)"),
         ("sigmoid_gate", {1: torch.zeros(2, 4)}, r"y must be \(2, 4, 3\)"),
+        ("integer_spikes", {2: torch.ones(4)}, r"most must be \(5,\)"),
+        ("integer_rows", {3: torch.zeros(2, 5)}, r"vectors must be \(3, 5\)"),
     ],
 )
 def test_an_operator_names_what_does_not_fit_before_it_reads_it(name, arguments, message):
@@ -273,7 +283,7 @@ def test_autocast_keeps_states_in_float32_and_outputs_in_its_dtype():
     assert state.dtype == membrane.dtype == torch.float32
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(12))
 def test_a_second_derivative_is_refused_not_wrong(number):
     need_extension()
     name, arguments = list(operator_calls())[number]

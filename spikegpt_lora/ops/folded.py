@@ -1,0 +1,49 @@
+"""What is computed of weights alone, kept while they stay as they are: in evaluation it need not be computed again for
+every token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Folded:
+    """A value that a function of some tensors gave, and those tensors.
+
+    It is computed anew where one of them has been changed in place, replaced or moved; whenever a gradient is to go
+    through it; and while one of them has a gradient, since torch does not count the changes of its fused optimizers. It
+    holds the tensors, so that their memory is not another's meanwhile; it is neither saved nor copied with its owner.
+    What is changed through `.data` is not seen: torch does not count that either.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._kept: tuple[list, list[Tensor], Any] | None = None
+
+    def __call__(self, compute: Callable[[], Any], *sources: Tensor) -> Any:
+        """`compute()`, which depends on `sources` and on nothing else that changes."""
+        if not all(map(_countable, sources)):
+            self.clear()
+            return compute()
+        state = [(source.data_ptr(), source._version, source.shape, source.dtype) for source in sources]
+        kept = self._kept
+        if kept is None or kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():  # else nothing could be trained with it later
+                kept = self._kept = state, [source.detach() for source in sources], compute()
+        return kept[2]
+
+    def __deepcopy__(self, memo: dict) -> "Folded":
+        return Folded()
+
+    def __reduce__(self):
+        return Folded, ()
+
+
+def _countable(source: Tensor) -> bool:
+    """Whether its changes can be seen, and no gradient is asked of it."""
+    if torch.compiler.is_compiling() or type(source) not in (Tensor, nn.Parameter) or source.is_inference():
+        return False
+    return not source.requires_grad or not (torch.is_grad_enabled() or source.grad is not None)
