@@ -17,7 +17,9 @@ not installed are not asked: pip install "spikegpt_lora[export]".
 
 import argparse
 import os
+import re
 import sys
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
@@ -161,12 +163,13 @@ def spikes(bundle: Bundle) -> str:
     """Spikes a token and a sentence, by kind of population."""
     manifest, rows, kinds = bundle.manifest, [], {}
     for one in manifest["populations"]:
-        kind = "adapter gates" if GATE in one["name"] else one["name"].rpartition(".")[2]
+        kind = "adapter gates" if GATE in one["name"] else re.sub(r"^blocks\.\d+\.", "", one["name"])
         kinds.setdefault(kind, []).append(one)
     length = manifest["tokens"] / manifest["sentences"]
     for kind, ones in kinds.items():
         a_token, units = sum(one["spikes_per_token"] for one in ones), sum(one["n"] for one in ones)
-        rows.append([kind, f"{units:,}", f"{100 * a_token / units:.1f}", f"{a_token:.1f}", f"{length * a_token:,.0f}"])
+        fired = 100 * sum(one["firing_rate"] * one["n"] for one in ones) / units
+        rows.append([kind, f"{units:,}", f"{fired:.1f}", f"{a_token:.1f}", f"{length * a_token:,.0f}"])
     return table(["spikes of", "neurons", "firing %", "a token", "a sentence"], rows)
 
 
@@ -191,7 +194,33 @@ def costs(bundle: Bundle) -> str:
         places = [None, None] if memory is None else [memory["sram_1_mib"], memory["dram"]]
         cells.append([name, " + ".join(f"{count:,.0f}" for count in counts), *map(micro, [arithmetic, *places])])
     head = ["operations", "a token", "arithmetic, uJ", "weights from 1 MiB SRAM, uJ", "from DRAM, uJ"]
-    return table(head, cells) + "\n\nEnergy: counts times published constants of 45 nm (cost.json), never measured."
+    tables = [table(head, cells)] + ([integer_costs(done["spikes"])] if "spikes" in done else [])
+    return "\n\n".join([*tables, "Energy: counts times published constants of 45 nm (cost.json), never measured."])
+
+
+def integer_costs(spikes: dict) -> str:
+    """What integer spikes cost in the blocks, with weight reads, beside an int8 engine: by place and tokens a read."""
+    blocks, rows = spikes["blocks"], []
+    for place, tokens in product(blocks["energy"], ("1", "8")):
+        energy = blocks["energy"][place][tokens]
+        kinds = [energy.get(kind) for kind in ("spiking", "dense_int8", "skipping_int8")]
+        density = energy.get("break_even")
+        rows.append([place, tokens, *map(micro, kinds), "" if density is None else f"{100 * density:.1f}"])
+    shares = [blocks[f"{kind}_share"] for kind in ("weight_reads", "plane_additions", "unary_additions")]
+    said = ["none, a matrix reads real numbers" if share is None else f"{share:.3f}" for share in shares]
+    head = [
+        "weights in",
+        "tokens a read",
+        "spiking, uJ",
+        "dense int8, uJ",
+        "skipping zeros, uJ",
+        "break-even, % nonzero",
+    ]
+    return (
+        f"Blocks, of their {blocks['dense']:,.0f} dense products a token: weight reads {said[0]}, additions of bit "
+        f"planes {said[1]}, of unary spikes {said[2]}. What stays real-valued beside the matrices: "
+        f"{micro(spikes['real_valued_energy'])} uJ (fp32).\n\n" + table(head, rows)
+    )
 
 
 def micro(energy: float | None) -> str:

@@ -1,4 +1,5 @@
-"""Replay a bundle's populations in Lava's LIF neuron that is bit-accurate with the Loihi chip, and compare spikes.
+"""Replay a bundle's populations, and matrices that read integer spikes, in Lava's models that are bit-accurate with the
+Loihi chip, and compare spikes and sums.
 
     python3.10 -m venv lava && lava/bin/pip install lava-nc h5py
     lava/bin/python recipes/replay_in_lava.py BUNDLE
@@ -12,6 +13,12 @@ of steps. Membranes are then off by less than half a step and a truncated bit a 
 number. A neuron whose first difference lies within that distance (`distance`) of the threshold is rounded; any other
 difference is wrong, and the exit status 1. Each population is run with twice its tau too, which has to go wrong in one
 of them. Populations whose currents are too large for 16 bits at that threshold are left out, by name.
+
+Matrices, of bundles whose matrices read integer spikes and are int8 (export_neuromorphic.py --weights int8), are Lava's
+Dense with graded spikes: weights are twice int8, since mixed signs must be even there, a spike is a message of 8 bit,
+and every sum must be twice the one of the integers. Those of the first and of the last block are run on the first
+--tokens tokens, and each with one weight changed too, which has to go wrong. What is no message of 8 bit (squares of
+more than 11) and what reads no integers is left out, by name.
 """
 
 import argparse
@@ -21,6 +28,11 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from lava.magma.core.run_conditions import RunSteps
+from lava.magma.core.run_configs import Loihi2SimCfg
+from lava.proc.dense.process import Dense
+from lava.proc.io.sink import RingBuffer as Sink
+from lava.proc.io.source import RingBuffer as Source
 from lava.proc.lif.models import PyLifModelBitAcc
 
 LARGEST_CURRENT, LARGEST_THRESHOLD, SHIFT, UNITY = 2**15 - 1, 2**17 - 1, 6, 2**12
@@ -30,6 +42,7 @@ FEWEST = 16  # steps that a threshold must have
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="folder that export_neuromorphic.py wrote")
+    parser.add_argument("--tokens", type=int, default=64, help="that matrices are run on, from the first sentence on")
     args = parser.parse_args()
     try:
         nodes = json.loads((args.bundle / "graph.json").read_text(encoding="utf-8"))["nodes"]
@@ -37,6 +50,10 @@ def main() -> int:
             lengths = sentences["lengths"]
             seen = {node["name"]: traces[f"nodes/{node['name']}/observables"] for node in nodes if node["op"] == "lif"}
             recorded = {n: (seen[n]["current/data"][()], seen[n]["spikes/data"][()]) for n in seen}
+            known = set(traces["nodes"])
+            spikes = {name: traces[f"nodes/{name}/observables/spikes/data"][()] for name in known}
+        with np.load(args.bundle / "weights.npz") as file:
+            weights = dict(file)
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {args.bundle} cannot be read: {error}", file=sys.stderr)
         return 2
@@ -50,7 +67,74 @@ def main() -> int:
         f"Lava's bit-accurate LIF: {wrong:,} wrong, {rounded:,} rounded of {steps:,} neuron steps in {len(results)} "
         f"populations; with twice the tau it got {on_purpose:,} wrong"
     )
-    return 1 if wrong or not on_purpose else 0
+    right = not wrong and bool(on_purpose)
+    if any(node["op"] == "integer_spikes" for node in nodes):
+        right = replay_matrices(nodes, weights, spikes, lengths, args.tokens) and right
+    return 0 if right else 1
+
+
+def replay_matrices(nodes: list[dict], weights: dict, spikes: dict, lengths: np.ndarray, tokens: int) -> bool:
+    """Run the matrices of the first and the last block; whether every sum is right, and every changed matrix wrong."""
+    if not any(name.endswith("/scale") for name in weights):
+        print("matrices: left out, weights must be int8: export the bundle with --weights int8")
+        return True
+    by_name = {node["name"]: node for node in nodes}
+    blocks = sorted({int(name.split(".")[1]) for name in by_name if name.startswith("blocks.")})
+    chosen = tuple(f"blocks.{i}." for i in dict.fromkeys((blocks[0], blocks[-1])))
+    real = np.arange(next(iter(spikes.values())).shape[1]) < lengths[:, None]
+    sums = wrong = seen = 0
+    for node in nodes:
+        if node["op"] != "linear" or not node["name"].startswith(chosen):
+            continue
+        read = integers(node["inputs"][0], by_name, weights, spikes)
+        if read is None or not -128 <= read.min() <= read.max() < 128:
+            why = "real numbers" if read is None else f"integers up to {np.abs(read).max()}"
+            print(f"{node['name']}: left out, it must read integers of 8 bit, and reads {why}")
+            continue
+        matrix, rows = weights[node["weight"]].astype(np.int32), read[real][:tokens]
+        changed = matrix.copy()
+        row, column = 0, int(np.abs(rows).sum(axis=0).argmax())
+        changed[row, column] += 1 if changed[row, column] < 127 else -1
+        expected = 2 * rows @ matrix.T
+        different, on_purpose = (int((dense(w, rows) != expected).sum()) for w in (matrix, changed))
+        print(
+            f"{node['name']}: {different} wrong of {expected.size:,} sums, the largest "
+            f"{np.abs(expected).max():,}; with one weight changed: {on_purpose} wrong"
+        )
+        sums, wrong, seen = sums + expected.size, wrong + different + (not on_purpose), seen + 1
+    print(f"Lava's bit-accurate Dense: {wrong:,} wrong of {sums:,} sums in {seen} matrices")
+    return not wrong and seen > 0
+
+
+def integers(name: str, by_name: dict, weights: dict, spikes: dict) -> np.ndarray | None:
+    """The integers `(B, T, n)` that a node of the graph gives for the recorded spikes; None if it gives none.
+
+    A residual stream is the gain of the embedding's spikes and the spikes of the neurons before, added up."""
+    if name in spikes:
+        return spikes[name].astype(np.int32)
+    node = by_name[name]
+    if node["op"] not in ("gain", "centre", "add"):
+        return None
+    values = [integers(one, by_name, weights, spikes) for one in node["inputs"]]
+    if any(value is None for value in values):
+        return None
+    if node["op"] == "add":
+        return values[0] + values[1]
+    vector = weights[node["weight"]].astype(np.int32)
+    return values[0] * vector if node["op"] == "gain" else values[0] - vector
+
+
+def dense(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Sums `(t, outputs)` of Lava's Dense with weights 2 * matrix `(outputs, n)` for the spikes `(t, n)`."""
+    steps = len(rows) + 1  # what is sent arrives a step later
+    source, layer = Source(data=rows.T), Dense(weights=2 * matrix, num_message_bits=8)
+    sink = Sink(shape=(len(matrix),), buffer=steps)
+    source.s_out.connect(layer.s_in)
+    layer.a_out.connect(sink.a_in)
+    sink.run(RunSteps(steps), Loihi2SimCfg(select_tag="fixed_pt"))
+    sums = sink.data.get()
+    sink.stop()
+    return sums[:, 1:].T.astype(np.int64)
 
 
 def compare(

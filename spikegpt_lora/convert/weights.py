@@ -7,7 +7,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from .fold import FoldedLinear, fold_scales
+
 WEIGHTS = ("float32", "int8")
+MATRICES = (nn.Linear, FoldedLinear)  # not those that pack their weights
 
 
 def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
@@ -21,8 +24,8 @@ def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.float32]:
 
 
 def quantized_copy(model: nn.Module, weights: str = "float32") -> nn.Module:
-    """A copy in evaluation mode whose weights are exactly what the bundle holds: an adapter's scaling in its B, and
-    with "int8" every matrix on its grid.
+    """A copy in evaluation mode whose weights are exactly what the bundle holds: an adapter's scaling in its B, what
+    integer spikes stand for in the matrices that read them, and with "int8" every matrix on its grid.
 
     Raises:
         ValueError: parameters that are not float32.
@@ -40,8 +43,9 @@ def quantized_copy(model: nn.Module, weights: str = "float32") -> nn.Module:
                 for adapter, b in module.lora_B.items():
                     b.get_parameter("weight").mul_(module.scaling[adapter])
                     module.scaling[adapter] = 1.0
+        fold_scales(model)
         for module in model.modules():
-            if type(module) is nn.Linear and weights == "int8":
+            if isinstance(module, nn.Linear) and type(module) in MATRICES and weights == "int8":
                 grid, scale = quantize(module.weight.cpu().numpy())
                 module.weight.copy_(torch.from_numpy(grid * scale))
     return model

@@ -20,13 +20,22 @@ from .shapes import read_weights, sizes_of
 from .untrusted import reading, require, require_plain_hdf5, room
 
 SCHEMA = "spikegpt_lora/bundle/1"
+INTEGER_SCHEMA = "spikegpt_lora/bundle/2"  # of models whose matrices read integer spikes
+SCHEMAS = {SCHEMA: graph.SCHEMA, INTEGER_SCHEMA: graph.INTEGER_SCHEMA}  # and those of their graphs
 PARTS = ("cost.json", "events.npz", "graph.json", "sentences.npz", "traces.h5", "weights.npz")  # beside islands/*.nir
 LARGEST_JSON = 1 << 24  # bytes
 
 
 def spikes_type(node: dict) -> type:
-    """Of a population's spikes in traces.h5: bool, or int8 where it has other levels than 0 and 1."""
-    return bool if graph.levels_of(node) == graph.BINARY else np.int8
+    """Of a population's spikes in traces.h5: bool; int8 where it has other levels than 0 and 1, int16 where a level
+    does not fit in a byte."""
+    levels = graph.levels_of(node)
+    return bool if levels == graph.BINARY else np.int8 if levels[-1] < 128 else np.int16
+
+
+def as_integers(spikes: np.ndarray) -> np.ndarray:
+    """Recorded spikes as a `SpikeTrace` has them: int8, or int16 as they are."""
+    return spikes if spikes.dtype == np.int16 else spikes.astype(np.int8)
 
 
 class Bundle:
@@ -45,21 +54,31 @@ class Bundle:
             schema = self.manifest["schema"]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder} is no bundle: its manifest.json cannot be read ({error})") from error
-        if schema != SCHEMA:
-            raise ValueError(f"{folder} is a bundle of schema {schema!r:.80}; this version reads {SCHEMA!r}")
+        if schema not in list(SCHEMAS):
+            known = " and ".join(map(repr, SCHEMAS))
+            raise ValueError(f"{folder} is a bundle of schema {schema!r:.80}; this version reads {known}")
 
     @cached_property
     def stored_graph(self) -> dict:
         content = self.json("graph.json")
-        require(self.folder / "graph.json", content.get("schema") == graph.SCHEMA, f"must be {graph.SCHEMA!r}")
+        wanted = SCHEMAS[self.manifest["schema"]]
+        require(self.folder / "graph.json", content.get("schema") == wanted, f"must be {wanted!r}")
         return content
+
+    @property
+    def integer(self) -> bool:
+        """Whether the model's matrices read integer spikes."""
+        return self.manifest["schema"] == INTEGER_SCHEMA
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """How many values each node of the graph gives for a token; it is known to fit the weights."""
         stored, weights, path = self.stored_graph, self.weights, self.folder / "graph.json"
         with reading(path):
-            return sizes_of(stored, weights)
+            sizes = sizes_of(stored, weights)
+            wanted = graph.schema_of(stored["nodes"])
+            require(path, stored["schema"] == wanted, f"must be {wanted!r}, by its operations")
+        return sizes
 
     @property
     def nodes(self) -> list[dict]:
@@ -158,7 +177,7 @@ class Bundle:
         """The same as a `SpikeTrace`, populations in the order of events.npz."""
         names = self.events[1]
         graded = [node["inputs"][0] for node in self.nodes if node["name"] == f"{node['inputs'][0]}.graded"]
-        spikes = {name: self.traces[name]["spikes"].astype(np.int8) for name in names}
+        spikes = {name: as_integers(self.traces[name]["spikes"]) for name in names}
         values = {name: self.traces[name]["current"] * spikes[name] for name in names if name in graded}
         given: dict[str, Any] = {key: self.sentences[key] for key in ("lengths", "tokens", "words", "labels")}
         return SpikeTrace(spikes, values, **given)

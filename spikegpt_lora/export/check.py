@@ -20,9 +20,9 @@ from ..convert.weights import WEIGHTS
 from . import islands
 from .bundle import PARTS, Bundle
 from .events import events_of
+from .files import islands_for
 from .findings import Findings
-from .graph import weights_before
-from .manifest import MANIFEST, own_hash, sha256, statements
+from .manifest import MANIFEST, in_integers, own_hash, sha256, statements
 from .recount import check_costs
 from .reruns import check_interpreter, check_simulators
 from .simulators import run_neurons
@@ -117,10 +117,11 @@ def _check_statements(bundle: Bundle, found: Findings) -> None:
             found.add(f"manifest.json: {key} is not what the files say")
     units = sum(spikes.shape[-1] for spikes in trace.spikes.values())
     steps = {"sentences": wanted["sentences"], "tokens": wanted["tokens"], "steps": wanted["tokens"] * units}
-    exported = manifest.get("checks", {}).get("exported", {})
-    for key, value in (steps | {"different_spikes": 0, "different_predictions": 0}).items():
-        if exported.get(key) != value:
-            found.add(f"manifest.json: {key} of checks.exported must be {value}, got {exported.get(key)!r}")
+    for compared in ("exported", *["integers"] * in_integers(bundle.nodes, kind)):
+        stated = manifest.get("checks", {}).get(compared, {})
+        for key, value in (steps | {"different_spikes": 0, "different_predictions": 0}).items():
+            if stated.get(key) != value:
+                found.add(f"manifest.json: {key} of checks.{compared} must be {value}, got {stated.get(key)!r}")
     if unknown := manifest.keys() - wanted.keys() - {"schema", "versions", "checks", "sha256"}:
         found.add(f"manifest.json: {', '.join(sorted(unknown))} is unknown")
 
@@ -165,8 +166,7 @@ def _check_events(bundle: Bundle, found: Findings) -> None:
 def _check_islands(bundle: Bundle, found: Findings) -> None:
     left = set(bundle.islands)
     for node in bundle.neurons:
-        parts = weights_before(bundle.nodes, node)
-        graphs = islands.islands_for(node, bundle.sizes[node["name"]], parts, bundle.weights)
+        graphs = islands_for(bundle.nodes, node, bundle.sizes[node["name"]], bundle.weights)
         for file, graph in graphs.items():
             if file not in left:
                 found.add(f"islands/{file} is missing")

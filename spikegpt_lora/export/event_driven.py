@@ -15,7 +15,7 @@ The cost column stands beside the operations as executed and is never added to t
 
 import numpy as np
 
-from ..observe.operations import ENERGY, memory_energy
+from ..observe.energy import ENERGY, memory_energy
 from .interpreter import NEURONS, Program
 
 
@@ -41,6 +41,10 @@ class EventDriven(Program):
         self.additions, self.products = {}, {}
         self.rescaling = {"additions": 0, "products": 0}
         self.by_name = {node["name"]: node for node in self.nodes}
+        if "ln0" not in self.by_name:
+            raise ValueError(
+                f"{folder} has no event-driven form: every matrix reads integer spikes already (cost.json counts them)"
+            )
         self.embedding = self.by_name["ln0"]["inputs"][0]  # the population that ln0 reads
         self.readers = {}  # name of a layer norm -> the linear layers that read mixes of it: layer, share, weight
         for node in self.nodes:

@@ -1,6 +1,7 @@
 """Runs an exported SpikeGPT with numpy alone: token by token, the state explicit, many sentences at once.
 
-    python interpreter.py BUNDLE    the bundle's sentences again, compared with what was recorded
+    python interpreter.py BUNDLE    the bundle's sentences again, compared with what was recorded (with --integers:
+                                    every matrix in int32, where all of them read integer spikes and are int8)
     logits, seen = Program(folder).run(ids, lengths, watch=["blocks.0.lif1"])
 
 For whoever writes a chip's host code: every operation of the model is a few lines below, with its equation. This file
@@ -14,7 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-OPERATIONS = "embed_spike layernorm delay mix linear wkv sigmoid squared_relu multiply add pool".split()
+OPERATIONS = (
+    "embed_spike layernorm delay mix linear wkv sigmoid squared_relu multiply add pool "
+    "gain centre statistics normalise wkv_powers_of_two pool_rows"  # of models whose matrices read integer spikes
+).split()
+LN2, NOTHING_YET = float(np.log(2)), -1e6  # an exponent below all others
 
 
 def lif(node: dict, x: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -33,22 +38,45 @@ def lif(node: dict, x: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return h, spikes, h - spikes * threshold if node["v_reset"] is None else np.where(spikes != 0, rest, h)
 
 
-NEURONS = {"lif": lif}  # operations of populations that spike; "from_rest": every token is a first step
+def integer_spikes(node: dict, x: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Integer spikes of neurons without memory; arguments as of `lif`.
+
+        u = x / scale                                  scale `(n,)`, what one spike stands for
+        k = floor(u + 1/2), in -most ... most          most `(n,)`; 0 ... most where "signed" is false
+        s = k, or k^2 where "squared" is true
+
+    Returns u, s, and v as it is."""
+    scale, most = (np.asarray(node[key], x.dtype) for key in ("scale", "most"))
+    u = x / scale
+    k = np.clip(np.floor(u + x.dtype.type(0.5)), -most if node["signed"] else 0 * most, most)
+    return u, k * k if node["squared"] else k, v
+
+
+# operations of populations that spike; where "from_rest" is true (or not said: no memory) every token is a first step
+NEURONS = {"lif": lif, "integer_spikes": integer_spikes}
 
 
 class Program:
     """The operation graph of the bundle in `folder`, all real numbers of `dtype`; float64 has no rounding to speak of.
 
+    Args:
+        integers: every matrix in integer arithmetic, as on a chip: int8 weights times integer spikes in int32.
+
     Raises:
-        ValueError: an unknown operation, or weights that are not finite, which spikes would hide.
+        ValueError: an unknown operation, or weights that are not finite, which spikes would hide; with `integers` a
+            matrix that is not int8, and while it runs one that reads a number that is none.
     """
 
-    def __init__(self, folder: str | Path, dtype: type | str = np.float32) -> None:
-        self.dtype = np.dtype(dtype)
+    def __init__(self, folder: str | Path, dtype: type | str = np.float32, integers: bool = False) -> None:
+        self.dtype, self.integers = np.dtype(dtype), dict[str, tuple[np.ndarray, np.ndarray]]()
+        self.constants = dict[str, tuple[np.ndarray, ...]]()  # of "normalise", by node
         graph = json.loads((Path(folder) / "graph.json").read_text(encoding="utf-8"))
         self.nodes, self.labels = graph["nodes"], graph["labels"]
         with np.load(Path(folder) / "weights.npz") as stored:
             self.weights = {name: self._real(stored, name) for name in stored.files if not name.endswith("/scale")}
+            for node in self.nodes if integers else []:
+                if node["op"] == "linear" or node["op"] == "pool":
+                    self.integers[node["name"]] = self._int8(stored, node)
         for node in self.nodes:
             if node["op"] not in (*OPERATIONS, *NEURONS):
                 raise ValueError(f"graph.json has an unknown operation, {node['op']!r} of {node['name']}")
@@ -59,6 +87,16 @@ class Program:
         if not np.isfinite(weight).all():
             raise ValueError(f"weights.npz holds values that are not finite in {name}: export the model again")
         return weight * stored[f"{name}/scale"].astype(self.dtype) if f"{name}/scale" in stored.files else weight
+
+    def _int8(self, stored: np.lib.npyio.NpzFile, node: dict) -> tuple[np.ndarray, np.ndarray]:
+        """A matrix as int32, and its power of two."""
+        name = node["weight"]
+        if node["op"] == "pool" or f"{name}/scale" not in stored.files:
+            raise ValueError(
+                f"{node['name']} is no matrix of int8 that reads spikes: integer arithmetic is for models whose "
+                "matrices read integer spikes, exported with int8 weights"
+            )
+        return stored[name].astype(np.int32), stored[f"{name}/scale"].astype(self.dtype)
 
     def run(
         self, ids: np.ndarray, lengths: np.ndarray, watch: list[str] | tuple = (), teacher_forced: dict | None = None
@@ -91,10 +129,14 @@ class Program:
         return self.teacher_forced.get(node["name"], operation(node, inputs, before.get(node["name"]), after))
 
     def classify(self, state: dict[str, np.ndarray]) -> np.ndarray:
-        """logits = W p, W `(labels, n or 2 n)`: p is the last token's x, the mean over tokens, or both end to end."""
-        node = next(node for node in self.nodes if node["op"] == "pool")
+        """logits = W p, W `(labels, n or 2 n)`: p is the last token's x, the mean over tokens, or both end to end. Of
+        "pool_rows" p itself; of both, the first half of the last token's x plus the second half of the mean."""
+        node = next(node for node in self.nodes if node["op"] in ("pool", "pool_rows"))
         last, total, count = state[node["name"]]
         mean = total / np.maximum(count, 1)
+        if node["op"] == "pool_rows":
+            half = last.shape[1] // 2
+            return {"last": last, "mean": mean, "last_mean": last[:, :half] + mean[:, half:]}[node["kind"]]
         pooled = {"last": last, "mean": mean, "last_mean": np.concatenate([last, mean], axis=1)}[node["kind"]]
         return pooled @ self.weights[node["weight"]].T
 
@@ -102,7 +144,8 @@ class Program:
 
     def neurons(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """s = spikes of x, see `lif`; the state is the membrane."""
-        v = np.full_like(inputs[0], node["v_reset"] or 0) if state is None or node["from_rest"] else state
+        rest = node.get("from_rest", True)
+        v = np.full_like(inputs[0], node.get("v_reset") or 0) if rest or state is None else state
         _, spikes, after[node["name"]] = NEURONS[node["op"]](node, inputs[0], v)
         return spikes
 
@@ -111,9 +154,11 @@ class Program:
         return self.weights[node["weight"]][inputs[0]]
 
     def layernorm(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
-        """(x - mean(x)) / sqrt(var(x) + eps) * w + b, mean and variance over the n values, w and b `(n,)`."""
-        mu, sigma = self._statistics(node, inputs[0])
-        return (inputs[0] - mu) / sigma * self.weights[node["weight"]] + self.weights[node["bias"]]
+        """(x - mean(x)) / sqrt(var(x) + eps) * w + b, mean and variance over the n values, w and b `(n,)`; of x + o in
+        place of x where the node has an "offset" o."""
+        x = inputs[0] + self.weights[node["offset"]] if "offset" in node else inputs[0]
+        mu, sigma = self._statistics(node, x)
+        return (x - mu) / sigma * self.weights[node["weight"]] + self.weights[node["bias"]]
 
     def _statistics(self, node: dict, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mu = x.mean(axis=1, keepdims=True)
@@ -131,7 +176,41 @@ class Program:
 
     def linear(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """W x, W `(outputs, n)`."""
+        if self.integers:
+            return self._integer_product(node, inputs[0])
         return inputs[0] @ self.weights[node["weight"]].T
+
+    def _integer_product(self, node: dict, x: np.ndarray) -> np.ndarray:
+        """W x = 2^e (V k), int8 V times integers k, summed up in int32."""
+        matrix, power = self.integers[node["name"]]
+        k = np.rint(x).astype(np.int32)
+        if not np.array_equal(k, x):
+            raise ValueError(f"{node['name']} reads real numbers: its product is none of integer arithmetic")
+        if int(np.abs(k).max(initial=0)) * 128 * k.shape[1] >= 2**31:
+            raise ValueError(f"{node['name']} reads integers up to {np.abs(k).max()}, whose sum may not fit 32 bit")
+        return (k @ matrix.T).astype(self.dtype) * power
+
+    def gain(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
+        """w * x, w `(n,)` of integers: what a spike of the embedding adds to the residual stream."""
+        return inputs[0] * self.weights[node["weight"]]
+
+    def centre(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
+        """x - c, c `(n,)` of integers: what is 0 most often is sent as 0."""
+        return inputs[0] - self.weights[node["weight"]]
+
+    def statistics(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
+        """mu and sigma `(B, 2)` of x + o: mean(x + o) and sqrt(var(x + o) + eps), o `(n,)`."""
+        return np.concatenate(self._statistics(node, inputs[0] + self.weights[node["offset"]]), axis=1)
+
+    def normalise(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
+        """(z + W (o + c) - mu W 1) / sigma + W b: W times the layer norm of x + o, for z = W (x - c).
+
+        z `(B, rows)` and (mu, sigma) `(B, 2)` are the inputs; W `(rows, n)`, o, c and b `(n,)`."""
+        if node["name"] not in self.constants:
+            weight, o, c, b = (self.weights[node[key]] for key in ("weight", "offset", "centre", "bias"))
+            self.constants[node["name"]] = weight @ (o + c), weight.sum(axis=1), weight @ b
+        (z, moments), (offsets, ones, biases) = inputs, self.constants[node["name"]]
+        return (z + offsets - moments[:, :1] * ones) / moments[:, 1:] + biases
 
     def wkv(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """(sum_s e^(k[s] - (t-1-s) d) v[s] + e^(u + k[t]) v[t]) / (the same without v), over s < t.
@@ -147,6 +226,25 @@ class Program:
         q = np.maximum(p + w, k)
         old, new = np.exp(p + w - q), np.exp(k - q)
         after[node["name"]] = np.stack([old * top + new * v, old * bottom + new, q])
+        return y
+
+    def wkv_powers_of_two(
+        self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict
+    ) -> np.ndarray:
+        """(sum_s d^(t-1-s) 2^e[s] v[s] + 2^(u + e[t]) v[t]) / (the same without v), over s < t.
+
+        k and v are the inputs, e = floor(k / ln 2 + 1/2); d `(n,)` is 2^-m or 1 - 2^-m, u `(n,)` holds integers: all
+        weights are shifts. The state `(3, B, n)`: both sums over 2^p, and p, such that the second is in [1/2, 1)."""
+        k, v = inputs
+        e, d = np.floor(k / self.dtype.type(LN2) + self.dtype.type(0.5)), self.weights[node["decay"]]
+        top, bottom, p = (0 * k, 0 * k, np.full_like(k, NOTHING_YET)) if state is None else state
+        one, now = np.ones_like(k), e + self.weights[node["first"]]
+        old, new = _shifted(one, p - np.maximum(p, now)), _shifted(one, now - np.maximum(p, now))
+        y = (old * top + new * v) / (old * bottom + new)
+        q = np.maximum(p, e)
+        old, new = _shifted(d, p - q), _shifted(one, e - q)
+        bottom, moved = np.frexp(old * bottom + new)
+        after[node["name"]] = np.stack([_shifted(old * top + new * v, -moved), bottom, q + moved])
         return y
 
     def sigmoid(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
@@ -166,11 +264,20 @@ class Program:
         """x + y."""
         return inputs[0] + inputs[1]
 
+    def pool_rows(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
+        """x; the state is that of `pool`."""
+        return self.pool(node, inputs, state, after)
+
     def pool(self, node: dict, inputs: list[np.ndarray], state: np.ndarray | None, after: dict) -> np.ndarray:
         """x; the state `(3, B, n)` is what `classify` reads: x, its sum over the tokens, and their number."""
         total, count = (0, 0) if state is None else (state[1], state[2])
         after[node["name"]] = np.stack([inputs[0], total + inputs[0], np.zeros_like(inputs[0]) + count + 1])
         return inputs[0]
+
+
+def _shifted(x: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """x * 2^places."""
+    return np.ldexp(x, places.astype(np.int32))
 
 
 def reread(program: Program, bundle: str | Path) -> bool:
@@ -188,9 +295,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
+    parser.add_argument("--integers", action="store_true", help="int8 weights times integer spikes, in int32")
     args = parser.parse_args()
     try:
-        return 0 if reread(Program(args.bundle, args.dtype), args.bundle) else 1
+        return 0 if reread(Program(args.bundle, args.dtype, args.integers), args.bundle) else 1
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {args.bundle} cannot be run: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,8 @@ DT = 1e-4  # seconds a token
 
 def no_island(node: dict) -> str | None:
     """Why NIR's LIF is not what a node does; None if it is, and the node gets islands."""
+    if node["op"] == "integer_spikes":
+        return "it gives integers, which are a population of NIR's LIFs"
     if node["op"] != "lif":
         return f"NIR has no node for its operation, {node['op']}"
     levels = levels_of(node)
@@ -51,14 +53,8 @@ def island(node: dict, units: int, weight: np.ndarray | None = None, threshold=N
     if reason := no_island(node):
         raise ValueError(f"{node['name']} can be no island: {reason}")
     threshold = lowered(node) if threshold is None else threshold
-    lif = nir.LIF(
-        tau=np.broadcast_to(np.float64(node["tau"]) * DT, units).copy(),
-        r=np.ones(units),
-        v_leak=np.zeros(units),
-        v_threshold=np.broadcast_to(np.float64(threshold), units).copy(),
-        v_reset=np.zeros(units),
-    )
-    nodes = {"input": nir.Input({"input": np.array([units if weight is None else weight.shape[1]])})}
+    lif = lif_node(units, node["tau"], threshold)
+    nodes = {"input": input_node(units if weight is None else weight.shape[1])}
     if weight is not None:
         nodes["linear"] = nir.Linear(weight=weight.astype(np.float32))
     nodes |= {"lif": lif, "output": nir.Output({"output": np.array([units])})}
@@ -71,27 +67,24 @@ def island(node: dict, units: int, weight: np.ndarray | None = None, threshold=N
     return nir.NIRGraph(nodes=nodes, edges=list(zip(names, names[1:])), metadata=metadata)
 
 
+def lif_node(units: int, tau, threshold) -> nir.LIF:
+    """NIR's LIF with tau in tokens; tau and threshold are one number or one a unit."""
+    return nir.LIF(
+        tau=np.broadcast_to(np.float64(tau) * DT, units).copy(),
+        r=np.ones(units),
+        v_leak=np.zeros(units),
+        v_threshold=np.broadcast_to(np.float64(threshold), units).copy(),
+        v_reset=np.zeros(units),
+    )
+
+
+def input_node(units: int) -> nir.Input:
+    return nir.Input({"input": np.array([units])})
+
+
 def lowered(node: dict) -> np.ndarray:
     """The float32 below a neuron's threshold, or those of its units: fired above it is fired at the threshold."""
     return np.nextafter(np.float32(node["v_threshold"]), np.float32(-np.inf))
-
-
-def islands_for(
-    node: dict, units: int, parts: list[tuple[str, str]], weights: dict[str, np.ndarray]
-) -> dict[str, nir.NIRGraph]:
-    """A population's islands by file name: its neurons alone, and with the matrices before them where there are any;
-    none of what is no LIF of NIR (`no_island`).
-
-    Args:
-        parts: those matrices, as (what they read, name of the weight); they stand side by side in one Linear.
-    """
-    if no_island(node):
-        return {}
-    graphs = {f"{node['name']}.nir": island(node, units)}
-    if parts:
-        weight = np.concatenate([weights[name] for _, name in parts], axis=1)
-        graphs[f"{node['name']}.weights.nir"] = island(node, units, weight)
-    return graphs
 
 
 def same(one: nir.NIRGraph, other: nir.NIRGraph) -> bool:

@@ -7,8 +7,8 @@ import numpy as np
 
 from ..observe.traces import SpikeTrace
 from ..utils.files import write_json, write_text
-from .graph import BINARY, levels_of, weights_before
-from .islands import no_island
+from .files import INTEGER, island_names
+from .graph import BINARY, INTEGER_SCHEMA, levels_of, read_real_numbers, schema_of, weights_before
 
 MANIFEST = ("manifest.json", "manifest.json.sha256")
 CONVENTIONS = {
@@ -22,6 +22,13 @@ CONVENTIONS = {
     "arrays": "sentences left-aligned, zeros behind their ends",
 }
 
+OF_INTEGERS = {
+    "integer spikes": "u = current / scale, k = floor(u + 1/2) between the outermost levels; sent is k, or k^2",
+    "scale": "what a spike of each channel stands for is in the matrix that reads it, in graph.json and .nir files",
+    "population": "in .nir files an integer neuron is one memoryless LIF a level, its input u and 1; +-k fires with "
+    "those below it, and what a spike counts, 1, -1 or 2k - 1, is in the matrix of the .path.nir file",
+}
+
 
 def statements(trace: SpikeTrace, nodes: list[dict], classes: list[str], logits: np.ndarray) -> dict:
     """What the manifest says that graph and traces say too."""
@@ -31,34 +38,37 @@ def statements(trace: SpikeTrace, nodes: list[dict], classes: list[str], logits:
         "classes": classes,
         "labelled": int((trace.labels >= 0).sum()),
         "right": int((trace.labels == logits.argmax(axis=1)).sum()),
-        "conventions": CONVENTIONS,
+        "conventions": CONVENTIONS | (OF_INTEGERS if schema_of(nodes) == INTEGER_SCHEMA else {}),
         "populations": [population(trace, name, nodes) for name in trace.spikes],
         "host": _host(nodes),
     }
 
 
+def in_integers(nodes: list[dict], weights: str) -> bool:
+    """Whether every matrix reads integers and is int8, so that the interpreter can run in integer arithmetic."""
+    return weights == "int8" and schema_of(nodes) == INTEGER_SCHEMA and not read_real_numbers(nodes)
+
+
 def population(trace: SpikeTrace, name: str, nodes: list[dict]) -> dict:
     """What the manifest says of one population."""
     node = next(node for node in nodes if node["name"] == name)
-    files = [] if no_island(node) else [f"islands/{name}.nir"]
-    if files and weights_before(nodes, node):
-        files.append(f"islands/{name}.weights.nir")
     levels = "binary" if levels_of(node) == BINARY else "integer"
-    return {
+    said = {
         "name": name,
         "n": trace.spikes[name].shape[-1],
         "kind": "graded" if name in trace.values else levels,
         "from_rest": node.get("from_rest", True),  # the embedding has no state
-        "islands": files,
+        "islands": [f"islands/{file}" for file in island_names(nodes, node)],
         "firing_rate": trace.firing_rate(name),
         "spikes_per_token": trace.spikes_per_token(name),
     }
+    return said | ({"levels": levels_of(node)} if node["op"] == INTEGER else {})
 
 
 def _host(nodes: list[dict]) -> dict:
     """The operations that are in no island, by kind."""
-    islands = [node for node in nodes if not no_island(node)]
-    inside = {weight for node in islands for _, weight in weights_before(nodes, node)}
+    islands = [node for node in nodes if island_names(nodes, node)]
+    inside = {weight for node in islands if node["op"] != INTEGER for _, weight in weights_before(nodes, node)}
     operations: dict[str, list[str]] = {}
     for node in nodes:
         if node not in islands and node.get("weight") not in inside:

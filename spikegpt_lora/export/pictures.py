@@ -15,7 +15,7 @@ import numpy as np
 from ..observe.traces import GATE, SpikeTrace
 from ..report import plots
 from ..utils.files import whole_file
-from .bundle import Bundle
+from .bundle import Bundle, as_integers
 
 FEWEST = 5  # sentences behind a column of the sparsity map: of fewer, it would show sentences and not positions
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -94,7 +94,7 @@ def sentence_trace(bundle: Bundle, sentence: int) -> SpikeTrace:
         stacked.setdefault(gate_of(name)[0], []).append(name)
     panels = {readable(name): [name] for name in layers}
     panels |= {f"{block} gates, from below: {_modules(names)}": names for block, names in stacked.items()}
-    seen = {name: bundle.traces[name]["spikes"][[sentence]].astype(np.int8) for name in [*layers, *gates]}
+    seen = {name: as_integers(bundle.traces[name]["spikes"][[sentence]]) for name in [*layers, *gates]}
     return SpikeTrace(
         spikes={title: np.concatenate([seen[name] for name in names], axis=2) for title, names in panels.items()},
         values={},

@@ -5,7 +5,8 @@ the spikes alone. Whole numbers and dense operations must be the same. Of produc
 all but shut, squared relus) stored counts must lie between those with and without what is next to 0, give or take NEAR:
 what is 0 by one order of additions is 1e-9 by another, and export counted the event-driven form in float64, where a
 spike can lie elsewhere. Not counted again: memory of the model's own parameters (footprint), zeros among all of its
-matrices, how the event-driven form compared with the model, and what only earlier versions counted (EARLIER).
+matrices, what no matrix does (real_valued, from sizes), how the event-driven form compared with the model, and what
+only earlier versions counted (EARLIER).
 """
 
 from collections import Counter
@@ -13,7 +14,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..observe.operations import LayerCount, Operations, PopulationCount, as_json
+from ..observe.books import as_json
+from ..observe.operations import LayerCount, Operations, PopulationCount
 from . import event_driven
 from .bundle import Bundle
 from .event_driven import EventDriven
@@ -76,7 +78,9 @@ def _count(bundle: Bundle) -> tuple[dict[str, Counter], dict[str, Counter]]:
         counted without what is next to 0, and with it.
     """
     program, pool, low, high = Program(bundle.folder, np.float64), bundle.nodes[-1], {}, {}
-    matrices = {node["name"]: node for node in bundle.nodes if node["op"] == "linear"} | {"score": pool}
+    matrices = {node["name"]: node for node in bundle.nodes if node["op"] == "linear"}
+    if pool["op"] == "pool":
+        matrices["score"] = pool
     watch = {node["inputs"][0] for node in matrices.values()}
     nonzero = {name: (bundle.weights[node["weight"]] != 0).sum(axis=0) for name, node in matrices.items()}
     for rows, T in bundle.rows():
@@ -91,7 +95,18 @@ def _count(bundle: Bundle) -> tuple[dict[str, Counter], dict[str, Counter]]:
                 counted = counts.setdefault(name, Counter())
                 counted.update(rows=len(x), active=int(active.sum()), pairs=int(active @ nonzero[name]))
                 counted["real"] += int(((x != 0) & (x != 1)).sum())
+                _add_spikes(counted, x)
     return low, high
+
+
+def _add_spikes(counted: Counter, x: np.ndarray) -> None:
+    """What sizes `(rows, n)` of inputs add for integer spikes: digits that are 1, their sum, and the largest."""
+    if not np.array_equal(x, np.floor(x)):
+        counted["fractions"] += 1
+        return
+    whole, largest = x.astype(np.int64), counted["largest"]
+    counted["largest"] = max(largest, int(whole.max(initial=0)))
+    counted.update(ones=sum(int((whole >> j & 1).sum()) for j in range(16)), units=int(whole.sum()))
 
 
 def _pooled(hidden: np.ndarray, lengths: np.ndarray, kind: str) -> np.ndarray:
@@ -102,19 +117,30 @@ def _pooled(hidden: np.ndarray, lengths: np.ndarray, kind: str) -> np.ndarray:
 
 def _operations(bundle: Bundle, counts: dict[str, Counter]) -> Operations:
     """What `cost.count_operations` gives, but for what is the model's own."""
-    tokens, weights = int(bundle.real.sum()), {n["name"]: n["weight"] for n in bundle.nodes if n["op"] == "linear"}
+    tokens, pool = int(bundle.real.sum()), bundle.nodes[-1]
+    weights = {n["name"]: n["weight"] for n in bundle.nodes if n["op"] == "linear"}
+    weights |= {"score": pool["weight"]} if pool["op"] == "pool" else {}
     layers, populations = {}, {}
     for name, count in counts.items():
-        outputs, inputs = bundle.weights[weights.get(name, bundle.nodes[-1]["weight"])].shape
+        outputs, inputs = bundle.weights[weights[name]].shape
         pairs, binary = count["pairs"] / tokens, not count["real"]
         dense, density = count["rows"] * inputs * outputs / tokens, count["active"] / (count["rows"] * inputs)
         macs, acs = (0.0, pairs) if binary else (pairs, 0.0)
-        layers[name] = LayerCount(inputs, outputs, dense, macs, acs, density, binary)
+        layers[name] = LayerCount(inputs, outputs, dense, macs, acs, density, binary, *_spikes(count, outputs, tokens))
     for node in bundle.neurons:
         spikes = bundle.traces[node["name"]]["spikes"]
         outputs = tokens * spikes.shape[-1]
         populations[node["name"]] = PopulationCount(outputs, outputs - int(np.count_nonzero(spikes)))
-    return Operations(tokens, len(bundle.real), layers, populations, None, 0)
+    stated = bundle.cost.get("as_executed", {}).get("spikes", {}).get("real_valued") if bundle.integer else None
+    return Operations(tokens, len(bundle.real), layers, populations, None, 0, real_valued=stated)
+
+
+def _spikes(count: Counter, outputs: int, tokens: int) -> tuple:
+    """The last fields of a LayerCount: largest spike, reads, plane and unary additions."""
+    reads = count["active"] * outputs / tokens
+    if count["fractions"]:
+        return None, reads, None, None
+    return count["largest"], reads, count["ones"] * outputs / tokens, count["units"] * outputs / tokens
 
 
 def _event_driven(bundle: Bundle, counts: dict[str, Counter], stored) -> dict:

@@ -59,6 +59,18 @@ def _simulator(name: str, result: dict | str) -> str:
         f"{name} {result['version']}: {neurons['wrong']} wrong{rounded} of {neurons['steps']:,} neuron steps in "
         f"{neurons['islands']} islands\n"
         f"    {weights['wrong']} wrong, {weights['rounding']} rounded of {weights['steps']:,} in {weights['islands']} "
-        f"islands with weights\n"
+        f"islands with weights{_integers(result)}\n"
         f"    of an island that is wrong on purpose it got {result['control']['wrong_on_purpose']} wrong{left_out}"
+    )
+
+
+def _integers(result: dict) -> str:
+    """Of a bundle with integer neurons their populations, and the paths through a matrix; else nothing."""
+    if "integers" not in result:
+        return ""
+    integers, paths, control = result["integers"], result["paths"], result["control_of_integers"]
+    return (
+        f"\n    {integers['wrong']} wrong of {integers['steps']:,} integers in {integers['islands']} populations\n"
+        f"    {paths['wrong']} wrong, {paths['rounding']} rounded of {paths['steps']:,} spikes in {paths['islands']} "
+        f"paths of neurons, matrix and neurons; of what is wrong on purpose at least {control['wrong_on_purpose']}"
     )

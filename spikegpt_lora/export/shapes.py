@@ -14,9 +14,23 @@ from .interpreter import NEURONS
 from .untrusted import require
 
 MOST = 20_000  # operations
-EQUAL = ("mix", "wkv", "multiply", "add")  # operations of two inputs of one size
-SAME = ("layernorm", "delay", "sigmoid", "squared_relu", "pool")  # of one input; their output is as large
-VECTORS = {"layernorm": ("weight", "bias"), "mix": ("weight",), "wkv": ("decay", "first")}  # weights of that size
+MOST_SPIKES = 127  # of an integer neuron
+EQUAL = ("mix", "wkv", "wkv_powers_of_two", "multiply", "add")  # operations of two inputs of one size
+SAME = (
+    "layernorm",
+    "delay",
+    "sigmoid",
+    "squared_relu",
+    "pool",
+    "gain",
+    "centre",
+    "pool_rows",
+)  # of one input; their output is as large
+VECTORS = {
+    "layernorm": ("weight", "bias"), "mix": ("weight",), "wkv": ("decay", "first"), "wkv_powers_of_two":
+    ("decay", "first"), "gain": ("weight",), "centre": ("weight",), "statistics": ("offset",),
+}  # fmt: skip  # weights of that size
+MOMENTS = 2  # values that "statistics" gives
 POOLING = {"last": 1, "mean": 1, "last_mean": 2}  # vectors that the classifier reads
 
 
@@ -39,7 +53,7 @@ def sizes_of(graph: Mapping, weights: Mapping[str, np.ndarray]) -> dict[str, int
             sizes[name] = _Node(node, sizes, weights, used).size(len(labels))
         except DamagedFile as error:
             raise DamagedFile(f"{error}, in node {name}") from error
-    embed, pool = ([n["name"] for n in nodes if n["op"] == op] for op in ("embed_spike", "pool"))
+    embed, pool = ([n["name"] for n in nodes if n["op"] in ops] for ops in (("embed_spike",), ("pool", "pool_rows")))
     _require(embed == [EMBEDDING], f"{EMBEDDING} alone must be an embed_spike, got {embed}")
     _require(pool == [nodes[-1]["name"]], f"the last node alone must be a pool, got {pool}")
     _require(used == set(weights), f"no node reads {', '.join(sorted(set(weights) - used)[:3])} of weights.npz")
@@ -54,9 +68,9 @@ class _Node:
         self.op, self.inputs = node.get("op"), node.get("inputs")
 
     def size(self, labels: int) -> int:
-        known = (*EQUAL, *SAME, *NEURONS, "embed_spike", "linear")
+        known = (*EQUAL, *SAME, *NEURONS, "embed_spike", "linear", "statistics", "normalise")
         _require(isinstance(self.op, str) and self.op in known, f"unknown operation {self.op!r}")
-        count = 2 if self.op in EQUAL else 1
+        count = 2 if self.op in (*EQUAL, "normalise") else 1
         _require(_texts(self.inputs) and len(self.inputs) == count, f"{self.op} must have {count} inputs")
         if self.op == "embed_spike":
             _require(self.inputs == ["token"], "embed_spike must read token")
@@ -64,15 +78,25 @@ class _Node:
         for name in self.inputs:
             _require(name in self.sizes, f"{name} must stand before what reads it")
         sizes = [self.sizes[name] for name in self.inputs]
+        if self.op == "normalise":
+            return self.normalise(*sizes)
         _require(len(set(sizes)) == 1, f"inputs must be of one size, got {sizes}")
-        for key in VECTORS.get(self.op, ()):
+        for key in (*VECTORS.get(self.op, ()), *["offset"] * (self.op == "layernorm" and "offset" in self.node)):
             _require(self.shape(key, 1) == (sizes[0],), f"{key} must be {(sizes[0],)}, got {self.shape(key, 1)}")
         if self.op == "linear":
             shape = self.shape("weight", 2)
             _require(shape[1] == sizes[0], f"weight must be (n, {sizes[0]}), got {shape}")
             return shape[0]
         self.settings(sizes[0], labels)
-        return sizes[0]
+        return MOMENTS if self.op == "statistics" else sizes[0]
+
+    def normalise(self, rows: int, moments: int) -> int:
+        shape = self.shape("weight", 2)
+        right = shape[0] == rows and moments == MOMENTS
+        _require(right, f"weight must have {rows} rows, and the second input must be a statistics, got {shape}")
+        for key in ("offset", "centre", "bias"):
+            _require(self.shape(key, 1) == shape[1:], f"{key} must be {shape[1:]}, got {self.shape(key, 1)}")
+        return rows
 
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
         name = self.node.get(key)
@@ -84,14 +108,35 @@ class _Node:
 
     def settings(self, size: int, labels: int) -> None:
         node = self.node
-        if self.op == "layernorm":
+        if self.op in ("layernorm", "statistics"):
             _require(_number(node.get("eps")) and node["eps"] >= 0, f"eps must be >= 0, got {node.get('eps')!r}")
         elif self.op == "pool":
             _require(node.get("kind") in list(POOLING), f"kind must be one of {', '.join(POOLING)}")
             shape, wanted = self.shape("weight", 2), (labels, size * POOLING[node["kind"]])
             _require(shape == wanted, f"weight must be {wanted}, got {shape}")
+        elif self.op == "pool_rows":
+            _require(node.get("kind") in list(POOLING), f"kind must be one of {', '.join(POOLING)}")
+            rows = labels * POOLING[node["kind"]]
+            _require(size == rows, f"the rows pooled must be {rows}, got {size}")
+        elif self.op == "integer_spikes":
+            self.integers(size)
         elif self.op in NEURONS:
             self.neurons(size)
+
+    def integers(self, size: int) -> None:
+        scale, most = (self.node.get(key) for key in ("scale", "most"))
+        for values, rule, right in (
+            (scale, "scale must be numbers above 0", lambda one: _number(one) and one > 0),
+            (most, f"most must be whole numbers of 1 to {MOST_SPIKES}", lambda one: _whole(one, MOST_SPIKES)),
+        ):
+            listed = isinstance(values, list) and len(values) == size
+            _require(listed and all(map(right, values or [])), f"{rule}, {size} of them")
+        signed, squared = (self.node.get(key) for key in ("signed", "squared"))
+        kinds = isinstance(signed, bool) and isinstance(squared, bool) and not (signed and squared)
+        _require(kinds, "signed and squared must be true or false, and not both true")
+        counts = range(-max(most) if signed else 0, max(most) + 1)
+        levels = [k * k for k in counts] if squared else list(counts)
+        _require(self.node.get("levels", BINARY) == levels, f"levels must be {levels}, by most, signed and squared")
 
     def neurons(self, size: int) -> None:
         node, levels = self.node, self.node.get("levels", BINARY)
@@ -132,6 +177,10 @@ def read_weights(path: Path, stored: Mapping[str, np.ndarray]) -> dict[str, np.n
 
 def _number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _whole(value, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most
 
 
 def _texts(value) -> bool:

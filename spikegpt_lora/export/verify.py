@@ -3,13 +3,25 @@
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from torch import nn
 
+from ..neurons.multilevel import IntegerSpikes
 from ..observe.traces import SpikeTrace, record_spikes
 from .interpreter import Program
 from .sentences import batches_by_length
 
 Recorded = list[tuple[np.ndarray, SpikeTrace]]  # groups of sentences: ids `(b, T)`, and what the model did
+
+
+@torch.no_grad()
+def in_float64(model: nn.Module) -> nn.Module:
+    """`model`, float32, in float64 and in place; its integer neurons have the scales that they had to the last bit."""
+    scales = [(m, m.log_scale.exp().double()) for m in model.modules() if isinstance(m, IntegerSpikes)]
+    model.double()
+    for neuron, scale in scales:
+        neuron.log_scale.copy_(scale.log())
+    return model
 
 
 def record_in_float64(model: nn.Module, batch: Mapping, progress) -> Recorded:

@@ -6,8 +6,9 @@
     sentences.npz               ids `(B, T)`, lengths, labels, tokens, words, and the model's logits
     islands/NAME.nir            the neurons of one population: Input (their current), LIF, Output
     islands/NAME.weights.nir    where a matrix stands right before them: Input, Linear, LIF, Output
-    traces.h5                   nir.read_data: of each population `spikes` (bool, or int8 where they have other levels
-                                than 0 and 1), `current` (float32; "emb" has none)
+    islands/NAME.path.nir       where integer neurons stand before that matrix: all three (encoders.py)
+    traces.h5                   nir.read_data: of each population `spikes` (bool; int8 or int16 where they have other
+                                levels than 0 and 1), `current` (float32; "emb" has none)
     events.npz                  the spikes as address events (events.py)
     cost.json                   counted operations, and energy as counts times constants (observe/operations.py)
 
@@ -27,18 +28,20 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..convert.weights import WEIGHTS, quantized_copy
-from ..observe.operations import as_json, count_operations
+from ..observe.books import as_json
+from ..observe.operations import count_operations
 from ..observe.traces import SpikeTrace, record_spikes
 from ..utils.files import UNFINISHED, whole_file, write_json
 from . import islands
-from .bundle import SCHEMA, Bundle, spikes_type
+from .bundle import SCHEMAS, Bundle, spikes_type
 from .event_driven import EventDriven, counts
 from .events import save_events
-from .graph import Graph, graph_of, levels_of, neurons_in, weights_before
+from .files import islands_for
+from .graph import INTEGER_SCHEMA, Graph, graph_of, levels_of, neurons_in
 from .interpreter import Program
-from .manifest import statements, write_manifest
+from .manifest import in_integers, statements, write_manifest
 from .sentences import left_aligned
-from .verify import Recorded, compare, record_in_float64
+from .verify import Recorded, compare, in_float64, record_in_float64
 
 PACKAGES = ("spikegpt_lora", "torch", "spikingjelly", "nir", "numpy")
 
@@ -68,7 +71,8 @@ def export_bundle(
         FileExistsError: `directory` exists.
         ValueError: a model that the graph or the islands cannot hold exactly: another class, an unknown module, not
             float32, values that are not finite, a soft reset, tau not a power of two; a sentence without a token;
-            spikes of other levels than a neuron names. Or a graph that turns out not to compute what the model does.
+            spikes of other levels than a neuron names; the event-driven form of a model whose matrices read integer
+            spikes. Or a graph that turns out not to compute what the model does.
     """
     directory = Path(directory)
     if directory.exists():
@@ -77,6 +81,11 @@ def export_bundle(
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     model = quantized_copy(model, weights)
     graph = graph_of(model)
+    if event_driven and graph.schema == INTEGER_SCHEMA:
+        raise ValueError(
+            "the event-driven form turns products of real numbers into additions at spikes, and every matrix of this "
+            "model reads integer spikes already: leave it out (cost.json counts its additions)"
+        )
     if reasons := [reason for node in neurons_in(graph.nodes) for reason in islands.refusals(node)]:
         raise ValueError("simulators would not run this model's neurons exactly:\n" + "\n".join(reasons))
     trace = record_spikes(model, batch, tokenizer, currents=True)
@@ -85,8 +94,11 @@ def export_bundle(
     cost = {"as_executed": as_json(count_operations(model, [batch]))}
     with _whole_folder(directory) as folder:
         _write(folder, graph, trace, batch, weights)
-        recorded = record_in_float64(model.double(), batch, progress)  # the copy is ours
+        recorded = record_in_float64(in_float64(model), batch, progress)  # the copy is ours
         checks = {"exported": compare(Program(folder, np.float64), recorded, "interpreter", progress)}
+        if in_integers(graph.nodes, weights):
+            program = Program(folder, np.float64, integers=True)
+            checks["integers"] = compare(program, recorded, "interpreter in integers", progress)
         if event_driven:
             cost["event_driven"] = _event_driven(folder, recorded, progress)
         write_json(folder / "cost.json", cost)
@@ -133,8 +145,8 @@ def _write(folder: Path, graph: Graph, trace: SpikeTrace, batch: Mapping, weight
     save_events(trace, folder / "events.npz")
     (folder / "islands").mkdir()
     for node in neurons_in(graph.nodes):
-        units, parts = trace.spikes[node["name"]].shape[-1], weights_before(graph.nodes, node)
-        for name, island in islands.islands_for(node, units, parts, graph.weights).items():
+        units = trace.spikes[node["name"]].shape[-1]
+        for name, island in islands_for(graph.nodes, node, units, graph.weights).items():
             nir.write(str(folder / "islands" / name), island)
 
 
@@ -148,7 +160,7 @@ def _event_driven(folder: Path, recorded: Recorded, progress: Callable[[list, st
 def _manifest(trace: SpikeTrace, graph: Graph, weights: str) -> dict:
     logits = cast(np.ndarray, trace.logits)  # a classifier's: they are recorded
     return {
-        "schema": SCHEMA,
+        "schema": next(schema for schema, of in SCHEMAS.items() if of == graph.schema),
         "versions": {name: version(name) for name in PACKAGES},
         "weights": weights,
         **statements(trace, graph.nodes, graph.labels, logits),

@@ -4,9 +4,14 @@
     AC or MAC  a call's pairs are accumulations if its whole input holds only -1, 0 and 1, else multiply-accumulates
     dense      all pairs, zero or not: what hardware does that looks at neither
 
-Counted is what is executed, not what might be. In SpikeGPT a LayerNorm stands before every W0 but two, whose inputs
-are a gated average and a squared relu: no W0 ever sees spikes, so its operations are MACs, and what is saved is saved
-by zeros (squared relu, silent gates). Firing rate times operations is therefore no cost of this model.
+Counted is what is executed, not what might be. In SpikeGPT as published a LayerNorm stands before every W0 but two,
+whose inputs are a gated average and a squared relu: no W0 ever sees spikes, so its operations are MACs, and what is
+saved is saved by zeros (squared relu, silent gates). With `matrix_spikes="integer"` every W0 reads integers k, and of
+each call is counted too, over all rows of W, zero weights included:
+
+    weight reads       one a row for each nonzero input: what decides the energy
+    plane additions    the ones in |k| as a binary number: k sent as planes of -1, 0 and 1, y = sum_j 2^j W b_j
+    unary additions    |k|: k sent as so many spikes
 
 Not counted, as in NeuroBench: norms, gates, WKV, token shift, neurons, look-ups.
 Source: NeuroBench (arXiv 2304.04640) and its package 2.3.0, to whose numbers the tests hold this file.
@@ -14,31 +19,18 @@ Source: NeuroBench (arXiv 2304.04640) and its package 2.3.0, to whose numbers th
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..forward import RealTokens, hooked, run
+from ..config import SpikeGPTConfig
+from ..forward import RealTokens, hooked, run, token_model
+from ..model import SpikeGPTModel
 from ..neurons.neuron import neurons_of
-
-# pJ an operation in 45 nm at 0.9 V: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC
-# 2014. A MAC is the sum of its multiply and its add, so int8's accumulator is taken as 8 bit wide; with a 32-bit one
-# it is 0.3. Reads are of 32 bit, half of the source's 64 (10 pJ, 100 pJ, and for DRAM the low end of 1.3 to 2.6 nJ,
-# commonly rounded to 640 pJ).
-ENERGY = {
-    "fp32_add": 0.9,
-    "fp32_multiply": 3.7,
-    "fp32_mac": 4.6,
-    "int8_add": 0.03,
-    "int8_multiply": 0.2,
-    "int8_mac": 0.23,
-    "int32_add": 0.1,
-    "read_sram_8_kib": 5.0,
-    "read_sram_1_mib": 50.0,
-    "read_dram": 640.0,
-}
+from .energy import real_valued
 
 
 @dataclass
@@ -48,6 +40,9 @@ class LayerCount:
     dense_macs, effective_macs, effective_acs: as at the top of this file. A layer that runs once a sentence, such as a
         classifier after pooling, has its operations spread over the sentence's tokens, so layers can be added up.
     input_density: share of nonzero inputs. binary_input: every call's inputs were -1, 0 or 1.
+    largest_spike: size of the largest input, where every input of every call was a whole number; else None.
+    weight_reads: as at the top of this file; so are plane_additions and unary_additions, None where the inputs were no
+        whole numbers.
     """
 
     inputs: int
@@ -57,6 +52,15 @@ class LayerCount:
     effective_acs: float
     input_density: float
     binary_input: bool
+    largest_spike: int | None = None
+    weight_reads: float = 0.0
+    plane_additions: float | None = None
+    unary_additions: float | None = None
+
+    @property
+    def spikes(self) -> str:
+        """What it reads: "integer" or "real"."""
+        return "real" if self.largest_spike is None else "integer"
 
 
 @dataclass
@@ -84,6 +88,7 @@ class Operations:
     footprint: bytes of all parameters and buffers, as they are in memory.
     left_out: modules with weight matrices that are not counted (convolutions, recurrent layers, AdaLoRA's adapters):
         where it is not empty, the totals are too small.
+    real_valued: of a SpikeGPT whose matrices read integer spikes, what is done beside them (`energy.real_valued`).
     """
 
     tokens: int
@@ -93,6 +98,7 @@ class Operations:
     connection_sparsity: float | None
     footprint: int
     left_out: list[str] = field(default_factory=list)
+    real_valued: dict[str, dict[str, float]] | None = None
 
     @property
     def dense_macs(self) -> float:
@@ -145,17 +151,18 @@ class _Counter:
         self.read = self.sentences = 0  # real tokens, rows
         self.shapes: dict[str, tuple[int, int]] = {}
         self.layers: dict[str, Counter] = defaultdict(Counter)
+        self.largest: dict[str, int] = defaultdict(int)  # input of a layer
         self.populations: dict[str, Counter] = defaultdict(Counter)
 
     def hooks(self):
         yield self.tokens.attach()
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear):
-                hook = partial(self._linear, _short(name), _nonzeros_of_columns(name, module))
+                hook = partial(self._linear, short_name(name), _nonzeros_of_columns(name, module))
                 yield module.register_forward_hook(hook, with_kwargs=True)
         for name, neuron in neurons_of(self.model):
             if neuron.has_current:  # a look-up costs nothing
-                yield neuron.register_forward_hook(partial(self._population, _short(name)))
+                yield neuron.register_forward_hook(partial(self._population, short_name(name)))
 
     def _rows(self, x: Tensor) -> tuple[Tensor, int]:
         """x as `(rows, features)`, padding rows zeroed so that they add no operations; and how many rows count."""
@@ -170,6 +177,17 @@ class _Counter:
         pairs = int((active * weights).sum())  # no matrix product: CUDA has none for integers
         self.shapes[name] = (linear.in_features, linear.out_features)
         self.layers[name].update({"rows": rows, "active": int(active.sum()), kind: pairs, f"{kind}_calls": 1})
+        self.layers[name].update(self._spikes(name, x.abs()))
+
+    def _spikes(self, name: str, size: Tensor) -> dict[str, int]:
+        """Additions for one output of inputs of these sizes; one that is no whole number makes the layer's real."""
+        if not torch.equal(size, size.floor()) or not size.isfinite().all():
+            return {"real_calls": 1}
+        largest = int(size.max()) if size.numel() else 0
+        self.largest[name] = max(self.largest[name], largest)
+        whole = size.long()
+        ones = sum(int((whole >> plane & 1).sum()) for plane in range(largest.bit_length()))
+        return {"ones": ones, "units": int(whole.sum())}
 
     def _population(self, name, module, inputs, output):
         spikes, rows = self._rows(output)
@@ -198,6 +216,7 @@ class _Counter:
             connection_sparsity=1 - sum(int(w.count_nonzero()) for w in linears) / weights if weights else None,
             footprint=sum(tensor.numel() * tensor.element_size() for tensor in held),
             left_out=_left_out(self.model),
+            real_valued=_real_valued(self.model),
         )
 
     def _layer(self, name: str, sums: Counter) -> LayerCount:
@@ -210,7 +229,17 @@ class _Counter:
             effective_acs=sums["acs"] / self.read,
             input_density=sums["active"] / (sums["rows"] * inputs),
             binary_input=sums["macs_calls"] == 0,
+            weight_reads=sums["active"] * outputs / self.read,
+            **({} if sums["real_calls"] else self._additions(name, sums)),
         )
+
+    def _additions(self, name: str, sums: Counter) -> dict:
+        each = self.shapes[name][1] / self.read
+        return {
+            "largest_spike": self.largest[name],
+            "plane_additions": sums["ones"] * each,
+            "unary_additions": sums["units"] * each,
+        }
 
 
 def _nonzeros_of_columns(name: str, linear: nn.Linear) -> Tensor:
@@ -221,7 +250,7 @@ def _nonzeros_of_columns(name: str, linear: nn.Linear) -> Tensor:
     return (weight != 0).sum(dim=0)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A module's path in SpikeGPTModel, or in the model that peft wraps; W0 and a classifier that peft trains bear the
     name of the layer that they are."""
     name = name.removeprefix("base_model.model.").removeprefix("spikegpt.").removesuffix(".base_layer")
@@ -235,52 +264,12 @@ def _left_out(model: nn.Module) -> list[str]:
 
     counted = (nn.Linear, nn.Embedding)  # a look-up is no operation
     others = ((name, module) for name, module in model.named_modules() if not isinstance(module, counted))
-    return [_short(name) for name, module in others if matrices(module)]
+    return [short_name(name) for name, module in others if matrices(module)]
 
 
-def arithmetic_energy(macs: float, acs: float) -> dict[str, float]:
-    """Energy in pJ of so many operations (per token, if they are): counts times `ENERGY`, nothing else.
-
-    No memory, no control, no leakage, no chip: on most hardware moving the weights (`memory_energy`) costs more. "fp32"
-    is the convention of the literature; "int8" of the dense count, `arithmetic_energy(dense_macs, 0)`, is what spikes
-    have to beat: an ordinary integer accelerator without any sparsity.
-    """
-    return {kind: macs * ENERGY[f"{kind}_mac"] + acs * ENERGY[f"{kind}_add"] for kind in ("fp32", "int8")}
-
-
-def memory_energy(reads: float) -> dict[str, float]:
-    """Energy in pJ of reading so many 32-bit values: counts times `ENERGY`, by where the weights lie."""
-    return {place.removeprefix("read_"): reads * ENERGY[place] for place in ENERGY if place.startswith("read_")}
-
-
-def as_json(operations: Operations) -> dict:
-    """Plain numbers for cost.json, names in order; operations per real token, energy in pJ per real token."""
-    dense, macs, acs = operations.dense_macs, operations.effective_macs, operations.effective_acs
-    executed, baseline = arithmetic_energy(macs, acs), arithmetic_energy(dense, 0)
-    populations = {n: asdict(p) | {"sparsity": p.sparsity} for n, p in operations.populations.items()}
-    return {
-        "tokens": operations.tokens,
-        "sentences": operations.sentences,
-        "dense_macs": dense,
-        "effective_macs": macs,
-        "effective_acs": acs,
-        "activation_sparsity": operations.activation_sparsity,
-        "connection_sparsity": operations.connection_sparsity,
-        "footprint": operations.footprint,
-        "left_out": list(operations.left_out),
-        "layers": _in_order({name: asdict(layer) for name, layer in operations.layers.items()}),
-        "populations": _in_order(populations),
-        "arithmetic_energy": {
-            "effective_fp32": executed["fp32"],
-            "dense_fp32": baseline["fp32"],
-            "dense_int8": baseline["int8"],
-        },
-        "weight_reads": dense,  # with a batch of one, each weight once a token
-        "memory_energy": memory_energy(dense),
-        "constants": dict(ENERGY),
-    }
-
-
-def _in_order(named: dict) -> dict:
-    """By name, block 10 after block 9."""
-    return dict(sorted(named.items(), key=lambda item: [p.zfill(9) if p.isdigit() else p for p in item[0].split(".")]))
+def _real_valued(model: nn.Module) -> dict | None:
+    inside = token_model(model)
+    if not isinstance(inside, SpikeGPTModel):
+        return None
+    config = cast(SpikeGPTConfig, inside.config)
+    return real_valued(config) if config.matrix_spikes == "integer" else None

@@ -35,7 +35,8 @@ GATE = ".lora_gate."  # in the name of an adapter's population, between its modu
 class SpikeTrace:
     """Spikes of B sentences, left-aligned; T is the longest one's length in tokens, zeros behind the others.
 
-    spikes: population name -> int8 `(B, T, C)`, at each time step one of the neuron's levels, 0 where it is silent.
+    spikes: population name -> int8 `(B, T, C)`, at each time step one of the neuron's levels, 0 where it is silent;
+        int16 where one does not fit in a byte.
     values: graded populations only, name -> float32 `(B, T, C)`, what is passed on: spike times activation.
     lengths: int64 `(B,)`, tokens per sentence.
     tokens, words: str `(B, T)`, the token at each time step and the word it is part of.
@@ -132,8 +133,10 @@ class SpikeTrace:
             for name, x in getattr(self, group).items():
                 if x.ndim != 3 or x.shape[:2] != (B, T) or not x.shape[2]:
                     raise ValueError(f"{group}/{name} of shape {x.shape} does not fit tokens of shape {(B, T)}")
-                if x.dtype != (np.int8 if group == "spikes" else np.float32) or not np.isfinite(x).all():
-                    raise ValueError(f"{group}/{name} must be finite int8 (spikes) or float32, got {x.dtype}")
+                if x.dtype not in ((np.int8, np.int16) if group == "spikes" else (np.float32,)):
+                    raise ValueError(f"{group}/{name} must be int8 or int16 (spikes) or float32, got {x.dtype}")
+                if not np.isfinite(x).all():
+                    raise ValueError(f"{group}/{name} must be finite")
 
 
 def record_spikes(
@@ -157,7 +160,7 @@ def record_spikes(
 
     Raises:
         ValueError: the model holds no SpikeGPT, `batch` is none or has no real token, its labels are not one a
-            sentence, or a spike is no integer in [-128, 127].
+            sentence, or a spike is no integer of 16 bit.
     """
     neurons = _populations(_base_model(model))
     _require_batch(batch)
@@ -169,7 +172,7 @@ def record_spikes(
     mask, front = real_first(batch)
     tokens, words = _tokens_and_words(batch, tokenizer, mask, front)
     labels = torch.full((len(mask),), -1) if batch.get("labels") is None else batch["labels"]
-    spikes = {name: _as_int8(_left_aligned(x, mask, front)) for name, x in recorded.pop("spikes").items()}
+    spikes = {name: _as_integers(_left_aligned(x, mask, front)) for name, x in recorded.pop("spikes").items()}
     others: dict[str, Any] = {
         group: {name: _left_aligned(x, mask, front).float().numpy() for name, x in by_name.items()}
         for group, by_name in recorded.items()
@@ -234,10 +237,11 @@ def _left_aligned(x: Tensor, mask: Tensor, front: Tensor) -> Tensor:
     return (x * mask.to(x.device)[..., None]).cpu().gather(1, front[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _as_int8(spikes: Tensor) -> np.ndarray:
-    if not torch.equal(spikes, spikes.to(torch.int8).to(spikes.dtype)):
-        raise ValueError("a recorded spike is no integer in [-128, 127]")
-    return spikes.to(torch.int8).numpy()
+def _as_integers(spikes: Tensor) -> np.ndarray:
+    for dtype in (torch.int8, torch.int16):
+        if torch.equal(spikes, spikes.to(dtype).to(spikes.dtype)):
+            return spikes.to(dtype).numpy()
+    raise ValueError("a recorded spike is no integer of 16 bit")
 
 
 def _logits(output) -> np.ndarray | None:

@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from spikegpt_lora import SpikeLoraConfig
 from spikegpt_lora.adapters import SpikeGate
 from spikegpt_lora.export.manifest import write_manifest
+from spikegpt_lora.neurons.multilevel import IntegerSpikes
+from spikegpt_lora.neurons.residual import IntegerNorm
 
 ADAPTERS = {
     "none": None,
@@ -22,6 +24,10 @@ ADAPTERS = {
         spikelora_v_reset=None,
     ),
 }  # fmt: skip
+
+
+# of models whose matrices read integer spikes: the residual stream itself, or neurons behind the token shift
+DESIGNS = {"M": {"token_shift": "rows"}, "H": {"token_shift": "channels"}}
 
 
 def model_with(adapter, **config):
@@ -50,6 +56,24 @@ def small(adapter="graded", **config):
         if isinstance(module, SpikeGate) and module.tau == 3.0:
             module.tau = 4.0  # a power of two, for the simulators
     return model
+
+
+def spiking(design, adapter="none", **config):
+    """float32; centres, gains and scales that are none of the initial ones."""
+    config = {"matrix_spikes": "integer", "spike_levels": 7, "pad_token_id": 0, **DESIGNS[design], **config}
+    model, generator = fresh_classifier(**config), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, IntegerNorm):
+                module.centre.copy_(torch.randint(0, 4, module.centre.shape, generator=generator))
+            if isinstance(module, IntegerSpikes):
+                module.log_scale.sub_(1)
+    if ADAPTERS[adapter] is not None:
+        model = get_peft_model(model, ADAPTERS[adapter])
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+    return model.float().eval()
 
 
 def reseal(folder):

@@ -7,7 +7,7 @@ import subprocess
 import h5py
 import pytest
 import running
-from builders import batch_of, small
+from builders import DESIGNS, batch_of, small, spiking
 
 from spikegpt_lora.export import export_bundle
 
@@ -38,3 +38,19 @@ def test_spikes_are_those_of_loihis_arithmetic_and_an_altered_one_is_not(tmp_pat
 def test_what_is_no_bundle_is_said(tmp_path):
     done = replayed(tmp_path)
     assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_sums_of_matrices_that_read_integer_spikes_are_exact(design, tmp_path):
+    bundle = export_bundle(spiking(design), batch_of(), tmp_path / "bundle", weights="int8")
+    done = replayed(bundle)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"Dense: (\d+) wrong of ([\d,]+) sums in (\d+) matrices", done.stdout)
+    wrong, sums, matrices = (int(number.replace(",", "")) for number in found.groups())
+    assert wrong == 0 and sums > 2000 and matrices == 2 * 7
+    assert all(int(n) > 0 for n in re.findall(r"with one weight changed: (\d+) wrong", done.stdout))
+
+
+def test_matrices_of_float_weights_are_left_out_by_name(tmp_path):
+    done = replayed(export_bundle(spiking("M"), batch_of(), tmp_path / "bundle"))
+    assert "matrices: left out, weights must be int8" in done.stdout

@@ -10,7 +10,9 @@ from torch import nn
 
 from spikegpt_lora import SpikeLoraConfig
 from spikegpt_lora.neurons.lif import LIF
-from spikegpt_lora.observe.operations import ENERGY, arithmetic_energy, as_json, count_operations
+from spikegpt_lora.observe.books import as_json
+from spikegpt_lora.observe.energy import ENERGY, arithmetic_energy
+from spikegpt_lora.observe.operations import count_operations
 
 # What `neurobench_of(network(), inputs(kind))` returned with NeuroBench 2.3.0. Its operations are per sample: 5 steps.
 NEUROBENCH = {

@@ -6,10 +6,13 @@ import shutil
 
 import pytest
 import running
+from helpers import lively
 from safetensors.torch import load_file, save_file
 
 import spikegpt_lora.export
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, load_task
 from spikegpt_lora.export import Bundle, check_bundle
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.utils.files import locked
 
 NAME = "export_neuromorphic.py"
@@ -141,3 +144,24 @@ def test_two_exports_into_one_folder_are_refused(finetuned, tmp_path):
     with locked(tmp_path):
         done = running.in_a_process(NAME, finetuned / "base", *SUBJ_MINI, "--output-dir", tmp_path)
     assert done.returncode == 2 and "another run (pid" in done.stderr and not (tmp_path / "bundle").exists()
+
+
+@pytest.fixture
+def spiking(tmp_path):
+    """A classifier whose matrices read integer spikes."""
+    tokenizer = train_tokenizer(load_task("subj-mini")["train"]["text"], 300)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2, "pad_token_id": tokenizer.pad_token_id}
+    config = SpikeGPTConfig(**sizes, matrix_spikes="integer", token_shift="rows", spike_levels=7, pooling="mean")
+    lively(SpikeGPTForSequenceClassification(config)).float().save_pretrained(tmp_path / "spiking")
+    tokenizer.save_pretrained(tmp_path / "spiking")
+    return tmp_path / "spiking"
+
+
+def test_what_integer_spikes_cost_stands_in_the_summary(spiking, tmp_path):
+    done = running.here(NAME, spiking, *SUBJ_MINI, "--weights", "int8", "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr + done.stdout
+    text = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
+    assert "weight reads 0." in text and "| dram | 8 |" in text and "| ffn.spike_value | 128 |" in text
+    assert Bundle(tmp_path / "out" / "bundle").manifest["checks"]["integers"]["different_spikes"] == 0
+    done = running.here(NAME, spiking, *SUBJ_MINI, "--event-driven", "--output-dir", tmp_path / "other")
+    assert done.returncode == 2 and "reads integer spikes already" in done.stderr

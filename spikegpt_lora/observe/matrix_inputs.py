@@ -1,0 +1,104 @@
+"""What every matrix of a model reads, found out while it runs.
+
+    for row in matrix_inputs(model, batches): print(row)
+
+The proof, to whoever wants one, that all of them read integer spikes: nothing is taken from the configuration.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..forward import hooked
+from ..model import SpikeGPTModel
+from ..neurons.neuron import neurons_of
+from .operations import count_operations, short_name
+
+RESIDUAL = "residual stream"
+REAL = "real numbers"
+
+
+@dataclass
+class MatrixInput:
+    """One nn.Linear over all real tokens that a model read.
+
+    reads: the neurons whose spikes it was given, by name; "residual stream" where they are whole numbers of no neuron;
+        "real numbers".
+    levels: the whole numbers seen, in rising order; None where one input was no whole number.
+    nonzero: share of inputs that were not 0. weight_reads, plane_additions: per token over those of the dense product;
+        the second None where inputs were real.
+    """
+
+    matrix: str
+    reads: str
+    levels: tuple[int, ...] | None
+    nonzero: float
+    weight_reads: float
+    plane_additions: float | None
+
+
+def matrix_inputs(model: nn.Module, batches: Iterable[Mapping]) -> list[MatrixInput]:
+    """Let `model` read `batches` and say what each of its matrices was given, in the order in which they stand.
+
+    Args:
+        model, batches: as for `count_operations`, whose errors are raised too.
+    """
+    seen = _Seen()
+    with hooked(seen.hooks(model)):
+        counted = count_operations(model, batches)
+    table = []
+    for name, one in counted.layers.items():
+        whole = one.spikes == "integer"
+        table.append(
+            MatrixInput(
+                matrix=name,
+                reads=seen.source(name) if whole else REAL,
+                levels=tuple(sorted(seen.levels[name])) if whole else None,
+                nonzero=one.input_density,
+                weight_reads=one.weight_reads / one.dense_macs,
+                plane_additions=None if one.plane_additions is None else one.plane_additions / one.dense_macs,
+            )
+        )
+    return table
+
+
+class _Seen:
+    """Whole numbers that matrices were given, and which neurons had just sent them."""
+
+    def __init__(self) -> None:
+        self.levels: dict[str, set[int]] = defaultdict(set)
+        self.sources: dict[str, set[str]] = defaultdict(set)
+        self.mask: Tensor | None = None
+        self.sent: dict[int, tuple[str, Tensor]] = {}  # by identity: the tensor is kept, so that no other has it
+
+    def hooks(self, model: nn.Module):
+        inside = next((m for m in model.modules() if isinstance(m, SpikeGPTModel)), model)
+        yield inside.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for name, neuron in neurons_of(model):
+            yield neuron.register_forward_hook(partial(self._sent, short_name(name)))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                yield module.register_forward_pre_hook(partial(self._given, short_name(name)), with_kwargs=True)
+
+    def _begin(self, model, args, kwargs) -> None:
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        self.mask, self.sent = None if mask is None else mask.bool(), {}
+
+    def _sent(self, name, neuron, inputs, output) -> None:
+        self.sent[id(output)] = (name, output)
+
+    def _given(self, name, linear, args, kwargs) -> None:
+        x = args[0] if args else kwargs["input"]
+        self.sources[name].add(self.sent[id(x)][0] if id(x) in self.sent else RESIDUAL)
+        if self.mask is not None and x.shape[:-1] == self.mask.shape:
+            x = x[self.mask]
+        values = x.detach().unique()
+        if torch.equal(values, values.floor()) and values.isfinite().all():
+            self.levels[name].update(int(value) for value in values)
+
+    def source(self, name: str) -> str:
+        return " and ".join(sorted(self.sources[name]))
