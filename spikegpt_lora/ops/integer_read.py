@@ -9,6 +9,7 @@ theirs where the LayerNorm has them. An adapter adds s B p to z, that is s B (rs
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,10 +30,12 @@ class NormalisedIntegers:
     rstd: Tensor
     eps: float
 
-    def normed(self, passed: Tensor) -> Tensor:
-        """rstd p for p `(B, T, r)`, rstd with its gradient."""
-        variance = torch.var(self.stream, dim=-1, correction=0, keepdim=True)
-        return passed * torch.rsqrt(variance + self.eps)
+    @cached_property
+    def differentiable_rstd(self) -> Tensor:
+        """rstd `(B, T, 1)` with its gradient, which adapters need: computed once for all that read. The mean may be
+        without one: the variance is least there."""
+        variance = (self.stream - self.mean[..., None]).square().mean(dim=-1, keepdim=True)
+        return torch.rsqrt(variance + self.eps)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def integer_read(n: NormalisedIntegers, matrix: Matrix, shift: RowShift | None =
     passed = normed = None
     if matrix.passed is not None:
         passed = in_dtype(matrix.passed, dtype)
-        normed = in_dtype(n.normed(matrix.passed), dtype)
+        normed = in_dtype(matrix.passed * n.differentiable_rstd, dtype)
     x, weight = in_dtype(n.x, dtype), in_dtype(matrix.weight, dtype)
     adapter = passed, normed, b, matrix.scaling
     return torch.ops.spikegpt_lora.integer_read(spikes, scaled, matrix.vectors, x, weight, *moments, *adapter, *after)
