@@ -40,7 +40,7 @@ from spikegpt_lora.utils.files import locked, whole_files, write_json, write_tex
 from spikegpt_lora.utils.precision import name_of, resolve
 from spikegpt_lora.utils.saved import weights_digest
 
-LENGTH = 128  # of the rows that scales are fitted on
+LENGTH = 256  # of the rows that scales are fitted on
 COUNTED = 8192  # tokens that nonzero inputs are counted on
 # What the conversion depends on, beside model and text.
 OPTIONS = ("spike_levels", "ffn_levels", "wkv_powers_of_two", "saliency", "share", "factor", "tokens", "seed")
@@ -165,7 +165,8 @@ def convert(model: SpikeGPTForCausalLM, corpus: Corpus, args) -> Conversion:
 
 
 def rows_of(tokens: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(tokens[: len(tokens) // LENGTH * LENGTH].astype(np.int64)).view(-1, LENGTH)
+    length = min(LENGTH, len(tokens))
+    return torch.from_numpy(tokens[: len(tokens) // length * length].astype(np.int64)).view(-1, length)
 
 
 def spiking(model: SpikeGPTForCausalLM, ids: torch.Tensor, args) -> SpikeGPTForCausalLM:

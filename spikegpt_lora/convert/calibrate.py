@@ -49,16 +49,18 @@ def calibrate(model: Model, ids: Tensor, sequential: bool = False) -> Model:
             while all are silent, which was the better (README.md).
 
     Raises:
-        ValueError: too few tokens, or a model without integer spikes.
+        ValueError: too few tokens, or a model that `prepare` did not make.
     """
     require_spiking(model)
+    if model.config.token_shift != "channels":
+        raise ValueError("scales are fitted of what prepare() gives; those of token_shift 'rows' are trained")
     if ids.numel() < TOKENS:
         raise ValueError(f"scales are fitted on {TOKENS:,} tokens or more, got {ids.numel():,}: give more text")
     wake(model, ())
     with evaluating(model):
-        x, _ = model.spikegpt.emb_spike.step(model.spikegpt.emb(ids.to(model.device)))
+        x = spikes = model.spikegpt.emb_spike(model.spikegpt.emb(ids.to(model.device)))
         if sequential:
-            _round_amplitude(model, x)
+            _round_amplitude(model, spikes)
         for block in model.spikegpt.blocks:
             for stage in ORDER if sequential else [sum(ORDER, ())]:
                 _fit(block, x, stage)
@@ -66,7 +68,7 @@ def calibrate(model: Model, ids: Tensor, sequential: bool = False) -> Model:
                     block.get_submodule(name).silent = False  # type: ignore[assignment]
             x, _ = block(x, NOTHING)
         if not sequential:
-            _round_amplitude(model, model.spikegpt.emb_spike(model.spikegpt.emb(ids)))
+            _round_amplitude(model, spikes)
     return centre(wake(model), ids)
 
 
@@ -160,10 +162,12 @@ def _fit(block: nn.Module, x: Tensor, names: tuple[str, ...]) -> None:
 
 
 def _round_amplitude(model: Model, spikes: Tensor) -> None:
-    """The amplitude wakes, and every offset takes up what its rounding moves the channel's mean by."""
+    """The amplitude becomes integer and wakes; every offset takes up what that moves its channel's mean by."""
     amplitude = cast(IntegerAmplitude, model.spikegpt.blocks[0].get_submodule("amplitude0"))
     a = amplitude.amplitude
-    moved = (a - torch.floor(a + 0.5)) * spikes.flatten(0, -2).mean(dim=0)
+    rounded = torch.floor(a + 0.5)
+    moved = (a - rounded) * spikes.flatten(0, -2).mean(dim=0)
+    a.copy_(rounded)
     for module in model.modules():
         if isinstance(module, IntegerNorm):
             module.offset += moved

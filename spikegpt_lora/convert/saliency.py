@@ -8,8 +8,8 @@
 
 x is what the matrix would read if nothing were rounded. The cost of levels is counted in binary neurons, one a level
 that is not 0 (see neurons/multilevel.py): 2 K of a signed channel, K of a one-sided one. At the same share and factor
-all scores cost the same. Source: optimal brain spiking of SpikeLLM (Xing et al. 2024, arXiv 2407.04752, figure 2: a
-first-order score for activations, in groups of channels).
+all scores cost the same. Source of `output`: optimal brain spiking of SpikeLLM (Xing et al. 2024, arXiv 2407.04752,
+theorem 1; figure 2: groups of channels with more steps).
 """
 
 from collections.abc import Iterator

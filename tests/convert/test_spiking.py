@@ -179,6 +179,15 @@ def test_a_model_whose_matrices_read_the_residual_itself_is_centred_too():
     assert nonzero[1] < nonzero[0] and all(torch.equal(x, x.round()) for x in after.values())
 
 
+def test_calibrating_again_moves_no_offset_and_no_amplitude():
+    model = calibrate(prepare(made()), text())
+    names = [name for name in model.state_dict() if name.endswith(("offset", "amplitude"))]
+    once = {name: model.state_dict()[name].clone() for name in names}
+    calibrate(model, text())
+    assert len(names) == 2 * SIZES["n_layer"] + 2
+    assert all(torch.equal(model.state_dict()[name], once[name]) for name in names)
+
+
 def test_parts_wake_by_themselves_and_are_all_neurons():
     model = prepare(made())
     every = {name for name, m in model.named_modules() if hasattr(m, "silent")}
@@ -224,3 +233,5 @@ def test_wrong_values_are_refused():
         calibrate(prepare(made()), text(1))
     with pytest.raises(ValueError, match="real numbers: prepare"):
         calibrate(made(), text())
+    with pytest.raises(ValueError, match="those of token_shift 'rows' are trained"):
+        calibrate(SpikeGPTForCausalLM(SpikeGPTConfig(**SIZES, matrix_spikes="integer", token_shift="rows")), text())

@@ -109,6 +109,11 @@ def test_other_recipes_take_the_model(converted, made, tmp_path):
     ]
     done = here("pretrain.py", made / "text.txt", "--model", model, "--output-dir", tmp_path, *further)
     assert done.returncode == 0, done.stderr
+    sizes = ["--task", "subj-mini", "--epochs", "1", "--max-train-samples", "16", "--methods", "full"]
+    tuned = here(
+        "subj_finetune.py", "--model", model, "--output-dir", tmp_path / "subj", "--precision", "float32", *sizes
+    )
+    assert tuned.returncode == 0, tuned.stderr
     trained = load_language_model(str(tmp_path / "model"))[0]
     assert all(torch.equal(x, x.round()) for x in read_by_matrices(trained, torch.arange(20).view(1, 20)))
 
