@@ -23,6 +23,7 @@ from .spiking_linear import SMALLEST, SpikingLinear, matrix_of
 
 WHICH = ("blocks", "all")
 STEPS = ("token", "tensor", "channel")
+MOST_LEVELS = 512
 RATIOS = [0.85**i for i in range(20)]  # of the largest value, at which static steps are tried: 1 ... 0.046
 SHIFTS = (-2, 8)  # a channel's step is their median times 2^-2 ... 2^8: what calibration hardly saw keeps a step
 
@@ -52,9 +53,9 @@ class Spiking:
     def __post_init__(self) -> None:
         if self.steps not in STEPS:
             raise ValueError(f"steps must be one of {', '.join(STEPS)}, got {self.steps!r}")
-        if not (self.zero_point or self.levels % 2) or not 3 <= self.levels <= 2 * MOST + 2:
+        if not (self.zero_point or self.levels % 2) or not 3 <= self.levels <= MOST_LEVELS:
             raise ValueError(
-                f"levels must be in 3 ... {2 * MOST + 2}, and odd without a zero point, got {self.levels}: "
+                f"levels must be in 3 ... {MOST_LEVELS}, and odd without a zero point, got {self.levels}: "
                 "-K ... K are 2 K + 1 levels"
             )
         if not 0 <= self.share <= 1 or self.times < 1:
