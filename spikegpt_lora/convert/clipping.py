@@ -28,7 +28,7 @@ def blocks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The members of the outermost lists of modules that hold a SpikingLinear, by name."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not f"{name}.".startswith(inside or ("\n",)):
+        if isinstance(module, nn.ModuleList) and not name.startswith(inside):
             if any(isinstance(m, SpikingLinear) for m in module.modules()):
                 inside += (f"{name}.",)
                 yield from ((f"{name}.{i}", block) for i, block in enumerate(module))

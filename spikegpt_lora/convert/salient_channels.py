@@ -1,12 +1,12 @@
 """Which input channels of a linear layer get more spikes: SpikeLLM's optimal brain spiking, and what it is judged by.
 
-    first-order   mean over tokens of x_c (W^T W x)_c: the paper's score (theorem 1), its sign kept, as its code does
+    first-order   mean over tokens of x_c (W^T W x)_c: the paper's score, its sign kept, as in its code
     absolute      mean over tokens of |x_c (W^T W x)_c|: the same without cancelling
     magnitude     max over tokens of |x_c|
     random        nothing of the model
 
-Source: Xing et al. 2024, arXiv 2407.04752, section 3.2. The score is a heuristic: the gradient of the layer's squared
-error is not W x, as its proof has it, but the error that rounding makes.
+Source: Xing et al. 2024, arXiv 2407.04752, theorem 1. The score is a heuristic: with respect to the layer's output, the
+gradient of its squared error is twice the error that rounding makes, not W x, which the proof puts in its place.
 """
 
 import torch

@@ -160,8 +160,10 @@ def _spiking(linear: nn.Module, rows: Tensor, spiking: Spiking, generator: torch
     weight = matrix_of(linear)
     one_sided = spiking.zero_point or bool(rows.min() >= 0)
     base = spiking.levels - 1 if one_sided else (spiking.levels - 1) // 2
-    chosen = salient(scores_of(rows, weight.float().cpu(), spiking.score, generator), spiking.share)
-    times = torch.where(chosen, spiking.times, 1)
+    times = torch.ones(weight.shape[1], dtype=torch.long)
+    if spiking.share > 0:
+        scores = scores_of(rows, weight.float().cpu(), spiking.score, generator)
+        times[salient(scores, spiking.share)] = spiking.times
     neuron = IntegerSpikes(weight.shape[1], min(base, MOST), signed=not one_sided)
     module = SpikingLinear(linear, neuron, base, spiking.steps == "token", spiking.zero_point)
     low = steps = None
