@@ -114,10 +114,15 @@ TORCH_LIBRARY(spikegpt_lora, library) {
   library.def(
       "block_step(Tensor x, Tensor[] state, Tensor[] vectors, Tensor[] shares, Tensor[] matrices, "
       "Tensor?[] scales, float eps, " LIF_SETTINGS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "integer_block_step(Tensor x, Tensor[] state, Tensor[] norms, Tensor[] time, Tensor[] shares, Tensor[] matrices, "
+      "Tensor[] vectors, Tensor[] neurons, float eps, " LIF_SETTINGS ") "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(spikegpt_lora, CPU, library) {
   spikegpt::register_kernels<spikegpt::Cpu>(library);
   library.impl("packed_linear", &spikegpt::packed_linear<spikegpt::Cpu>);
   library.impl("block_step", &spikegpt::BlockStep<spikegpt::Cpu>::run);
+  library.impl("integer_block_step", &spikegpt::IntegerBlockStep<spikegpt::Cpu>::run);
 }

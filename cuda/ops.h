@@ -6,6 +6,7 @@
 #include <ATen/OpMathType.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -672,6 +673,76 @@ struct BlockSteps {
 
 template <class Device>
 using BlockStep = BlockSteps<Device, double, double, std::optional<double>, bool, double, bool>;
+
+// The same of a block whose matrices read integers.
+template <class Device, class... Settings>
+struct IntegerBlockSteps {
+  // state: as above. norms: weight, bias, offset and centre of ln1, then of ln2. time: time_decay and time_first.
+  // matrices, each times its scale: att's key, value, receptance, ffn's key, receptance, att's output, ffn's value.
+  // shares and vectors (3, R): of the first five; without vectors their channels are mixed, not their rows. neurons:
+  // log_scale and most of those before att's output and ffn's value, and without vectors of those before the first five.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run(
+      const Tensor& x, at::TensorList state, at::TensorList norms, at::TensorList time, at::TensorList shares,
+      at::TensorList matrices, at::TensorList vectors, at::TensorList neurons, double eps, Settings... settings) {
+    const bool rows = vectors.size() == 5, fits = rows ? neurons.size() == 4 : vectors.empty() && neurons.size() == 14;
+    const bool complete = state.size() == 5 && norms.size() == 8 && time.size() == 2 && shares.size() == 5;
+    TORCH_CHECK_VALUE(complete && matrices.size() == 7 && fits, "integer_block_step takes 5 states, 8 of norms, 2 of time,"
+                      " 5 shares, 7 matrices, and 5 vectors with 4 of neurons or none with 14, got ", state.size(), ", ",
+                      norms.size(), ", ", time.size(), ", ", shares.size(), ", ", matrices.size(), ", ", vectors.size(),
+                      ", ", neurons.size());
+    using Lif = LifOperators<Device, Settings...>;
+    const auto held = [&](int i) { return state[i].to(at::kFloat); };
+    const auto norm = [&](int i) { return norms[i].to(at::kFloat); };
+    const auto share = [&](int i) { return shares[i].reshape(-1).to(at::kFloat); };
+    const auto times = [&](const Tensor& from, int i) { return packed_linear<Device>(from, matrices[i], {}); };
+    const auto fire = [&](const Tensor& from, int i, bool squares) {
+      return integer_spikes<Device>(from, neurons[2 * i].to(at::kFloat), neurons[2 * i + 1].to(at::kFloat),
+                                    i != 1, squares);
+    };
+
+    // What the N matrices from the `first` on give for a norm of n; and the new shift.
+    const auto read = [&]<int N>(const Tensor& n, int of_norm, int first, const Tensor& last) {
+      std::array<Tensor, N + 1> out;
+      const Tensor stream = n.add(norm(of_norm + 2));
+      if (!rows) {
+        std::array<Tensor, N> mixes;
+        for (int j = 0; j < N; j++) mixes[j] = share(first + j);
+        const Shifted<N> shifted =
+            shift<Device, N>(stream, norm(of_norm), norm(of_norm + 1), eps, last, {}, mixes, {});
+        for (int j = 0; j < N; j++) out[j] = times(fire(shifted.mixed[j], 2 + first + j, false), first + j);
+        out[N] = shifted.last;
+        return out;
+      }
+      const auto [mean, rstd] = Device::moments(stream.contiguous(), eps);
+      const Tensor spikes = n.sub(norm(of_norm + 3));
+      std::vector<Tensor> lasts(N);
+      int64_t row = 0;
+      for (int j = 0; j < N; j++) {
+        const int64_t R = matrices[first + j].size(0);
+        std::tie(out[j], lasts[j]) =
+            integer_rows<Device>(times(spikes, first + j), mean, rstd, vectors[first + j], share(first + j),
+                                 last.narrow(1, row, R), {});
+        row += R;
+      }
+      out[N] = at::cat(lasts, 1);
+      return out;
+    };
+
+    const auto [k, v, r, att_shift] = read.template operator()<3>(x, 0, 0, held(0));
+    const auto [y, wkv_state] =
+        wkv<Device>(time[0].to(at::kFloat).exp().neg_(), time[1].to(at::kFloat), k, v, held(1), {});
+    const Tensor mixed_time = times(fire(sigmoid_gate<Device>(r, y), 0, false), 5);
+    const auto [between, att_membrane] = Lif::add(x, mixed_time, held(2), {}, settings..., {}, 0.0);
+
+    const auto [key, receptance, ffn_shift] = read.template operator()<2>(between, 4, 3, held(3));
+    const Tensor mixed_channels = sigmoid_gate<Device>(receptance, times(fire(key, 1, true), 6));
+    const auto [after, ffn_membrane] = Lif::add(between, mixed_channels, held(4), {}, settings..., {}, 0.0);
+    return {after, att_shift, wkv_state, att_membrane, ffn_shift, ffn_membrane};
+  }
+};
+
+template <class Device>
+using IntegerBlockStep = IntegerBlockSteps<Device, double, double, std::optional<double>, bool, double, bool>;
 
 // Called by TORCH_LIBRARY_IMPL of each device: the names are those of the schemas in ops.cpp.
 template <class Device, class Library>

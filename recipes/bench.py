@@ -53,6 +53,7 @@ from spikegpt_lora.forward import evaluating
 from spikegpt_lora.neurons.lif import LIF
 from spikegpt_lora.ops import build
 from spikegpt_lora.ops.backend import default_backend, load
+from spikegpt_lora.ops.integer_spikes import integer_spikes
 from spikegpt_lora.pretrain.loop import Pretraining, PretrainOptions
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.errors import read_json
@@ -307,6 +308,64 @@ def generation(repeats: int) -> list[dict]:
     return rows
 
 
+def spikes(repeats: int) -> list[dict]:
+    """Integer spikes: the neuron alone, a training step of a language model whose matrices read them, and a token."""
+    x, most = torch.randn(16, 128, 1024).requires_grad_(), torch.full((1024,), 3.0)
+    log_scale, gy = torch.zeros(1024).requires_grad_(), torch.randn(16, 128, 1024)
+
+    def fire(backend):
+        out = integer_spikes(x, log_scale, most, False, True, backend=backend)
+        return torch.autograd.grad(out, (x, log_scale), gy)
+
+    ways = {"kernel": partial(fire, "extension"), "plain torch": partial(fire, "reference")}
+    agree("integer spikes", ways, 1e-4)
+    rows = compare("integer spikes, forward + backward (16, 128, 1024)", ways, repeats)
+    models = {name: integer_model(**settings) for name, settings in INTEGERS.items()}
+    ids, ways = torch.randint(1, VOCABULARY, (16, 129)), {}
+    for name, model in models.items():
+        one = partial(gradients_of, model, ids[:2, :20])
+        plain = inside(lambda: default_backend("reference"), one)
+        agree(f"gradients, {name}", {"kernels": one, "plain torch": plain}, 1e-6)
+        step = language_step(model.float().train(), ids)
+        ways |= {name: step, f"{name}, plain torch": inside(lambda: default_backend("reference"), step)}
+    rows += compare("training step by what matrices read, 4 x 256, 16 x 128 tokens", ways, repeats)
+    with torch.inference_mode():
+        ways = {name: token_reader(model.eval()) for name, model in models.items()}
+        return rows + compare("one token by what matrices read, 4 x 256, streaming", ways, 3 * repeats)
+
+
+INTEGERS = {
+    "real numbers": {},
+    "integers, shift of rows": {"matrix_spikes": "integer", "token_shift": "rows"},
+    "integers, shift of channels": {"matrix_spikes": "integer", "token_shift": "channels"},
+}
+
+
+def integer_model(**settings) -> SpikeGPTForCausalLM:
+    torch.manual_seed(0)
+    return random_weights(SpikeGPTForCausalLM(config(SMALL, vocab_size=VOCABULARY, dropout=0.0, **settings)))
+
+
+def gradients_of(model: SpikeGPTForCausalLM, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Of a language model in float64, so that no rounding flips a spike."""
+    model.double().zero_grad()
+    model(ids, labels=ids).loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def language_step(model: SpikeGPTForCausalLM, ids: torch.Tensor) -> Callable:
+    """A training step of all weights, which stay what they are."""
+    model.zero_grad()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def step():
+        model(ids[:, :-1], labels=ids[:, :-1]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def rwkv(repeats: int) -> list[dict]:
     """transformers' RwkvModel of the same size, full training step without a head (it has no CPU kernel)."""
     ids = torch.randint(1, VOCABULARY, (SMALL["batch"], SMALL["tokens"]))
@@ -327,7 +386,7 @@ def rwkv(repeats: int) -> list[dict]:
 
 PARTS = {
     part.__name__: part
-    for part in (kernels, lengths, step, encoder, large_step, gates, pretrain, streaming, generation, rwkv)
+    for part in (kernels, lengths, step, encoder, large_step, gates, pretrain, streaming, generation, spikes, rwkv)
 }
 
 

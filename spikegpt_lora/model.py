@@ -31,6 +31,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .config import SpikeGPTConfig, check_saved
 from .neurons.embedding import EmbeddingSpike
+from .neurons.integer_block import integer_block_step
 from .neurons.lif import LIF
 from .neurons.multilevel import IntegerSpikes
 from .neurons.residual import IntegerAmplitude, IntegerNorm
@@ -274,7 +275,8 @@ class Block(GradientCheckpointingLayer):
             x = self.ln0(x)
         elif hasattr(self, "amplitude0"):
             x = self.amplitude0(x)
-        if mask is None and (stepped := block_step(self, SRWKV, SRFFN, x, state)) is not None:
+        in_one = integer_block_step if self.att.spiking else block_step
+        if mask is None and (stepped := in_one(self, SRWKV, SRFFN, x, state)) is not None:
             return stepped
         current, att_shift, wkv_state = self.att(x, self.ln1, att_shift, wkv_state, mask)
         x, att_membrane = self.lif1.add(x, current, att_membrane, mask)

@@ -282,6 +282,8 @@ SEAMS = [
     Seam("torch Module._modules, _parameters, _buffers", "ops/block_step.py, ops/backend.py", "what it holds, by name",
          lambda: (list((linear := nn.Linear(2, 2))._parameters), list(nn.Sequential(linear)._modules), linear._buffers)
          == (["weight", "bias"], ["0"], {})),
+    Seam("torch Module._apply", "ops/spike_linear.py", "asked of every module that is moved or cast",
+         lambda: says(nn.Module._apply, "for module in self.children():", "module._apply(fn")),
     Seam("torch Module._save_to_state_dict, _load_from_state_dict", "ops/packed_linear.py", "asked for every module",
          lambda: says(nn.Module.state_dict, "self._save_to_state_dict(")
          and says(nn.Module.load_state_dict, "module._load_from_state_dict(")),

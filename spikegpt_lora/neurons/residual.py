@@ -111,11 +111,14 @@ class IntegerNorm(nn.LayerNorm):
             base, *adapter = found
         else:
             return None
-        real = torch.promote_types(spikes.dtype, torch.float32)
+        return Matrix(base.weight, *self.folded(base, torch.promote_types(spikes.dtype, torch.float32)), *adapter)
 
-        @torch.no_grad()  # the gradient goes another way
+    def folded(self, linear: SpikeLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_g, and its vectors `(3, rows)` in dtype; neither has a gradient, which goes another way."""
+
         def fold():
-            return base.weight * self.weight, in_dtype(self._vectors(base.weight), real)
+            with torch.no_grad():
+                return weight * self.weight, in_dtype(self._vectors(weight), dtype)
 
-        sources = base.weight, self.weight, self.bias, self.offset, self.centre
-        return Matrix(base.weight, *base.folded(fold, *sources), *adapter)
+        weight = cast(Tensor, linear._parameters["weight"])
+        return linear.folded(fold, weight, *cast(dict, self._parameters).values(), self.centre)

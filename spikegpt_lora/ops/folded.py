@@ -25,10 +25,10 @@ class Folded:
 
     def __call__(self, compute: Callable[[], Any], *sources: Tensor) -> Any:
         """`compute()`, which depends on `sources` and on nothing else that changes."""
-        if not all(map(_countable, sources)):
-            self.clear()
+        state = None if torch.compiler.is_compiling() else _state(sources)
+        if state is None:
+            self._kept = None
             return compute()
-        state = [(source.data_ptr(), source._version, source.shape, source.dtype) for source in sources]
         kept = self._kept
         if kept is None or kept[0] != state:
             with torch.inference_mode(False), torch.no_grad():  # else nothing could be trained with it later
@@ -42,8 +42,13 @@ class Folded:
         return Folded, ()
 
 
-def _countable(source: Tensor) -> bool:
-    """Whether its changes can be seen, and no gradient is asked of it."""
-    if torch.compiler.is_compiling() or type(source) not in (Tensor, nn.Parameter) or source.is_inference():
-        return False
-    return not source.requires_grad or not (torch.is_grad_enabled() or source.grad is not None)
+def _state(sources: tuple[Tensor, ...]) -> list | None:
+    """What says whether they have changed; None where nothing does, or a gradient is asked of one of them."""
+    gradients, state = torch.is_grad_enabled(), []
+    for source in sources:
+        if source.requires_grad and (gradients or source.grad is not None):
+            return None
+        if type(source) not in (nn.Parameter, Tensor) or source.is_inference():
+            return None
+        state.append((source.data_ptr(), source._version, source.shape, source.dtype))
+    return state

@@ -4,6 +4,8 @@ q are integers, so on a chip that holds W diag(s) every product is an addition, 
 spike of each channel stands for: the scale of the neuron that sent it, or the gain of a norm.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,7 +34,8 @@ class SpikeLinear(nn.Linear):
 
     def scaled(self, scale: Tensor) -> Tensor:
         """W diag(s)."""
-        return self.folded(lambda: self.weight * scale, self.weight, scale)
+        weight = cast(Tensor, self._parameters["weight"])  # as an attribute it takes as long as a small kernel
+        return self.folded(lambda: weight * scale, weight, scale)
 
     def _apply(self, *args, **kwargs):
         self.folded.clear()
