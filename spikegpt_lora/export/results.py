@@ -39,6 +39,8 @@ def summary(results: dict) -> str:
             "    (the first of each at most {farthest_first_flip:.1e} from its threshold); {different_predictions} "
             "predictions differ".format(**results["interpreter"])
         )
+        if count := results["interpreter"].get("sentences_with_a_rounded_exponent"):
+            lines.append(f"    {count} with other spikes behind an exponent of WKV that lies at a rounding")
     lines += [_simulator(name, result) for name, result in results.get("simulators", {}).items()]
     lines += [f"WRONG  {problem}" for problem in results["problems"]]
     right = f"the bundle is right\n{NOT_PROVEN}"

@@ -5,10 +5,12 @@
 The proof, to whoever wants one, that all of them read integer spikes: nothing is taken from the configuration.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from ..model import SpikeGPTModel
 from ..neurons.neuron import neurons_of
 from .operations import count_operations, short_name
 
+HEAD = ["matrix", "reads", "levels", "nonzero %", "weight reads", "plane additions"]  # the last two: of dense
 RESIDUAL = "residual stream"
 REAL = "real numbers"
 
@@ -64,6 +67,49 @@ def matrix_inputs(model: nn.Module, batches: Iterable[Mapping]) -> list[MatrixIn
             )
         )
     return table
+
+
+def by_kind(table: list[MatrixInput]) -> list[MatrixInput]:
+    """The same with the blocks taken together, "att.key" say: all levels, and the means over blocks."""
+    kinds: dict[str, list[MatrixInput]] = defaultdict(list)
+    for row in table:
+        kinds[_without_block(row.matrix)].append(row)
+    return [
+        MatrixInput(
+            matrix=kind,
+            reads=" and ".join(sorted({_without_block(row.reads) for row in rows})),
+            levels=None if any(row.levels is None for row in rows) else _union(row.levels or () for row in rows),
+            nonzero=fmean(row.nonzero for row in rows),
+            weight_reads=fmean(row.weight_reads for row in rows),
+            plane_additions=None
+            if any(row.plane_additions is None for row in rows)
+            else fmean(row.plane_additions or 0.0 for row in rows),
+        )
+        for kind, rows in kinds.items()
+    ]
+
+
+def cells(table: list[MatrixInput]) -> list[list[str]]:
+    """Rows of text under HEAD, for `report.markdown.table`."""
+    return [
+        [
+            row.matrix,
+            row.reads,
+            "" if not row.levels else f"{row.levels[0]} … {row.levels[-1]}, {len(row.levels)} seen",
+            f"{100 * row.nonzero:.1f}",
+            f"{row.weight_reads:.3f}",
+            "" if row.plane_additions is None else f"{row.plane_additions:.3f}",
+        ]
+        for row in table
+    ]
+
+
+def _without_block(name: str) -> str:
+    return re.sub(r"blocks\.\d+\.", "", name)
+
+
+def _union(levels: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(sorted(set().union(*levels)))
 
 
 class _Seen:

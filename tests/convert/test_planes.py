@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import adapted, fresh_classifier, padded_batch
+from helpers import SIZES, adapted, fresh_classifier, lively, padded_batch
 from torch import nn
 
-from spikegpt_lora import SpikeLoraConfig
+from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeLoraConfig
 from spikegpt_lora.convert.planes import PlanesLinear, as_planes
 from spikegpt_lora.observe.operations import count_operations
 from spikegpt_lora.ops.spike_linear import SpikeLinear
@@ -40,6 +40,20 @@ def test_logits_are_the_models_and_every_input_is_minus_one_zero_or_one(design, 
     others = [name for name in seen if not all(set(x.unique().tolist()) <= {-1, 0, 1} for x in seen[name])]
     assert sorted(others) == sorted(real) and bool(real) == (gate == "graded")
     assert max(map(len, seen.values())) > 2 and len(seen) >= 7 * 3 + 1
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@torch.no_grad()
+def test_a_language_model_streams_its_planes(design):
+    config = SpikeGPTConfig(**SIZES, matrix_spikes="integer", spike_levels=3, **DESIGNS[design])
+    model = lively(SpikeGPTForCausalLM(config))
+    (planes, real), ids = as_planes(model), batch()["input_ids"]
+    assert not real and isinstance(planes.head, PlanesLinear)
+    whole, state, logits = model(ids).logits, None, []
+    for t in range(ids.shape[1]):
+        output = planes(ids[:, t : t + 1], state=state, use_cache=True)
+        state, logits = output.state, [*logits, output.logits]
+    assert (torch.cat(logits, dim=1) - whole).abs().max() < 1e-11
 
 
 @pytest.mark.parametrize("design", DESIGNS)

@@ -104,3 +104,29 @@ def test_spikelora_on_every_matrix_is_exported(tmp_path):
     assert isinstance(ADAPTERS["binary"], SpikeLoraConfig) and ADAPTERS["binary"].spikelora_gate == "binary"
     names = {node["name"] for node in graph_of(spiking("M", "binary")).nodes}
     assert {"blocks.1.att.output.lora_gate.default", "blocks.1.ffn.value.lora_A.default"} <= names
+
+
+def test_exponents_are_whole_and_weights_of_wkv_are_shifts(tmp_path):
+    graph = graph_of(spiking("M", wkv_powers_of_two=True))
+    graph.save(tmp_path)
+    decays, firsts = (graph.weights[f"blocks.1.att.{name}"] for name in ("decay", "first"))
+    shifts = {2.0**-n for n in range(1, 16)}
+    assert set(decays.tolist()) <= shifts | {1 - shift for shift in shifts}
+    assert np.array_equal(firsts, np.round(firsts))
+
+
+def test_wkv_of_shifts_survives_any_k_and_a_long_text(tmp_path):
+    """No sum runs over or dies away, however far the weights of tokens lie apart."""
+    program, C = Program.__new__(Program), 3
+    program.dtype = np.dtype(np.float32)
+    program.weights = {"d": np.array([2.0**-15, 0.5, 1 - 2.0**-15], np.float32), "u": np.zeros(C, np.float32)}
+    node, state, generator = {"name": "wkv", "decay": "d", "first": "u"}, {}, np.random.default_rng(0)
+    for t in range(3000):
+        k = (
+            generator.choice([-300.0, 0.0, 300.0], (2, C)).astype(np.float32)
+            if t % 100
+            else np.full((2, C), -300.0, "f")
+        )
+        v = generator.uniform(1, 2, (2, C)).astype(np.float32)
+        y = program.wkv_powers_of_two(node, [k, v], state.get("wkv"), state)
+        assert np.isfinite(y).all() and (y >= 0.99).all() and (y <= 2.01).all()

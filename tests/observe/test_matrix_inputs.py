@@ -6,7 +6,7 @@ from helpers import adapted, fresh_classifier, padded_batch
 from torch import nn
 
 from spikegpt_lora import SpikeLoraConfig
-from spikegpt_lora.observe.matrix_inputs import REAL, RESIDUAL, matrix_inputs
+from spikegpt_lora.observe.matrix_inputs import HEAD, REAL, RESIDUAL, by_kind, cells, matrix_inputs
 
 DESIGNS = {"M": {"token_shift": "rows"}, "H": {"token_shift": "channels"}}
 
@@ -70,3 +70,17 @@ def test_no_hook_stays():
     model = spiking("M")
     matrix_inputs(model, [batch()])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_blocks_are_taken_together_and_written_as_text():
+    table = matrix_inputs(spiking("H"), [batch()])
+    kinds = {row.matrix: row for row in by_kind(table)}
+    assert list(kinds) == [row.matrix.removeprefix("blocks.0.") for row in table[:7]] + ["score"]
+    mine = [row for row in table if row.matrix.endswith("att.key")]
+    assert len(mine) == 3 and kinds["att.key"].nonzero == pytest.approx(sum(row.nonzero for row in mine) / 3)
+    assert set(kinds["att.key"].levels) == set().union(*(row.levels for row in mine))
+    assert kinds["att.key"].reads == "att.spike_key"
+    rows = cells(by_kind(table))
+    assert all(len(row) == len(HEAD) for row in rows) and rows[0][:2] == ["att.key", "att.spike_key"]
+    real = cells(by_kind(matrix_inputs(fresh_classifier(), [batch()])))
+    assert real[0][1:3] == [REAL, ""] and real[0][5] == ""
