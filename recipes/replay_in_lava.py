@@ -44,20 +44,15 @@ def main() -> int:
     parser.add_argument("bundle", type=Path, help="folder that export_neuromorphic.py wrote")
     parser.add_argument("--tokens", type=int, default=64, help="that matrices are run on, from the first sentence on")
     args = parser.parse_args()
+    if args.tokens < 1:
+        parser.error(f"--tokens must be 1 or more, got {args.tokens}")
     try:
-        nodes = json.loads((args.bundle / "graph.json").read_text(encoding="utf-8"))["nodes"]
-        with h5py.File(args.bundle / "traces.h5") as traces, np.load(args.bundle / "sentences.npz") as sentences:
-            lengths = sentences["lengths"]
-            seen = {node["name"]: traces[f"nodes/{node['name']}/observables"] for node in nodes if node["op"] == "lif"}
-            recorded = {n: (seen[n]["current/data"][()], seen[n]["spikes/data"][()]) for n in seen}
-            known = set(traces["nodes"])
-            spikes = {name: traces[f"nodes/{name}/observables/spikes/data"][()] for name in known}
-        with np.load(args.bundle / "weights.npz") as file:
-            weights = dict(file)
+        nodes, lengths, weights, spikes, currents = read(args.bundle)
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {args.bundle} cannot be read: {error}", file=sys.stderr)
         return 2
-    results = [compare(node, *recorded[node["name"]], lengths) for node in nodes if node["op"] == "lif"]
+    lifs = [node for node in nodes if node["op"] == "lif"]
+    results = [compare(node, currents[node["name"]], spikes[node["name"]], lengths) for node in lifs]
     results = [result for result in results if result is not None]
     if not results:
         print(f"error: {args.bundle} has no population that fits the chip's integers", file=sys.stderr)
@@ -71,6 +66,18 @@ def main() -> int:
     if any(node["op"] == "integer_spikes" for node in nodes):
         right = replay_matrices(nodes, weights, spikes, lengths, args.tokens) and right
     return 0 if right else 1
+
+
+def read(bundle: Path) -> tuple[list[dict], np.ndarray, dict, dict, dict]:
+    """The graph's nodes, lengths of sentences, weights as stored, and by population spikes and (of LIFs) currents."""
+    nodes = json.loads((bundle / "graph.json").read_text(encoding="utf-8"))["nodes"]
+    with np.load(bundle / "sentences.npz") as sentences, np.load(bundle / "weights.npz") as file:
+        lengths, weights = sentences["lengths"], dict(file)
+    with h5py.File(bundle / "traces.h5") as traces:
+        spikes = {name: traces[f"nodes/{name}/observables/spikes/data"][()] for name in traces["nodes"]}
+        lifs = [node["name"] for node in nodes if node["op"] == "lif"]
+        currents = {name: traces[f"nodes/{name}/observables/current/data"][()] for name in lifs}
+    return nodes, lengths, weights, spikes, currents
 
 
 def replay_matrices(nodes: list[dict], weights: dict, spikes: dict, lengths: np.ndarray, tokens: int) -> bool:

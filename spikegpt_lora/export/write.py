@@ -81,13 +81,7 @@ def export_bundle(
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     model = quantized_copy(model, weights)
     graph = graph_of(model)
-    if event_driven and graph.schema == INTEGER_SCHEMA:
-        raise ValueError(
-            "the event-driven form turns products of real numbers into additions at spikes, and every matrix of this "
-            "model reads integer spikes already: leave it out (cost.json counts its additions)"
-        )
-    if reasons := [reason for node in neurons_in(graph.nodes) for reason in islands.refusals(node)]:
-        raise ValueError("simulators would not run this model's neurons exactly:\n" + "\n".join(reasons))
+    _require_exportable(graph, event_driven)
     trace = record_spikes(model, batch, tokenizer, currents=True)
     _require_sentences(trace, len(graph.labels))
     _require_levels(trace, graph)
@@ -95,15 +89,31 @@ def export_bundle(
     with _whole_folder(directory) as folder:
         _write(folder, graph, trace, batch, weights)
         recorded = record_in_float64(in_float64(model), batch, progress)  # the copy is ours
-        checks = {"exported": compare(Program(folder, np.float64), recorded, "interpreter", progress)}
-        if in_integers(graph.nodes, weights):
-            program = Program(folder, np.float64, integers=True)
-            checks["integers"] = compare(program, recorded, "interpreter in integers", progress)
+        checks = _compared(folder, in_integers(graph.nodes, weights), recorded, progress)
         if event_driven:
             cost["event_driven"] = _event_driven(folder, recorded, progress)
         write_json(folder / "cost.json", cost)
         write_manifest(folder, _manifest(trace, graph, weights) | {"checks": checks})
     return directory
+
+
+def _require_exportable(graph: Graph, event_driven: bool) -> None:
+    if event_driven and graph.schema == INTEGER_SCHEMA:
+        raise ValueError(
+            "the event-driven form turns products of real numbers into additions at spikes, and every matrix of this "
+            "model reads integer spikes already: leave it out (cost.json counts its additions)"
+        )
+    if reasons := [reason for node in neurons_in(graph.nodes) for reason in islands.refusals(node)]:
+        raise ValueError("simulators would not run this model's neurons exactly:\n" + "\n".join(reasons))
+
+
+def _compared(folder: Path, in_integers: bool, recorded: Recorded, progress) -> dict[str, dict]:
+    """The interpreter against the model in float64, and where it can be run so in integer arithmetic too."""
+    checks = {"exported": compare(Program(folder, np.float64), recorded, "interpreter", progress)}
+    if in_integers:
+        program = Program(folder, np.float64, integers=True)
+        checks["integers"] = compare(program, recorded, "interpreter in integers", progress)
+    return checks
 
 
 def _require_sentences(trace: SpikeTrace, classes: int) -> None:
