@@ -4,8 +4,6 @@ q are integers, so on a chip that holds W diag(s) every product is an addition, 
 spike of each channel stands for: the scale of the neuron that sent it, or the gain of a norm.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,7 +32,8 @@ class SpikeLinear(nn.Linear):
 
     def scaled(self, scale: Tensor) -> Tensor:
         """W diag(s)."""
-        weight = cast(Tensor, self._parameters["weight"])  # as an attribute it takes as long as a small kernel
+        own = self._parameters.get("weight")  # as an attribute it takes as long as a small kernel
+        weight = self.weight if own is None else own  # a parametrization computes it
         return self.folded(lambda: weight * scale, weight, scale)
 
     def _apply(self, *args, **kwargs):
