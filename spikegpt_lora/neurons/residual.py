@@ -68,6 +68,8 @@ class IntegerNorm(nn.LayerNorm):
         if n.dim() == 3 and use_extension("auto", n.device):
             normalised = self._normalise(n)
             matrices = [self._matrix(linear, normalised.spikes) for linear in linears]
+            if any(matrix is not None and matrix.passed is not None for matrix in matrices):
+                normalised = normalised.for_adapters()
         else:
             normalised, matrices = None, [None] * len(linears)
         read, reference = [], None

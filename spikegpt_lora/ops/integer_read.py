@@ -8,8 +8,7 @@ y is W x for x = LN(n + o), so its gradients are computed as those of W x: the m
 theirs where the LayerNorm has them. An adapter adds s B p to z, that is s B (rstd p) to y.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +20,8 @@ from .packed_linear import few_rows
 @dataclass(frozen=True)
 class NormalisedIntegers:
     """Of n `(B, T, C)`: spikes n - c, in n's dtype; in float32, or float64 for float64, stream n + o, x its LayerNorm,
-    mean and rstd `(B, T)` of it, which have no gradient; eps, what is added to its variance."""
+    mean and rstd `(B, T)` of it, which have no gradient; eps, what is added to its variance; and of adapters rstd
+    `(B, T, 1)` with its gradient, once for all that read."""
 
     spikes: Tensor
     stream: Tensor
@@ -29,13 +29,12 @@ class NormalisedIntegers:
     mean: Tensor
     rstd: Tensor
     eps: float
+    differentiable_rstd: Tensor | None = None
 
-    @cached_property
-    def differentiable_rstd(self) -> Tensor:
-        """rstd `(B, T, 1)` with its gradient, which adapters need: computed once for all that read. The mean may be
-        without one: the variance is least there."""
+    def for_adapters(self) -> "NormalisedIntegers":
+        """The same with that rstd. The mean may be without a gradient: the variance is least there."""
         variance = (self.stream - self.mean[..., None]).square().mean(dim=-1, keepdim=True)
-        return torch.rsqrt(variance + self.eps)
+        return replace(self, differentiable_rstd=torch.rsqrt(variance + self.eps))
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ class RowShift:
 
 def integer_read(n: NormalisedIntegers, matrix: Matrix, shift: RowShift | None = None) -> tuple[Tensor, Tensor]:
     """y, or where there is a shift mixed, `(B, T, R)` in what the product is computed in; and y at the last real token
-    `(B, R)` in float32, or float64 for float64 (without a shift: empty). The kernels must be there."""
+    `(B, R)` in float32, or float64 for float64 (without a shift: empty). The kernels must be there; of a matrix with an
+    adapter, n is what `for_adapters` gives."""
     dtype, real = product_dtype(n.spikes), n.mean.dtype
     spikes, scaled, b = (None if t is None else in_dtype(t, dtype) for t in (n.spikes, matrix.scaled, matrix.b))
     moments = n.mean, n.rstd

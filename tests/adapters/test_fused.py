@@ -284,6 +284,17 @@ def test_a_model_that_reads_integers_runs_fused_and_where_somebody_looks_on_peft
     assert ways == [looked_on]
 
 
+@pytest.mark.parametrize("shift", ["rows", "channels"])
+def test_adapters_on_integers_compile_without_a_graph_break(shift):
+    need_extension()
+    model, batch, found = integer_net("lora", torch.float64, shift), padded_batch([7, 4, 1]), []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        run(**batch).logits.square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found)
+
+
 def test_an_adapter_that_reads_integers_is_not_merged():
     model = integer_net("lora", torch.float32, "rows")
     with pytest.raises(RuntimeError, match="'default' cannot be merged: it reads integers as they are"):
