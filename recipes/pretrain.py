@@ -118,7 +118,10 @@ def settings(args, bf16: bool) -> tuple[PretrainOptions, SpikeGPTConfig]:
     options = PretrainOptions(bf16=bf16, **{name: getattr(args, name) for name in names})
     given = {name: getattr(args, name) for name in (*SIZES, *SPIKING) if getattr(args, name) is not None}
     if given and args.model:
-        raise ValueError(f"{', '.join(given)}: for a new model; {args.model} has its own")
+        raise ValueError(
+            f"{', '.join(given)}: sizes are for a new model; {args.model} has its own, and what its matrices read is "
+            "changed by convert.py"
+        )
     if given.get("matrix_spikes") == "integer":
         given = {"token_shift": "rows"} | given
     sizes = {name: size for name, (size, _) in SIZES.items()} | given
