@@ -29,11 +29,10 @@ from spikegpt_lora.convert.spiking import prepare, require_convertible
 from spikegpt_lora.observe.operations import count_operations
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.ops.dropout import set_dropout
-from spikegpt_lora.pretrain.corpus import Corpus, evaluation_sentences, prepare_corpus
+from spikegpt_lora.pretrain.corpus import Corpus, add_left_out, evaluation_sentences, prepare_corpus
 from spikegpt_lora.pretrain.loop import Pretraining, PretrainOptions, bf16_of
 from spikegpt_lora.pretrain.progress import STOPPED, bar, train
 from spikegpt_lora.report.markdown import table
-from spikegpt_lora.tasks.registry import TASKS
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.errors import read_json
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
@@ -85,14 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     add("text", help="a file (a document a line; .xz too), a folder of them, or a hub dataset's id")
     add("--output-dir", default=Path("runs/convert"), type=Path, help="everything goes here")
     add("--tokenizer", help="of a .pth file: a folder or hub id (default: upstream's, for its published model)")
-    add(
-        "--decontaminate",
-        default=list(TASKS),
-        nargs="+",
-        metavar="TASK",
-        help="tasks, or files of sentences (tabs part them), whose quotations are left out; none: leave out nothing",
-    )
-    add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the hub")
+    add_left_out(add)
     add = parser.add_argument_group("spikes").add_argument
     add("--spike-levels", default=3, type=command_line.positive, metavar="K", help="the largest integer spike")
     add("--ffn-levels", type=command_line.positive, metavar="K", help="before ffn.value (default: as everywhere)")

@@ -23,7 +23,7 @@ from spikegpt_lora.checkpoint import load_language_model
 from spikegpt_lora.config import MATRIX_SPIKES, SPIKING, TOKEN_SHIFTS
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.ops.dropout import set_dropout
-from spikegpt_lora.pretrain.corpus import Corpus, evaluation_sentences, prepare_corpus
+from spikegpt_lora.pretrain.corpus import Corpus, add_left_out, evaluation_sentences, prepare_corpus
 from spikegpt_lora.pretrain.kneser_ney import KneserNey
 from spikegpt_lora.pretrain.loop import (
     Pretraining,
@@ -35,7 +35,6 @@ from spikegpt_lora.pretrain.loop import (
 from spikegpt_lora.pretrain.perplexity import per_token_word_character, perplexity
 from spikegpt_lora.pretrain.progress import STOPPED, bar, train
 from spikegpt_lora.report.markdown import table
-from spikegpt_lora.tasks.registry import TASKS
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
 from spikegpt_lora.utils.precision import name_of, resolve
@@ -70,14 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("text", help="a file (a document a line; .xz too), a folder of them, or a hub dataset's id")
     add("--output-dir", default=Path("runs/pretrain"), type=Path, help="everything goes here")
-    add(
-        "--decontaminate",
-        default=list(TASKS),
-        nargs="+",
-        metavar="TASK",
-        help="tasks, or files of sentences (tabs part them), whose quotations are left out; none: leave out nothing",
-    )
-    add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the hub")
+    add_left_out(add)
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",

@@ -21,9 +21,11 @@ from ..forward import evaluating, hooked
 from ..model import SpikeGPTForCausalLM
 from ..neurons.multilevel import MOST, IntegerSpikes
 from .calibrate import NOTHING, collected, require_spiking
+from .salient_channels import scores_of
 from .spiking import Model, wake
 
 SCORES = ("output", "gradient", "magnitude", "random", "uniform")
+LAYERS = {"output": "absolute"}  # what salient_channels.py calls it
 ROWS = 8  # whose gradient is held at once
 
 
@@ -88,8 +90,7 @@ def saliency(model: Model, ids: Tensor, score: str, seed: int = 0) -> dict[str, 
             for name, neuron in of_block.items():
                 read = sent[name].flatten(0, -2) * neuron.scale
                 weight = block.get_parameter(f"{name.replace('spike_', '')}.weight")
-                worth = read.abs().amax(dim=0) if score == "magnitude" else _of_output(read, weight)
-                found[f"spikegpt.blocks.{i}.{name}"] = worth
+                found[f"spikegpt.blocks.{i}.{name}"] = scores_of(read, weight, LAYERS.get(score, score))
     return found
 
 
@@ -101,10 +102,6 @@ def spread(spikes: int, channels: int) -> Tensor:
     """So many spikes over so many channels, `(channels,)`, as evenly as whole numbers allow."""
     ends = torch.arange(channels + 1) * spikes // channels
     return ends.diff()
-
-
-def _of_output(x: Tensor, weight: Tensor) -> Tensor:
-    return (x * (x @ weight.T @ weight)).abs().mean(dim=0)
 
 
 def _gradient(model: SpikeGPTForCausalLM, ids: Tensor) -> dict[str, Tensor]:

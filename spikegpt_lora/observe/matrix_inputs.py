@@ -15,8 +15,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from ..forward import hooked
-from ..model import SpikeGPTModel
+from ..forward import RealTokens, hooked
 from ..neurons.neuron import neurons_of
 from .operations import count_operations, short_name
 
@@ -50,8 +49,8 @@ def matrix_inputs(model: nn.Module, batches: Iterable[Mapping]) -> list[MatrixIn
     Args:
         model, batches: as for `count_operations`, whose errors are raised too.
     """
-    seen = _Seen()
-    with hooked(seen.hooks(model)):
+    seen = _Seen(model)
+    with hooked(seen.hooks()):
         counted = count_operations(model, batches)
     table = []
     for name, one in counted.layers.items():
@@ -115,24 +114,20 @@ def _union(levels: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
 class _Seen:
     """Whole numbers that matrices were given, and which neurons had just sent them."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.tokens = model, RealTokens(model)
         self.levels: dict[str, set[int]] = defaultdict(set)
         self.sources: dict[str, set[str]] = defaultdict(set)
-        self.mask: Tensor | None = None
         self.sent: dict[int, tuple[str, Tensor]] = {}  # by identity: the tensor is kept, so that no other has it
 
-    def hooks(self, model: nn.Module):
-        inside = next((m for m in model.modules() if isinstance(m, SpikeGPTModel)), model)
-        yield inside.register_forward_pre_hook(self._begin, with_kwargs=True)
-        for name, neuron in neurons_of(model):
+    def hooks(self):
+        yield self.tokens.attach()
+        yield self.tokens.model.register_forward_pre_hook(lambda *_: self.sent.clear())
+        for name, neuron in neurons_of(self.model):
             yield neuron.register_forward_hook(partial(self._sent, short_name(name)))
-        for name, module in model.named_modules():
+        for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear):
                 yield module.register_forward_pre_hook(partial(self._given, short_name(name)), with_kwargs=True)
-
-    def _begin(self, model, args, kwargs) -> None:
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self.mask, self.sent = None if mask is None else mask.bool(), {}
 
     def _sent(self, name, neuron, inputs, output) -> None:
         self.sent[id(output)] = (name, output)
@@ -140,8 +135,8 @@ class _Seen:
     def _given(self, name, linear, args, kwargs) -> None:
         x = args[0] if args else kwargs["input"]
         self.sources[name].add(self.sent[id(x)][0] if id(x) in self.sent else RESIDUAL)
-        if self.mask is not None and x.shape[:-1] == self.mask.shape:
-            x = x[self.mask]
+        if (mask := self.tokens.mask) is not None and x.shape[:-1] == mask.shape:
+            x = x[mask]
         values = x.detach().unique()
         if torch.equal(values, values.floor()) and values.isfinite().all():
             self.levels[name].update(int(value) for value in values)

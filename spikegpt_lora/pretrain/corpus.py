@@ -88,6 +88,18 @@ def _read_hub(repo_id: str) -> Iterator[str]:
     yield from (text for text in rows["text"] if text and text.strip())
 
 
+def add_left_out(add: Callable) -> None:
+    """The arguments of `evaluation_sentences` for a command line; `add` is its parser's add_argument."""
+    add(
+        "--decontaminate",
+        default=list(TASKS),
+        nargs="+",
+        metavar="TASK",
+        help="tasks, or files of sentences (tabs part them), whose quotations are left out; none: leave out nothing",
+    )
+    add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the hub")
+
+
 def evaluation_sentences(names: list[str], data_dir: Path | None) -> list[str]:
     """The sentences of tasks and files, by name, that a model will be judged on; "none" names nothing.
 
