@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..forward import evaluating, hooked
 from ..neurons.multilevel import IntegerSpikes
 from ..neurons.residual import IntegerAmplitude, IntegerNorm
+from ..ops.folded import nothing_kept
 from .spiking import Model, wake
 
 TOKENS = 4096  # at least
@@ -57,7 +58,7 @@ def calibrate(model: Model, ids: Tensor, sequential: bool = False) -> Model:
     if ids.numel() < TOKENS:
         raise ValueError(f"scales are fitted on {TOKENS:,} tokens or more, got {ids.numel():,}: give more text")
     wake(model, ())
-    with evaluating(model):
+    with evaluating(model), nothing_kept():
         x = spikes = model.spikegpt.emb_spike(model.spikegpt.emb(ids.to(model.device)))
         if sequential:
             _round_amplitude(model, spikes)
@@ -77,7 +78,7 @@ def centre(model: Model, ids: Tensor) -> Model:
     """`model`, with integer spikes, reads each channel of the residual stream off its most frequent integer: more of
     what matrices read is 0, and nothing else changes (see `IntegerNorm`). In place; ids as in `calibrate`."""
     require_spiking(model)
-    with evaluating(model):
+    with evaluating(model), nothing_kept():
         x, _ = model.spikegpt.emb_spike.step(model.spikegpt.emb(ids.to(model.device)))
         for block in model.spikegpt.blocks:
             n = block.amplitude0(x) if hasattr(block, "amplitude0") else x

@@ -1,11 +1,25 @@
 """What is computed of weights alone, kept while they stay as they are: in evaluation it need not be computed again for
 every token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_keeping = True
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Within it nothing is kept: for whatever runs a model once on weights that are about to change, or fill memory."""
+    global _keeping
+    before, _keeping = _keeping, False
+    try:
+        yield
+    finally:
+        _keeping = before
 
 
 class Folded:
@@ -25,7 +39,7 @@ class Folded:
 
     def __call__(self, compute: Callable[[], Any], *sources: Tensor) -> Any:
         """`compute()`, which depends on `sources` and on nothing else that changes."""
-        state = None if torch.compiler.is_compiling() else _state(sources)
+        state = None if torch.compiler.is_compiling() or not _keeping else _state(sources)
         if state is None:
             self._kept = None
             return compute()

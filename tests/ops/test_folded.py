@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from spikegpt_lora.ops.folded import Folded
+from spikegpt_lora.ops.folded import Folded, nothing_kept
 from spikegpt_lora.ops.spike_linear import SpikeLinear
 
 
@@ -107,3 +107,18 @@ def test_a_linear_layer_that_moves_lets_go_of_it():
     linear(torch.ones(1, 3), scale=scale)
     assert linear.folded._kept is not None
     assert linear.double().folded._kept is None
+
+
+def test_within_nothing_kept_nothing_is_kept_and_what_was_is_gone():
+    folded, weight, calls = Folded(), torch.ones(3), []
+
+    def compute():
+        calls.append(1)
+        return weight * 2
+
+    folded(compute, weight)
+    with nothing_kept():
+        assert torch.equal(folded(compute, weight), weight * 2) and folded._kept is None
+    folded(compute, weight)
+    folded(compute, weight)
+    assert len(calls) == 3
