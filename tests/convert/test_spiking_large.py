@@ -1,4 +1,5 @@
-"""The shape of the published 216M model, made here with random weights: it converts within a machine's memory."""
+"""The shape of the published 216M model, made here with random weights: it converts within a machine's memory. What it
+takes is the peak of the whole process, so it runs by itself: `python -m pytest -m large`."""
 
 import resource
 
@@ -10,7 +11,7 @@ from spikegpt_lora.convert.calibrate import calibrate
 from spikegpt_lora.convert.spiking import prepare
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_the_216m_shape_converts():
     config = SpikeGPTConfig()
     with torch.device("meta"):
