@@ -12,15 +12,19 @@ The card of the embedded model has the command that made it.
 import argparse
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
+import numpy as np
 import torch
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, record_spikes
 from spikegpt_lora.checkpoint import load_language_model
 from spikegpt_lora.config import MATRIX_SPIKES, SPIKING, TOKEN_SHIFTS
+from spikegpt_lora.convert.calibrate import centre
+from spikegpt_lora.observe.matrix_inputs import HEAD, MatrixInput, by_kind, cells, matrix_inputs
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.ops.dropout import set_dropout
 from spikegpt_lora.pretrain.corpus import Corpus, add_left_out, evaluation_sentences, prepare_corpus
@@ -139,6 +143,8 @@ def start(options: PretrainOptions, model: SpikeGPTForCausalLM, corpus: Corpus, 
 def finish(run: Pretraining, corpus: Corpus, args) -> None:
     """The model, rounded to bfloat16, with its tokenizer, what was measured, the loss curve and a card."""
     folder = args.output_dir / "model"
+    if run.model.config.matrix_spikes == "integer":
+        centre(run.model, rows_of(corpus.train, run.model.device))
     with whole_files(folder, last="pretraining.json") as temporary:
         rounded = save_rounded(run.model, temporary)
         corpus.tokenizer.save_pretrained(temporary)
@@ -167,15 +173,25 @@ def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, corpus: Corpus, sta
         "corpus": corpus.facts,
         "model": perplexity(rounded, corpus.validation, facts),
         "kneser_ney": per_token_word_character(float(counted.mean()), facts),
-        "firing": firing(rounded, corpus),
+        "firing": firing(rounded, rows_of(corpus.validation, rounded.device)),
+        "matrices": matrices(rounded, rows_of(corpus.validation, rounded.device)),
         "log": run.log,
     }
 
 
-def firing(model: SpikeGPTForCausalLM, corpus: Corpus) -> dict[str, dict[str, float]]:
-    """Of each population, over up to 16,384 validation tokens in stretches of 128."""
-    rows = min(128, len(corpus.validation) // 128)
-    ids = torch.from_numpy(corpus.validation[: rows * 128].astype(int)).view(rows, 128).to(model.device)
+def rows_of(tokens: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Up to 16,384 tokens in stretches of 128."""
+    rows = min(128, len(tokens) // 128)
+    return torch.from_numpy(tokens[: rows * 128].astype(int)).view(rows, 128).to(device)
+
+
+def matrices(model: SpikeGPTForCausalLM, ids: torch.Tensor) -> list[dict]:
+    """What each kind of matrix reads."""
+    return [asdict(row) for row in by_kind(matrix_inputs(model, ({"input_ids": part} for part in ids.split(8))))]
+
+
+def firing(model: SpikeGPTForCausalLM, ids: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Of each population."""
     trace = record_spikes(model, {"input_ids": ids})
     return {
         name: {"rate": trace.firing_rate(name), "dead": trace.dead(name), "saturated": trace.saturated(name)}
@@ -216,6 +232,8 @@ def model_card(record: dict) -> str:
                 for name, row in record["firing"].items()
             ],
         ),
+        "What matrices read on validation text; reads and additions are those of the blocks' dense products:",
+        table(HEAD, cells([MatrixInput(**row) for row in record["matrices"]])),
         "Training loss, mean of 50 steps:",
         table(
             ["step", "nats a token", *["nats a pair"] * bool(options["pairs"]), "hours"],
