@@ -22,7 +22,10 @@ from transformers.training_args import ParallelMode
 from ..forward import run
 from ..model import SpikeGPTForSequenceClassification
 from ..observe.adapters import observe_adapters
+from ..observe.books import totals
+from ..observe.operations import count_operations
 from ..ops.dropout import set_dropout
+from ..ops.spike_linear import SpikeLinear
 from ..utils.errors import writing
 from ..utils.inputs import require_finite
 from ..utils.stopping import deferred
@@ -37,6 +40,8 @@ from .trainer import (
     last_whole_checkpoint,
     training_arguments,
 )
+
+COUNTED = 256  # sentences, of which weight reads are counted
 
 
 def adapt(model: SpikeGPTForSequenceClassification, method: str, options: FinetuneOptions, seed: int) -> nn.Module:
@@ -103,6 +108,7 @@ def finetune(
         require_trained(trainer.model)
         named = {"method": method, "title": METHODS[method].title, **METHODS[method].record}
         record = named | {"seed": seed, "settings": asdict(options), **_record(trainer)}
+        record["weight_reads"] = _weight_reads(trainer, data.get("validation", data["train"]))
         if "test" in data:
             record |= _test(trainer, data["test"])
         else:
@@ -161,6 +167,15 @@ def _record(trainer: Trainer) -> dict:
             entry["step"]: entry["train_sparsity"] for entry in trainer.state.log_history if "train_sparsity" in entry
         },
     }
+
+
+def _weight_reads(trainer: Trainer, rows: Dataset) -> float | None:
+    """Share of the blocks' weights that a token of the first COUNTED `rows` reads; None without integer spikes."""
+    if not any(isinstance(module, SpikeLinear) for module in trainer.model.modules()):
+        return None
+    some = rows.select(range(min(COUNTED, len(rows))))
+    counted = count_operations(trainer.model, DataLoader(some, COUNTED // 8, collate_fn=trainer.data_collator))
+    return totals(counted, blocks=True)["weight_reads_share"]
 
 
 def _test(trainer: Trainer, rows: Dataset) -> dict:

@@ -1,5 +1,7 @@
 """Results as Markdown tables."""
 
+from itertools import zip_longest
+
 from .results import title_of, titles
 
 
@@ -14,7 +16,7 @@ def markdown(results: dict) -> str:
         + " test split was read once a run."
         + (f" Trained and tested in {results['precision']}." if "precision" in results else ""),  # since 0.3.0
         _methods_table(results),
-        f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.\n{_LEGEND}",
+        f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.\n{_LEGEND}{_READS * _has_reads(results)}",
     ]
     if results["comparisons"]:
         parts.append(_comparisons_table(results))
@@ -23,13 +25,19 @@ def markdown(results: dict) -> str:
 
 def _methods_table(results: dict) -> str:
     names = ["trained parameters", "test accuracy %", "validation %", "seconds", "sparsity %", "dead ranks %"]
+    names += ["adapter / W0x", "adapters off %"]
     rows = [_row(row) for row in results["summary"]]
     for row in results["baselines"]:
         accuracy = [f"{100 * row[f'accuracy_{split}']:.2f}" for split in ("test", "validation")]
         rows.append([row["method"], f"{row['parameters']:,}", *accuracy, f"{row['seconds']:.1f}", *["–"] * 4])
     for row in results["published"]:
         rows.append([f"*published, 216M model: {row['method']}*", None, f"*{row['accuracy']:.2f}*", *[None] * 6])
-    return table(["method", *names, "adapter / W0x", "adapters off %"], rows)
+    if _has_reads(results):
+        names.append("weight reads %")
+        reads = [row["weight_reads"] for row in results["summary"]]
+        cells = ["–" if share is None else f"{100 * share:.1f}" for share in reads]
+        rows = [[*row, cell] for row, cell in zip_longest(rows, cells)]
+    return table(["method", *names], rows)
 
 
 def _comparisons_table(results: dict) -> str:
@@ -71,6 +79,12 @@ _LEGEND = (
     "adapters off: test accuracy with the trained `score` alone. "
     "Methods of one seed start from the same model and read the sentences in the same order."
 )
+
+_READS = " Weight reads: share of the blocks' weights that a token of the validation split reads."
+
+
+def _has_reads(results: dict) -> bool:
+    return any(row.get("weight_reads") is not None for row in results["summary"])
 
 
 def _seeds(summary: list[dict]) -> str:

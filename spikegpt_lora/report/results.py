@@ -10,9 +10,10 @@ results.json, schema "spikegpt_lora/finetune/2":
         task, method, title, seed, settings (`finetune.options.FinetuneOptions`), trainable_parameters,
         total_parameters, seconds (training and validation), best_epoch, validation_accuracy (null where no epoch was
         picked), validation_by_epoch, sparsity_by_epoch (on validation, of gates), sparsity_by_step (of training
-        batches, where a target is held), test_accuracy, test_correct ("0110...", one a sentence), adapters: null or
-        {sparsity, dead_ranks, contribution, modules (see `observe.adapters.AdapterActivity`), accuracy_without: with
-        adapters turned off}
+        batches, where a target is held), weight_reads (share of the blocks' weights that a token of the validation
+        split reads; null where matrices read real numbers; since 0.3.0), test_accuracy, test_correct ("0110...", one a
+        sentence), adapters: null or {sparsity, dead_ranks, contribution, modules (see
+        `observe.adapters.AdapterActivity`), accuracy_without: with adapters turned off}
     summary                         one a method: title, seeds; mean and spread (sample deviation) of what runs hold
     comparisons                     [{a, b, difference, low, high, per_seed, is_noise}]: see `paired`
 Accuracies, sparsity and dead_ranks are fractions of 1; seconds are wall-clock.
@@ -90,6 +91,8 @@ def summarize(runs: list[dict]) -> list[dict]:
         for key in ("sparsity", "dead_ranks", "contribution", "accuracy_without"):
             values = [run["adapters"][key] for run in of_method if run["adapters"]]
             row[key] = float(np.mean(values)) if values and None not in values else None
+        reads = [run.get("weight_reads") for run in of_method]
+        row["weight_reads"] = None if None in reads else float(np.mean(reads))
         rows.append(row)
     return rows
 
