@@ -20,6 +20,8 @@ from spikegpt_lora.finetune.run import adapt, adapters_off, finetune, tokenize
 from spikegpt_lora.finetune.trainer import PaddingAsText, SeededLengthSampler, SeededSampler
 from spikegpt_lora.forward import run
 from spikegpt_lora.observe.adapters import observe_adapters
+from spikegpt_lora.observe.books import totals
+from spikegpt_lora.observe.operations import count_operations
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.utils import errors
 
@@ -136,6 +138,28 @@ def test_without_a_test_split_nothing_is_tested(mini, tmp_path):
     data = DatasetDict({split: data[split] for split in ("train", "validation")})
     _, record = finetune(adapt(fresh(tokenizer), "head", OPTIONS, 0), "head", data, tokenizer, tmp_path, 0, OPTIONS)
     assert "test_accuracy" not in record and len(record["validation_by_epoch"]) == 3
+
+
+@pytest.mark.parametrize("method", ["full", "spikelora"])
+def test_weight_reads_are_those_of_the_blocks_on_validation_sentences(method, mini, tmp_path):
+    data, tokenizer = mini
+    data = DatasetDict({"train": data["train"], "validation": data["validation"].select(range(9))})
+    torch.manual_seed(0)
+    config = SpikeGPTConfig(vocab_size=len(tokenizer), n_embd=8, n_layer=1, matrix_spikes="integer", pad_token_id=0)
+    options = replace(OPTIONS, epochs=1, gate="integer")
+    model = adapt(SpikeGPTForSequenceClassification(config), method, options, 0)
+    model, record = finetune(model, method, data, tokenizer, tmp_path, 0, options)
+    batches = [{"input_ids": torch.tensor([ids])} for ids in data["validation"]["input_ids"]]
+    counted = totals(count_operations(model, batches), blocks=True)["weight_reads_share"]
+    assert record["weight_reads"] == pytest.approx(counted, rel=0.02) and 0 < counted < 1  # a spike may flip
+
+
+def test_of_real_numbers_no_weight_reads_are_counted(mini, tmp_path):
+    data, tokenizer = mini
+    data = DatasetDict({split: data[split] for split in ("train", "validation")})
+    options = replace(OPTIONS, epochs=1)
+    _, record = finetune(adapt(fresh(tokenizer), "head", options, 0), "head", data, tokenizer, tmp_path, 0, options)
+    assert record["weight_reads"] is None
 
 
 def test_word_dropout_takes_a_share_of_the_tokens_and_never_all(mini, tmp_path):

@@ -62,6 +62,18 @@ def test_the_folder_holds_a_model_that_auto_classes_load_and_its_card(trained):
     assert (folder / "loss.csv").read_text().splitlines()[0] == "step,loss,seconds"
 
 
+def test_with_integer_spikes_every_matrix_reads_integers_and_the_model_is_centred(text, tmp_path):
+    spikes = ["--matrix-spikes", "integer", "--steps", "8"]
+    done = here("pretrain.py", text, "--output-dir", tmp_path, *spikes, *MINI, *SMALL)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "model" / "pretraining.json").read_text())
+    sources = {row["matrix"]: (row["reads"], row["levels"] is None) for row in record["matrices"]}
+    assert len(sources) == 8 and not any(real for _, real in sources.values())
+    assert sources["head"][0] == "residual stream" and sources["ffn.value"][0] == "ffn.spike_value"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.token_shift == "rows" and any(m.centre.any() for m in model.modules() if hasattr(m, "centre"))
+
+
 def test_a_finished_run_is_made_longer(trained, text):
     out, _ = trained
     done = here("pretrain.py", text, "--output-dir", out, "--steps", 130, *MINI, *SMALL)

@@ -95,6 +95,14 @@ def test_the_table_shows_methods_baselines_and_published_figures():
     assert "full fine-tuning − SpikeLoRA | +25.00" in table
 
 
+def test_weight_reads_are_a_column_where_integer_spikes_were_read():
+    reads = [record | {"weight_reads": share} for record, share in zip(RUNS, (0.25, 0.75, None, None))]
+    assert summarize(reads)[1]["weight_reads"] == 0.5
+    table = markdown(results(reads))
+    assert "| weight reads % |" in table and "| 25.00 | 50.0 |" in table and "Weight reads: share" in table
+    assert "eight reads" not in markdown(results())
+
+
 def test_methods_with_other_seeds_are_said():
     table = markdown(results(RUNS[1:]))
     assert "over seeds that differ: full fine-tuning 0, 1; SpikeLoRA 1." in table
