@@ -26,6 +26,7 @@ from spikegpt_lora.convert.calibrate import TOKENS, calibrate, centre
 from spikegpt_lora.convert.cost import STREAMS, cost, costs, token_losses
 from spikegpt_lora.convert.saliency import SCORES, binary_neurons, give_levels
 from spikegpt_lora.convert.spiking import prepare, require_convertible
+from spikegpt_lora.observe.books import totals
 from spikegpt_lora.observe.operations import count_operations
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.ops.dropout import set_dropout
@@ -172,14 +173,12 @@ def spiking(model: SpikeGPTForCausalLM, ids: torch.Tensor, args) -> SpikeGPTForC
 def facts_of(model: SpikeGPTForCausalLM, corpus: Corpus) -> dict:
     """What convert.json holds of the model itself: its size, and how many inputs of its matrices are not 0."""
     ids = rows_of(corpus.validation[:COUNTED]).to(model.device)
-    layers = count_operations(model, [{"input_ids": part} for part in ids.split(8)]).layers
-    blocks = [layer for name, layer in layers.items() if name.startswith("blocks.")]
-    dense = sum(layer.inputs * layer.outputs for layer in blocks)
+    counted = count_operations(model, [{"input_ids": part} for part in ids.split(8)])
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "binary_neurons": binary_neurons(model),
-        "nonzero": {name: layer.input_density for name, layer in layers.items()},
-        "reads": sum(layer.input_density * layer.inputs * layer.outputs for layer in blocks) / dense,
+        "nonzero": {name: layer.input_density for name, layer in counted.layers.items()},
+        "reads": totals(counted, blocks=True)["weight_reads_share"],
     }
 
 

@@ -24,7 +24,9 @@ from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, record_spikes
 from spikegpt_lora.checkpoint import load_language_model
 from spikegpt_lora.config import MATRIX_SPIKES, SPIKING, TOKEN_SHIFTS
 from spikegpt_lora.convert.calibrate import centre
+from spikegpt_lora.observe.books import totals
 from spikegpt_lora.observe.matrix_inputs import HEAD, MatrixInput, by_kind, cells, matrix_inputs
+from spikegpt_lora.observe.operations import count_operations
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.ops.dropout import set_dropout
 from spikegpt_lora.pretrain.corpus import Corpus, add_left_out, evaluation_sentences, prepare_corpus
@@ -174,7 +176,7 @@ def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, corpus: Corpus, sta
         "model": perplexity(rounded, corpus.validation, facts),
         "kneser_ney": per_token_word_character(float(counted.mean()), facts),
         "firing": firing(rounded, rows_of(corpus.validation, rounded.device)),
-        "matrices": matrices(rounded, rows_of(corpus.validation, rounded.device)),
+        **matrices(rounded, rows_of(corpus.validation, rounded.device)),
         "log": run.log,
     }
 
@@ -185,9 +187,11 @@ def rows_of(tokens: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(tokens[: rows * 128].astype(int)).view(rows, 128).to(device)
 
 
-def matrices(model: SpikeGPTForCausalLM, ids: torch.Tensor) -> list[dict]:
-    """What each kind of matrix reads."""
-    return [asdict(row) for row in by_kind(matrix_inputs(model, ({"input_ids": part} for part in ids.split(8))))]
+def matrices(model: SpikeGPTForCausalLM, ids: torch.Tensor) -> dict:
+    """What each kind of matrix reads, and the share of the blocks' weights that a token reads."""
+    batches = [{"input_ids": part} for part in ids.split(8)]
+    reads = totals(count_operations(model, batches), blocks=True)["weight_reads_share"]
+    return {"matrices": [asdict(row) for row in by_kind(matrix_inputs(model, batches))], "weight_reads": reads}
 
 
 def firing(model: SpikeGPTForCausalLM, ids: torch.Tensor) -> dict[str, dict[str, float]]:
@@ -232,7 +236,7 @@ def model_card(record: dict) -> str:
                 for name, row in record["firing"].items()
             ],
         ),
-        "What matrices read on validation text; reads and additions are those of the blocks' dense products:",
+        f"What matrices read on validation text; a token reads {record['weight_reads']:.1%} of the blocks' weights:",
         table(HEAD, cells([MatrixInput(**row) for row in record["matrices"]])),
         "Training loss, mean of 50 steps:",
         table(
