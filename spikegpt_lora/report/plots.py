@@ -1,4 +1,4 @@
-"""Pictures: one sentence's spikes, the accuracy of methods."""
+"""Pictures: one sentence's spikes, the accuracy of methods, and what fewer reads cost of it."""
 
 from pathlib import Path
 
@@ -52,5 +52,27 @@ def draw_accuracy(results: dict, path: Path) -> None:
     axis.grid(axis="y", alpha=0.3)
     if results["baselines"]:
         axis.legend(fontsize=8)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def draw_reads(points: list[dict], path: Path) -> None:
+    """Draw validation accuracy over weight reads as a PNG, of `results.accuracy_and_reads`: a colour a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for color, method in enumerate(dict.fromkeys(point["method"] for point in points)):
+        of_method = [point for point in points if point["method"] == method]
+        x = [1.0 if point["weight_reads"] is None else point["weight_reads"] for point in of_method]
+        y = [100 * point["validation_accuracy"] for point in of_method]
+        axis.scatter(x, y, color=f"C{color}", label=of_method[0]["title"], zorder=3)
+        for place, point in zip(zip(x, y), of_method):
+            axis.annotate(point["folder"], place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axis.set_xlim(0, 1.12)
+    axis.set_xlabel("weights of the blocks that a token reads, of all (1: real numbers, a dense product)")
+    axis.set_ylabel("validation accuracy, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -107,10 +107,44 @@ def compare(runs: list[dict]) -> list[dict]:
     """Paired difference in test accuracy for each pair of methods, on the seeds that both have."""
     comparisons = []
     for a, b in combinations(titles(runs), 2):
-        correct = {name: {run["seed"]: run["test_correct"] for run in runs if run["method"] == name} for name in (a, b)}
-        seeds = sorted(correct[a].keys() & correct[b].keys())
+        of_method = {name: _by_seed(runs, name) for name in (a, b)}
+        seeds = sorted(of_method[a].keys() & of_method[b].keys())
         if seeds:
-            bits = [[[int(bit) for bit in correct[name][seed]] for seed in seeds] for name in (a, b)]
-            difference = paired_difference(*bits)
+            difference = paired_difference(*(_correct(of_method[name], seeds) for name in (a, b)))
             comparisons.append({"a": a, "b": b, **vars(difference), "is_noise": difference.is_noise})
     return comparisons
+
+
+def accuracy_and_reads(folders: dict[str, list[dict]]) -> list[dict]:
+    """What integer spikes cost over several comparisons: one dict a folder and method with folder, method, title, seeds
+    (how many), validation_accuracy, test_accuracy, weight_reads (means; the last None where real numbers were read),
+    and what lies between it and the same method of the first folder, on the seeds that both have:
+    validation_difference (a mean) and test_difference (a `PairedDifference`), both None in the first.
+
+    Args:
+        folders: records of runs, by the name of their folder.
+    """
+    first, points = next(iter(folders.values())), []
+    for folder, runs in folders.items():
+        for row in summarize(runs):
+            mine, base = (
+                {run["seed"]: run for run in some if run["method"] == row["method"]} for some in (runs, first)
+            )
+            point = {name: row[name] for name in ("method", "title", "validation_accuracy", "test_accuracy")}
+            point |= {"folder": folder, "seeds": len(mine), "weight_reads": row["weight_reads"]}
+            shared = [] if runs is first else sorted(mine.keys() & base.keys())
+            point["validation_difference"] = point["test_difference"] = None
+            if shared:
+                validation = [mine[seed]["validation_accuracy"] - base[seed]["validation_accuracy"] for seed in shared]
+                point["validation_difference"] = float(np.mean(validation))
+                point["test_difference"] = paired_difference(_correct(mine, shared), _correct(base, shared))
+            points.append(point)
+    return points
+
+
+def _by_seed(runs: list[dict], method: str) -> dict[int, dict]:
+    return {run["seed"]: run for run in runs if run["method"] == method}
+
+
+def _correct(runs: dict[int, dict], seeds: list[int]) -> list[list[int]]:
+    return [[int(bit) for bit in runs[seed]["test_correct"]] for seed in seeds]

@@ -7,7 +7,7 @@ from spikegpt_lora import SpikeTrace
 from spikegpt_lora.report.cards import model_card
 from spikegpt_lora.report.markdown import markdown, trials_table
 from spikegpt_lora.report.plots import draw_accuracy, draw_raster
-from spikegpt_lora.report.results import compare, summarize
+from spikegpt_lora.report.results import accuracy_and_reads, compare, summarize
 from spikegpt_lora.tasks.registry import TASKS
 
 GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}, "accuracy_without": 0.25}
@@ -101,6 +101,16 @@ def test_weight_reads_are_a_column_where_integer_spikes_were_read():
     table = markdown(results(reads))
     assert "| weight reads % |" in table and "| 25.00 | 50.0 |" in table and "Weight reads: share" in table
     assert "eight reads" not in markdown(results())
+
+
+def test_accuracy_and_reads_pair_the_seeds_of_the_first_folder():
+    spiking = [run("full", 1, "1100") | {"weight_reads": 0.5}, run("full", 2, "1111") | {"weight_reads": 0.3}]
+    points = accuracy_and_reads({"float": RUNS, "k3": spiking})
+    assert [(p["folder"], p["method"], p["weight_reads"]) for p in points] == [
+        ("float", "full", None), ("float", "spikelora", None), ("k3", "full", 0.4)
+    ]  # fmt: skip
+    assert points[0]["test_difference"] is None and points[2]["seeds"] == 2
+    assert points[2]["test_difference"].per_seed == [-0.25] and points[2]["validation_difference"] == 0
 
 
 def test_methods_with_other_seeds_are_said():
