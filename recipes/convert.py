@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from spikegpt_lora import SpikeGPTForCausalLM, load_upstream_checkpoint
 from spikegpt_lora.checkpoint import UPSTREAM_TOKENIZERS, load_language_model, load_tokenizer, require_same_tokens
 from spikegpt_lora.convert.calibrate import TOKENS, calibrate, centre
-from spikegpt_lora.convert.cost import STREAMS, cost, costs, token_losses
+from spikegpt_lora.convert.cost import cost, costs
 from spikegpt_lora.convert.saliency import SCORES, binary_neurons, give_levels
 from spikegpt_lora.convert.spiking import prepare, require_convertible
 from spikegpt_lora.observe.books import totals
@@ -32,6 +32,7 @@ from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.ops.dropout import set_dropout
 from spikegpt_lora.pretrain.corpus import Corpus, add_left_out, evaluation_sentences, prepare_corpus
 from spikegpt_lora.pretrain.loop import Pretraining, PretrainOptions, bf16_of
+from spikegpt_lora.pretrain.perplexity import STREAMS, token_losses
 from spikegpt_lora.pretrain.progress import STOPPED, bar, train
 from spikegpt_lora.report.markdown import table
 from spikegpt_lora.utils import command_line

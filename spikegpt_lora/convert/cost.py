@@ -5,14 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..forward import evaluating
 from ..model import SpikeGPTForCausalLM
+from ..pretrain.perplexity import token_losses
 from .spiking import PARTS, use_powers_of_two, wake
-
-STREAMS, LENGTH = 64, 64
 
 
 @dataclass(frozen=True)
@@ -23,30 +20,6 @@ class Cost:
     part: str
     nats: float
     error: float
-
-
-@torch.no_grad()
-def token_losses(model: SpikeGPTForCausalLM, tokens: np.ndarray) -> Tensor:
-    """The loss of each token of a text in nats, `(streams, T)`, read once in 64 streams with the state carried along:
-    their mean is that of `pretrain.perplexity`.
-
-    Raises:
-        ValueError: fewer than two tokens a stream.
-    """
-    if len(tokens) < 2 * STREAMS:
-        raise ValueError(f"losses are measured on {2 * STREAMS} tokens or more, got {len(tokens)}: give more text")
-    rows = torch.from_numpy(tokens[: len(tokens) // STREAMS * STREAMS].astype(np.int64)).view(STREAMS, -1)
-    losses, state = [], None
-    with evaluating(model):
-        for start in range(0, rows.shape[1] - 1, LENGTH):
-            ids = rows[:, start : start + LENGTH + 1].to(model.device)
-            output = model(ids[:, :-1], state=state, use_cache=True)
-            loss = nn.functional.cross_entropy(
-                output.logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-            )
-            losses.append(loss.view(STREAMS, -1).cpu())
-            state = output.state
-    return torch.cat(losses, dim=1)
 
 
 def cost(part: str, losses: Tensor, of_float: Tensor) -> Cost:

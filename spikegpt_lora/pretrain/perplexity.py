@@ -6,16 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..forward import evaluating
 from ..model import SpikeGPTForCausalLM, SpikeGPTState
+
+STREAMS, LENGTH = 64, 64  # that a text is measured in, and tokens a step
 
 
 def next_token_loss(
-    model: SpikeGPTForCausalLM, ids: Tensor, state: SpikeGPTState | None, bf16: bool
+    model: SpikeGPTForCausalLM, ids: Tensor, state: SpikeGPTState | None, bf16: bool, reduction: str = "mean"
 ) -> tuple[Tensor, SpikeGPTState]:
-    """Mean loss in nats a token of ids `(B, T + 1)`, each predicted from those before it; and the state after T."""
+    """Loss in nats of ids `(B, T + 1)`, each predicted from those before it, the mean or with "none" of each `(B T,)`;
+    and the state after T."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
         output = model(ids[:, :-1], state=state, use_cache=True)
-    loss = nn.functional.cross_entropy(output.logits.float().flatten(0, 1), ids[:, 1:].flatten())
+    loss = nn.functional.cross_entropy(output.logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction=reduction)
     return loss, SpikeGPTState(**{name: tensor.detach() for name, tensor in output.state.items()})
 
 
@@ -39,8 +43,26 @@ def divergence(
 
 
 @torch.no_grad()
+def token_losses(model: SpikeGPTForCausalLM, tokens: np.ndarray, bf16: bool = False) -> Tensor:
+    """The loss of each token of a text in nats, `(STREAMS, T)`: read once, in streams with the state carried along.
+
+    Raises:
+        ValueError: fewer than two tokens a stream.
+    """
+    if len(tokens) < 2 * STREAMS:
+        raise ValueError(f"losses are measured on {2 * STREAMS} tokens or more, got {len(tokens)}: give more text")
+    rows = torch.from_numpy(tokens[: len(tokens) // STREAMS * STREAMS].astype(np.int64)).view(STREAMS, -1)
+    losses, state = [], None
+    with evaluating(model):
+        for start in range(0, rows.shape[1] - 1, LENGTH):
+            ids = rows[:, start : start + LENGTH + 1].to(model.device)
+            loss, state = next_token_loss(model, ids, state, bf16, reduction="none")
+            losses.append(loss.view(STREAMS, -1).cpu())
+    return torch.cat(losses, dim=1)
+
+
 def perplexity(model: SpikeGPTForCausalLM, tokens: np.ndarray, facts: dict, bf16: bool = False) -> dict[str, float]:
-    """How well `model` predicts a text that it reads once, in 64 streams with the state carried along.
+    """How well `model` predicts a text, by the mean of its `token_losses`.
 
     Args:
         tokens, facts: a split of a `Corpus`, and its facts.
@@ -48,17 +70,7 @@ def perplexity(model: SpikeGPTForCausalLM, tokens: np.ndarray, facts: dict, bf16
     Returns:
         See `per_token_word_character`.
     """
-    model.eval()
-    streams, length = 64, 64
-    rows = (
-        torch.from_numpy(tokens[: len(tokens) // streams * streams].astype(np.int64)).view(streams, -1).to(model.device)
-    )
-    total, count, state = 0.0, 0, None
-    for start in range(0, rows.shape[1] - 1, length):
-        ids = rows[:, start : start + length + 1]
-        loss, state = next_token_loss(model, ids, state, bf16)
-        total, count = total + loss.item() * ids[:, 1:].numel(), count + ids[:, 1:].numel()
-    return per_token_word_character(total / count, facts)
+    return per_token_word_character(float(token_losses(model, tokens, bf16).double().mean()), facts)
 
 
 def per_token_word_character(nats: float, facts: dict) -> dict[str, float]:

@@ -184,7 +184,7 @@ def test_perplexity_is_that_of_the_summed_loss():
     tokens = np.tile(TOKENS, 64)  # so that each of the 64 streams reads the same 1000 tokens
     measured = perplexity(run.model, tokens, {"tokens": 64000, "words": 32000, "characters": 128000})
     ids = torch.from_numpy(TOKENS.astype(np.int64))[None]
-    nats = next_token_loss(run.model, ids, None, bf16=False)[0].item()
+    nats = next_token_loss(run.model.eval(), ids, None, bf16=False)[0].item()
     assert measured["nats_per_token"] == pytest.approx(nats, rel=1e-6)
     assert measured["token_perplexity"] == pytest.approx(math.exp(nats), rel=1e-5)
     assert measured["word_perplexity"] == pytest.approx(math.exp(2 * nats), rel=1e-5)
