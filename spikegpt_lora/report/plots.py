@@ -68,7 +68,8 @@ def draw_reads(points: list[dict], path: Path) -> None:
         y = [100 * point["validation_accuracy"] for point in of_method]
         axis.scatter(x, y, color=f"C{color}", label=of_method[0]["title"], zorder=3)
         for place, point in zip(zip(x, y), of_method):
-            axis.annotate(point["folder"], place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            seeds = f" ({point['seeds']} seeds)" * (point["seeds"] > 1)
+            axis.annotate(point["folder"] + seeds, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     axis.set_xlim(0, 1.12)
     axis.set_xlabel("weights of the blocks that a token reads, of all (1: real numbers, a dense product)")
     axis.set_ylabel("validation accuracy, %")
