@@ -10,8 +10,11 @@ both have. Leaves reads.md and reads.png in --output-dir.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
 from spikegpt_lora.report.markdown import table
 from spikegpt_lora.report.plots import draw_reads
