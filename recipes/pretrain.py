@@ -162,7 +162,7 @@ def finish(run: Pretraining, corpus: Corpus, args) -> None:
 
 def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, corpus: Corpus, started_from: str | None) -> dict:
     """What pretraining.json holds of a run and its rounded model."""
-    facts = corpus.facts["validation"]
+    facts, ids = corpus.facts["validation"], rows_of(corpus.validation, rounded.device)
     counted = KneserNey(corpus.train[:KNESER_NEY_TOKENS], rounded.config.vocab_size).nats(corpus.validation)
     return {
         "options": vars(run.options),
@@ -175,8 +175,8 @@ def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, corpus: Corpus, sta
         "corpus": corpus.facts,
         "model": perplexity(rounded, corpus.validation, facts),
         "kneser_ney": per_token_word_character(float(counted.mean()), facts),
-        "firing": firing(rounded, rows_of(corpus.validation, rounded.device)),
-        **matrices(rounded, rows_of(corpus.validation, rounded.device)),
+        "firing": firing(rounded, ids),
+        **matrices(rounded, ids),
         "log": run.log,
     }
 

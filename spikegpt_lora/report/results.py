@@ -127,9 +127,7 @@ def accuracy_and_reads(folders: dict[str, list[dict]]) -> list[dict]:
     first, points = next(iter(folders.values())), []
     for folder, runs in folders.items():
         for row in summarize(runs):
-            mine, base = (
-                {run["seed"]: run for run in some if run["method"] == row["method"]} for some in (runs, first)
-            )
+            mine, base = _by_seed(runs, row["method"]), _by_seed(first, row["method"])
             point = {name: row[name] for name in ("method", "title", "validation_accuracy", "test_accuracy")}
             point |= {"folder": folder, "seeds": len(mine), "weight_reads": row["weight_reads"]}
             shared = [] if runs is first else sorted(mine.keys() & base.keys())
