@@ -10,7 +10,8 @@ from .results import title_of
 
 
 def draw_raster(trace: SpikeTrace, path: Path, sentence: int = 0, title: str = "") -> None:
-    """Draw one sentence's spikes as a PNG: words on the time axis, one panel a population, black = spike."""
+    """Draw one sentence's spikes as a PNG: words on the time axis, one panel a population; black = spike, of integer
+    ones the largest of either sign."""
     from matplotlib.figure import Figure  # a Figure of its own: no pyplot, no global backend
 
     length = int(trace.lengths[sentence])
@@ -21,7 +22,7 @@ def draw_raster(trace: SpikeTrace, path: Path, sentence: int = 0, title: str = "
         panels.append(("adapter gates", np.concatenate([trace.spikes[g][sentence, :length] for g in gates], axis=1)))
     figure = Figure(figsize=(max(6, 0.42 * length), 1.35 * len(panels) + 1.2), layout="constrained")
     for axis, (name, spikes) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
-        axis.imshow(spikes.T, cmap="Greys", vmin=0, aspect="auto", interpolation="nearest", origin="lower")
+        axis.imshow(np.abs(spikes.T), cmap="Greys", vmin=0, aspect="auto", interpolation="nearest", origin="lower")
         axis.set_ylabel(f"{spikes.shape[1]} units")
         axis.set_title(f"{name}: {100 * (spikes != 0).mean():.1f} % firing", fontsize=8, loc="left", pad=2)
         axis.tick_params(labelsize=7)

@@ -181,6 +181,13 @@ def test_a_raster_has_a_panel_a_population_one_for_all_gates_and_each_word_once(
     assert (tmp_path / "raster.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_raster_shows_spikes_of_either_sign(figures, tmp_path):
+    words, spikes = np.array([["a", "b"]]), np.array([[[-3, 0], [2, -1]]], dtype=np.int8)
+    trace = SpikeTrace({"att.spike_key": spikes}, {}, np.array([2]), words, words, np.array([1]))
+    draw_raster(trace, tmp_path / "raster.png")
+    assert figures[0].axes[0].images[0].get_array().data.tolist() == [[3, 2], [0, 1]]
+
+
 def test_accuracy_is_a_dot_a_run_a_line_at_the_mean_and_one_for_the_baseline(figures, tmp_path):
     draw_accuracy(results(), tmp_path / "accuracy.png")
     (axis,) = figures[0].axes
