@@ -3,10 +3,11 @@
 Trains a BPE tokenizer, leaves out the documents that quote the evaluation tasks, trains with a warm-up/stable/decay
 schedule, and leaves a folder that from_pretrained, generate.py and subj_finetune.py --model take. Stop it whenever you
 like, with Ctrl-C or SIGTERM: it saves, and the same command goes on where it was. A finished run is made longer with a
-larger --steps. --model trains a model that exists further, on any text; --pairs adds a second task, which of many
-sentences comes next.
+larger --steps. --model trains a model that exists further, on any text, and may change what its matrices read: with
+--token-shift rows and --matrix-spikes integer they read integer spikes. --pairs adds a second task, which of many
+sentences comes next. Several texts, each FILE=N, are read side by side, N streams each, and measured one by one.
 
-The card of the embedded model has the command that made it.
+The card of the embedded model has the commands that made it.
 """
 
 import argparse
@@ -19,17 +20,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: s
 
 import numpy as np
 import torch
+from transformers import set_seed
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, record_spikes
 from spikegpt_lora.checkpoint import load_language_model
 from spikegpt_lora.config import MATRIX_SPIKES, SPIKING, TOKEN_SHIFTS
-from spikegpt_lora.convert.calibrate import centre
+from spikegpt_lora.convert.calibrate import calibrate, centre
+from spikegpt_lora.convert.rows import mix_rows
+from spikegpt_lora.convert.spiking import prepare
 from spikegpt_lora.observe.books import totals
-from spikegpt_lora.observe.matrix_inputs import HEAD, MatrixInput, by_kind, cells, matrix_inputs
+from spikegpt_lora.observe.matrix_inputs import by_kind, matrix_inputs
 from spikegpt_lora.observe.operations import count_operations
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.ops.dropout import set_dropout
-from spikegpt_lora.pretrain.corpus import Corpus, add_left_out, evaluation_sentences, prepare_corpus
+from spikegpt_lora.pretrain.corpus import Corpus, add_left_out, evaluation_sentences, prepare_corpora
 from spikegpt_lora.pretrain.kneser_ney import KneserNey
 from spikegpt_lora.pretrain.loop import (
     Pretraining,
@@ -40,14 +44,16 @@ from spikegpt_lora.pretrain.loop import (
 )
 from spikegpt_lora.pretrain.perplexity import per_token_word_character, perplexity
 from spikegpt_lora.pretrain.progress import STOPPED, bar, train
-from spikegpt_lora.report.markdown import table
+from spikegpt_lora.report.cards import language_model_card
+from spikegpt_lora.report.plots import draw_loss
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
 from spikegpt_lora.utils.precision import name_of, resolve
 
 SIZES = {"n_layer": (4, "blocks"), "n_embd": (256, "width"), "vocab_size": (8192, "tokens of the BPE")}
-PAIRS = "; beside it, each step tells {pairs} pairs of neighbouring sentences from one another"
 KNESER_NEY_TOKENS = 50_000_000  # it keeps all n-grams in memory, about 100 bytes a token
+SAMPLES, SAMPLE_TOKENS = 10, 40
+Read = dict[str, tuple[Corpus, int | None]]  # of each text its tokens, and how many of the streams read it (None: all)
 
 
 def main() -> int:
@@ -55,25 +61,36 @@ def main() -> int:
     command_line.set_up()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve(args.precision, device, bf16_of(args.output_dir))
-    options, config = settings(args, precision.bf16)  # these two first: a wrong value is told before minutes of reading
+    texts = streams_of(args.text)
+    options, config = settings(args, texts, precision.bf16)  # first: a wrong value is told before minutes of reading
     print(precision)
     model, tokenizer = load_language_model(args.model) if args.model else (None, config.vocab_size)
+    if model is not None:
+        require_possible(model.config, args)
     sentences = evaluation_sentences(args.decontaminate, args.data_dir)
     with locked(args.output_dir):
-        corpus = prepare_corpus(args.text, args.output_dir / "corpus", tokenizer, sentences, bar)
-        describe(corpus)
+        sources = {name: source for name, (source, _) in texts.items()}
+        corpora = prepare_corpora(sources, args.output_dir / "corpus", tokenizer, sentences, bar)
+        describe(corpora)
         use_extension("auto", device)  # built now: no log line breaks a progress bar
-        model = model or new(config, corpus, options.seed)
-        run = start(options, model.to(device), corpus, args)
+        first = next(iter(corpora.values()))
+        model = new(config, first, options.seed) if model is None else changed(model.to(device), first, args)
+        read = {name: (corpora[name], number) for name, (_, number) in texts.items()}
+        run = start(options, model.to(device), read, args)
         train(run, args.output_dir, 60 * args.save_minutes)
-        finish(run, corpus, args)
+        finish(run, read, args)
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     add = parser.add_argument
-    add("text", help="a file (a document a line; .xz too), a folder of them, or a hub dataset's id")
+    add(
+        "text",
+        nargs="+",
+        help="a file (a document a line; .xz too), a folder of them, or a hub dataset's id; several as TEXT=N, each "
+        "read by N of the streams",
+    )
     add("--output-dir", default=Path("runs/pretrain"), type=Path, help="everything goes here")
     add_left_out(add)
     add = parser.add_argument_group("model").add_argument
@@ -83,47 +100,76 @@ def parse_arguments() -> argparse.Namespace:
     )
     for name, (size, help) in SIZES.items():
         add(f"--{name.replace('_', '-')}", type=int, help=f"{help} of a new model (default: {size})")
-    add("--matrix-spikes", choices=MATRIX_SPIKES, help="what the matrices of a new model read (default: none)")
+    add("--matrix-spikes", choices=MATRIX_SPIKES, help="what the matrices read (default: none, or as --model has it)")
     add("--spike-levels", type=int, metavar="K", help="the largest integer spike (default: 3)")
     add("--token-shift", choices=TOKEN_SHIFTS, help="before the matrices, or after (default with integer spikes: rows)")
     add("--wkv-powers-of-two", action="store_true", default=None, help="no exp in WKV")
     add("--dropout", default=0.0, type=command_line.number("in [0, 1)"), help="after each block")
     add = parser.add_argument_group("training").add_argument
     defaults = PretrainOptions(steps=10000)
-    add("--steps", default=defaults.steps, type=int, help="how many; the last fifth is the decay")
-    add("--batch-size", default=defaults.batch_size, type=int, help="streams of text read side by side")
+    add("--steps", default=defaults.steps, type=int, help="how many")
+    add("--batch-size", type=int, help=f"streams of one text read side by side (default: {defaults.batch_size})")
     add("--length", default=defaults.length, type=int, help="tokens a step and stream")
     add("--pairs", default=defaults.pairs, type=int, help="of neighbouring sentences a step, to be told from others")
     add("--learning-rate", default=defaults.learning_rate, type=float, help="of the stable stretch")
+    add("--decay", default=defaults.decay, type=float, help="share of the steps, the last ones, in which it falls to 0")
     add("--seed", default=defaults.seed, type=command_line.seed, help="of initial values, order and dropout")
     add("--save-minutes", default=5.0, type=command_line.number(">= 0"), help="between saves")
     command_line.add_precision(add)
     return parser.parse_args()
 
 
-def describe(corpus: Corpus) -> None:
-    facts = corpus.facts
-    print(
-        f"{facts['documents']:,} documents, without {facts['duplicates']:,} duplicates and {facts['left_out']:,} that "
-        "share 8 words in a row with an evaluation sentence"
-    )
-    for name in ("train", "validation"):
-        print(f"{name}: {facts[name]['documents']:,} documents, {facts[name]['tokens']:,} tokens")
+def streams_of(texts: list[str]) -> dict[str, tuple[str, int | None]]:
+    """Of each text, by its name in folders and tables, where it is and how many streams read it (None: all)."""
+    found: dict[str, tuple[str, int | None]] = {}
+    for text in texts:
+        source, _, number = text.rpartition("=")
+        if not (source and number.isdecimal()):
+            source, number = text, ""
+        if len(texts) > 1 and not (number and int(number)):
+            raise ValueError(f"of several texts each must be TEXT=N, read by N >= 1 of the streams; got {text!r}")
+        name = Path(source).name.split(".")[0] or "text"
+        if name in found:
+            raise ValueError(f"texts must have names of their own, got {name} twice: rename one")
+        found[name] = source, int(number) if number else None
+    return found
 
 
-def settings(args, bf16: bool) -> tuple[PretrainOptions, SpikeGPTConfig]:
-    names = ("steps", "batch_size", "length", "learning_rate", "seed", "pairs")
-    options = PretrainOptions(bf16=bf16, **{name: getattr(args, name) for name in names})
-    given = {name: getattr(args, name) for name in (*SIZES, *SPIKING) if getattr(args, name) is not None}
+def settings(args, texts: dict, bf16: bool) -> tuple[PretrainOptions, SpikeGPTConfig]:
+    names = ("steps", "length", "learning_rate", "decay", "seed", "pairs")
+    counted = [number for _, number in texts.values() if number]
+    if counted and args.batch_size is not None:
+        raise ValueError("--batch-size is for one text: of texts as TEXT=N, it is the sum of all N")
+    values = {name: getattr(args, name) for name in names}
+    if counted:
+        values["batch_size"] = sum(counted)
+    elif args.batch_size is not None:
+        values["batch_size"] = args.batch_size
+    options = PretrainOptions(bf16=bf16, **values)
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     if given and args.model:
-        raise ValueError(
-            f"{', '.join(given)}: sizes are for a new model; {args.model} has its own, and what its matrices read is "
-            "changed by convert.py"
-        )
-    if given.get("matrix_spikes") == "integer":
-        given = {"token_shift": "rows"} | given
-    sizes = {name: size for name, (size, _) in SIZES.items()} | given
+        raise ValueError(f"{', '.join(given)}: sizes are for a new model; {args.model} has its own")
+    spikes = spikes_of(args)
+    if spikes.get("matrix_spikes") == "integer":
+        spikes = {"token_shift": "rows"} | spikes
+    sizes = {name: size for name, (size, _) in SIZES.items()} | given | spikes
     return options, SpikeGPTConfig(context_length=args.length, **sizes)
+
+
+def spikes_of(args) -> dict:
+    """What is said of what the matrices read."""
+    return {name: getattr(args, name) for name in SPIKING if getattr(args, name) is not None}
+
+
+def describe(corpora: dict[str, Corpus]) -> None:
+    for text, corpus in corpora.items():
+        facts = corpus.facts
+        print(
+            f"{text}: {facts['documents']:,} documents, without {facts['duplicates']:,} duplicates and "
+            f"{facts['left_out']:,} that share 8 words in a row with an evaluation sentence"
+        )
+        for name in ("train", "validation"):
+            print(f"{text}, {name}: {facts[name]['documents']:,} documents, {facts[name]['tokens']:,} tokens")
 
 
 def new(config: SpikeGPTConfig, corpus: Corpus, seed: int) -> SpikeGPTForCausalLM:
@@ -133,52 +179,103 @@ def new(config: SpikeGPTConfig, corpus: Corpus, seed: int) -> SpikeGPTForCausalL
     return SpikeGPTForCausalLM(config)
 
 
-def start(options: PretrainOptions, model: SpikeGPTForCausalLM, corpus: Corpus, args) -> Pretraining:
-    run = Pretraining(set_dropout(model, args.dropout), corpus.train, options, corpus.tokenizer)
+def require_possible(config: SpikeGPTConfig, args) -> None:
+    """Raise ValueError where what the matrices of --model read is not to be changed as it is said."""
+    wanted = {name: value for name, value in spikes_of(args).items() if value != getattr(config, name)}
+    possible = config.matrix_spikes == "none" and wanted.get("token_shift") != "channels"
+    if wanted and not (possible and (args.matrix_spikes == "integer" or wanted.keys() == {"token_shift"})):
+        asked = ", ".join(f"{name} {value}" for name, value in wanted.items())
+        raise ValueError(
+            f"{args.model} reads {'integer spikes' if config.matrix_spikes == 'integer' else 'real numbers'} with the "
+            f"token shift of {config.token_shift}: --token-shift rows and --matrix-spikes integer (with levels and "
+            f"powers of two) are how a model of real numbers is changed, got {asked}"
+        )
+
+
+def changed(model: SpikeGPTForCausalLM, corpus: Corpus, args) -> SpikeGPTForCausalLM:
+    """`model` as the arguments say; scales of spikes are fitted on training text."""
+    if args.token_shift == "rows" and model.config.token_shift != "rows":
+        model = mix_rows(model)
+    if args.matrix_spikes == "integer" and model.config.matrix_spikes == "none":
+        ids, levels = rows_of(corpus.train, model.device), args.spike_levels or model.config.spike_levels
+        model = calibrate(prepare(model, levels, wkv_powers_of_two=bool(args.wkv_powers_of_two), tokens=ids), ids)
+    return model
+
+
+def start(options: PretrainOptions, model: SpikeGPTForCausalLM, read: Read, args) -> Pretraining:
+    tokens = [(corpus.train, number or options.batch_size) for corpus, number in read.values()]
+    tokenizer = next(iter(read.values()))[0].tokenizer
+    run = Pretraining(set_dropout(model, args.dropout), tokens, options, tokenizer)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size / 1e6:.2f} M parameters; an epoch is {run.streams.per_epoch:,} steps")
+    epochs = ", ".join(f"{streams.per_epoch:,} of {name}" for name, streams in zip(read, run.streams))
+    print(f"{size / 1e6:.2f} M parameters; an epoch is so many steps: {epochs}")
     if run.resume(args.output_dir):
         print(f"going on from step {run.step:,}")
     return run
 
 
-def finish(run: Pretraining, corpus: Corpus, args) -> None:
+def finish(run: Pretraining, read: Read, args) -> None:
     """The model, rounded to bfloat16, with its tokenizer, what was measured, the loss curve and a card."""
-    folder = args.output_dir / "model"
+    folder, tokenizer = args.output_dir / "model", next(iter(read.values()))[0].tokenizer
     if run.model.config.matrix_spikes == "integer":
-        centre(run.model, rows_of(corpus.train, run.model.device))
+        centre(run.model, rows_of(some_of([corpus.train for corpus, _ in read.values()]), run.model.device))
     with whole_files(folder, last="pretraining.json") as temporary:
         rounded = save_rounded(run.model, temporary)
-        corpus.tokenizer.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         print("measuring on the validation text, beside a Kneser-Ney model of the training tokens ...")
-        record = measured(run, rounded, corpus, args.model)
+        record = measured(run, rounded, read, args.model) | {"samples": samples(rounded, tokenizer)}
         write_json(temporary / "pretraining.json", record)
         write_log(run.log, temporary / "loss.csv")
-        write_text(temporary / "README.md", card := model_card(record))
+        draw_loss(run.log, temporary / "loss.png")
+        write_text(temporary / "README.md", card := language_model_card(record))
     print(f"\n{card}\nThe model is in {folder}:")
     print(f'  python recipes/generate.py --model {folder} --prompt "this film"')
     print(f"  python recipes/subj_finetune.py --model {folder}")
 
 
-def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, corpus: Corpus, started_from: str | None) -> dict:
+def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, read: Read, started_from: str | None) -> dict:
     """What pretraining.json holds of a run and its rounded model."""
-    facts, ids = corpus.facts["validation"], rows_of(corpus.validation, rounded.device)
-    counted = KneserNey(corpus.train[:KNESER_NEY_TOKENS], rounded.config.vocab_size).nats(corpus.validation)
+    ids = rows_of(some_of([corpus.validation for corpus, _ in read.values()]), rounded.device)
+    everything = np.concatenate([corpus.train for corpus, _ in read.values()])[:KNESER_NEY_TOKENS]
+    counted = KneserNey(everything, rounded.config.vocab_size)
+    texts = {}
+    for name, (corpus, number) in read.items():
+        facts = corpus.facts["validation"]
+        texts[name] = corpus.facts | {
+            "streams": number or run.options.batch_size,
+            "model": perplexity(rounded, corpus.validation, facts),
+            "kneser_ney": per_token_word_character(float(counted.nats(corpus.validation).mean()), facts),
+        }
     return {
         "options": vars(run.options),
         "precision": name_of(run.options.bf16),  # of the training; what follows was measured in float32
-        "config": {key: getattr(rounded.config, key) for key in ("vocab_size", "n_layer", "n_embd")},
+        "config": {key: getattr(rounded.config, key) for key in ("vocab_size", "n_layer", "n_embd", *SPIKING)},
         "started_from": started_from,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "tokens": run.step * run.options.batch_size * run.options.length,
         "hours": run.seconds / 3600,
-        "corpus": corpus.facts,
-        "model": perplexity(rounded, corpus.validation, facts),
-        "kneser_ney": per_token_word_character(float(counted.mean()), facts),
+        "texts": texts,
         "firing": firing(rounded, ids),
         **matrices(rounded, ids),
         "log": run.log,
     }
+
+
+def some_of(texts: list[np.ndarray]) -> np.ndarray:
+    """As much of each text as of the others, 16,384 tokens or fewer in all."""
+    return np.concatenate([tokens[: 16384 // len(texts)] for tokens in texts])
+
+
+def samples(model: SpikeGPTForCausalLM, tokenizer) -> list[str]:
+    """What the model writes after a document's end, one text a seed from 0 on."""
+    written = []
+    for seed in range(SAMPLES):
+        set_seed(seed)
+        prompt = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
+        sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": SAMPLE_TOKENS}
+        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **sampling)
+        written.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
+    return written
 
 
 def rows_of(tokens: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -201,53 +298,6 @@ def firing(model: SpikeGPTForCausalLM, ids: torch.Tensor) -> dict[str, dict[str,
         name: {"rate": trace.firing_rate(name), "dead": trace.dead(name), "saturated": trace.saturated(name)}
         for name in trace.spikes
     }
-
-
-def model_card(record: dict) -> str:
-    options, config, facts = record["options"], record["config"], record["corpus"]
-    measures = {"this model": record["model"], "5-gram Kneser-Ney": record["kneser_ney"]}
-    stride = max(1, len(record["log"]) // 12)
-    sections = [
-        f"# SpikeGPT language model, {record['parameters'] / 1e6:.1f} M parameters",
-        f"{config['n_layer']} layers, width {config['n_embd']}, {config['vocab_size']:,} tokens (lower-case BPE); "
-        "tau 2, threshold 1, reset to 0; weights in bfloat16. Made by recipes/pretrain.py: settings and measures are "
-        "in pretraining.json, the loss of every 50 steps is in loss.csv.",
-        f"- training text: {facts['train']['documents']:,} documents, {facts['train']['tokens']:,} tokens; left out: "
-        f"{facts['duplicates']:,} duplicates and {facts['left_out']:,} documents that share 8 words in a row with an "
-        "evaluation sentence\n"
-        f"- training: {options['steps']:,} steps of {options['batch_size']} x {options['length']} tokens "
-        f"({record['tokens'] / 1e6:.1f} M) in {record['hours']:.2f} hours; AdamW, rate {options['learning_rate']:g}, "
-        f"in {record['precision']}, "
-        f"the last {options['decay']:.0%} of the steps decay{PAIRS.format(**options) if options['pairs'] else ''}",
-        f"Validation ({facts['validation']['documents']:,} documents that were not trained on). A sign counts as a "
-        "word, and so does a document's end; 5-grams are of the same tokens:",
-        table(
-            ["", "nats a token", "perplexity a token", "perplexity a word", "bits a character"],
-            [
-                [name, *(f"{value:.3f}" if value < 10 else f"{value:.1f}" for value in values.values())]
-                for name, values in measures.items()
-            ],
-        ),
-        "Firing on validation text: spikes a neuron and token; dead neurons never fire, saturated ones always do.",
-        table(
-            ["population", "rate", "dead %", "saturated %"],
-            [
-                [name, f"{row['rate']:.3f}", f"{100 * row['dead']:.1f}", f"{100 * row['saturated']:.1f}"]
-                for name, row in record["firing"].items()
-            ],
-        ),
-        f"What matrices read on validation text; a token reads {record['weight_reads']:.1%} of the blocks' weights:",
-        table(HEAD, cells([MatrixInput(**row) for row in record["matrices"]])),
-        "Training loss, mean of 50 steps:",
-        table(
-            ["step", "nats a token", *["nats a pair"] * bool(options["pairs"]), "hours"],
-            [
-                [f"{step:,}", *(f"{loss:.3f}" for loss in losses), f"{seconds / 3600:.2f}"]
-                for step, *losses, seconds in record["log"][stride - 1 :: stride]
-            ],
-        ),
-    ]
-    return "\n\n".join(sections) + "\n"
 
 
 if __name__ == "__main__":

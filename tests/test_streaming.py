@@ -48,6 +48,15 @@ def test_a_block_in_one_operator_is_its_modules_to_the_bit(ids, operators, weigh
     assert len(operators) == 3
 
 
+@pytest.mark.parametrize("changes", [{"token_shift": "rows"}, {"wkv_powers_of_two": True}], ids=["rows", "powers"])
+def test_a_model_that_the_operator_does_not_know_runs_its_modules(ids, operators, changes):
+    torch.manual_seed(0)
+    model = lively(SpikeGPTForCausalLM(SpikeGPTConfig(**SIZES, **changes))).float()
+    whole = model(ids[:, :6], use_cache=True).logits[:, -1:]
+    torch.testing.assert_close(step(model, ids)[0], whole.detach(), rtol=1e-4, atol=1e-4)
+    assert not operators
+
+
 def test_it_gives_what_plain_torch_gives(ids, operators):
     ours = step(speaker(), ids)
     with default_backend("reference"):

@@ -42,7 +42,8 @@ def prepare(
     tokens: Tensor | None = None,
 ) -> Model:
     """A new model of the same class, in evaluation mode, with neurons before every matrix that are still silent. It
-    gives what `model` gives but for ln0 (see the top of this file) and rounding.
+    gives what `model` gives but for ln0 (see the top of this file) and rounding. Where the token shift is of rows the
+    matrices behind a norm need no neurons: they read the residual stream (design M of README.md).
 
     Args:
         model: matrices that read real numbers. It is not changed, and no weight is shared with it.
@@ -56,7 +57,7 @@ def prepare(
             of range.
     """
     require_convertible(model)
-    changes = {"matrix_spikes": "integer", "token_shift": "channels", "wkv_powers_of_two": wkv_powers_of_two}
+    changes = {"matrix_spikes": "integer", "wkv_powers_of_two": wkv_powers_of_two}
     config = _changed(model, spike_levels=spike_levels, **changes)
     of_ffn = _changed(model, spike_levels=spike_levels if ffn_levels is None else ffn_levels).spike_levels
     with torch.device("meta"):

@@ -30,7 +30,7 @@ def block_step(
 
     Returns:
         x and the five new tensors; None where a module inside has to run itself: it trains, has an adapter, somebody
-        looks on, x has many rows, or there is no kernel here.
+        looks on, x has many rows, the model shifts rows or has powers of two, or there is no kernel here.
     """
     if state[0] is None or block.training or not few_rows(x):
         return None
@@ -42,6 +42,8 @@ def block_step(
     if not all(map(untouched, (ln1, ln2, att, ffn, dropout), kinds)) or not all(map(is_matrix, linears)):
         return None
     if not (lif1.is_unobserved_kernel() and lif2.is_unobserved_kernel()):
+        return None
+    if att.mixes_rows or att.powers_of_two:
         return None
     settings, norms = lif1.settings, [*ln1._parameters.values(), *ln2._parameters.values()]
     if settings != lif2.settings or ln1.eps != ln2.eps or any(weight is None for weight in norms):

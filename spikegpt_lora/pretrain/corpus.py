@@ -12,9 +12,9 @@ import hashlib
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 SEQUENCE = 8  # words in a row that two texts must not share
 VALIDATION = 0.01  # share of the documents
 SHORTEST = 128  # tokens that can be measured
+Progress = Callable[[Iterable, str], Iterable]
 
 
 @dataclass
@@ -135,7 +136,7 @@ def prepare_corpus(
     directory: str | Path,
     tokenizer: int | PreTrainedTokenizerFast,
     evaluation: Iterable[str] = (),
-    progress: Callable[[Iterable, str], Iterable] = lambda items, task: items,
+    progress: Progress = lambda items, task: items,
 ) -> Corpus:
     """The text at `source` as tokens, kept in `directory` and found there again if nothing has changed.
 
@@ -148,21 +149,49 @@ def prepare_corpus(
     Raises:
         FileNotFoundError, ValueError: as `read_documents`; or nothing is left for training or validation.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    everything = list(read_documents(source))
-    documents = sorted(set(everything), key=_digest)
+    (corpus,) = _prepare({Path(directory): source}, tokenizer, evaluation, progress)
+    return corpus
+
+
+def prepare_corpora(
+    sources: Mapping[str, str | Path],
+    directory: str | Path,
+    tokenizer: int | PreTrainedTokenizerFast,
+    evaluation: Iterable[str] = (),
+    progress: Progress = lambda items, task: items,
+) -> dict[str, Corpus]:
+    """Several texts of one tokenizer, by name, each kept in a folder of its name; see `prepare_corpus`. A document that
+    two of them hold is in both."""
+    places = {Path(directory) / name: source for name, source in sources.items()}
+    return dict(zip(sources, _prepare(places, tokenizer, evaluation, progress)))
+
+
+def _prepare(places: Mapping[Path, str | Path], tokenizer, evaluation, progress) -> list[Corpus]:
+    everything = {place: list(read_documents(source)) for place, source in places.items()}
+    documents = {place: sorted(set(texts), key=_digest) for place, texts in everything.items()}
     evaluation = sorted(set(evaluation))
-    maker = tokenizer if isinstance(tokenizer, int) else tokenizer.backend_tokenizer.to_str()
-    key = _digest("\n".join(map(_digest, documents + evaluation)) + str(maker))
-    if _facts(directory).get("key") != key:
-        kept = _without(documents, evaluation, progress)
-        counts = {
-            "documents": len(everything),
-            "duplicates": len(everything) - len(documents),
-            "left_out": len(documents) - len(kept),
-        }
-        _write(directory, kept, tokenizer, {"key": key, **counts}, progress)
+    maker = str(tokenizer) if isinstance(tokenizer, int) else tokenizer.backend_tokenizer.to_str()
+    if isinstance(tokenizer, int) and len(places) > 1:  # it is of all texts
+        maker += _digest("\n".join(map(_digest, chain(*documents.values()))))
+    keys = {place: _digest("\n".join(map(_digest, texts + evaluation)) + maker) for place, texts in documents.items()}
+    if stale := [place for place in places if _facts(place).get("key") != keys[place]]:
+        known = set().union(*map(word_sequences, evaluation))
+        wanted = list(places) if isinstance(tokenizer, int) else stale
+        kept = {place: _parts(_without(documents[place], known, progress)) for place in wanted}
+        if isinstance(tokenizer, int):
+            texts = list(chain(*(parts["train"] for parts in kept.values())))
+            tokenizer = train_tokenizer(progress(texts, "training the tokenizer"), tokenizer)
+        for place, parts in kept.items():
+            counts = {
+                "documents": len(everything[place]),
+                "duplicates": len(everything[place]) - len(documents[place]),
+                "left_out": len(documents[place]) - sum(map(len, parts.values())),
+            }
+            _write(place, parts, tokenizer, {"key": keys[place], **counts}, progress)
+    return [_read(place) for place in places]
+
+
+def _read(directory: Path) -> Corpus:
     facts = _facts(directory)
     tokens = [_load(directory / f"{name}.npy", facts[name]["tokens"]) for name in ("train", "validation")]
     return Corpus(*tokens, load_tokenizer(directory / "tokenizer"), facts)
@@ -190,22 +219,25 @@ def _facts(directory: Path) -> dict:
         return {}
 
 
-def _without(documents: list[str], evaluation: list[str], progress: Callable) -> list[str]:
-    known = set().union(*map(word_sequences, evaluation))
+def _without(documents: list[str], known: set[str], progress: Callable) -> list[str]:
+    """`documents` that share no word sequence with `known`."""
     if not known:
         return documents
     documents = progress(documents, "looking for evaluation sentences")
     return [text for text in documents if known.isdisjoint(word_sequences(text))]
 
 
-def _write(directory: Path, documents: list[str], tokenizer, facts: dict, progress: Callable) -> None:
-    (directory / "corpus.json").unlink(missing_ok=True)  # until all is written, nothing here belongs together
+def _parts(documents: list[str]) -> dict[str, list[str]]:
     share = round(len(documents) * VALIDATION)
     parts = {"validation": documents[:share], "train": documents[share:]}
     if not all(parts.values()):
         raise ValueError(f"at least 100 documents are needed, one of them for validation; got {len(documents)}")
-    if isinstance(tokenizer, int):
-        tokenizer = train_tokenizer(progress(parts["train"], "training the tokenizer"), tokenizer)
+    return parts
+
+
+def _write(directory: Path, parts: dict[str, list[str]], tokenizer, facts: dict, progress: Callable) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "corpus.json").unlink(missing_ok=True)  # until all is written, nothing here belongs together
     with whole_files(directory / "tokenizer", last="tokenizer_config.json") as temporary:
         tokenizer.save_pretrained(temporary)
     for name, part in parts.items():

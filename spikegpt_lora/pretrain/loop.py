@@ -1,7 +1,8 @@
 """Language-model pre-training on a row of tokens: warm-up, a stable stretch, decay; resumable to the step.
 
 The text is cut into `batch_size` streams that are read side by side, `length` tokens a step. The model is recurrent, so
-its state goes on from step to step: it sees contexts longer than the gradient does.
+its state goes on from step to step: it sees contexts longer than the gradient does. Several texts are read side by side
+too, each by streams of its own: how many is its weight.
 
 The rate is constant for most of the way (warm-up/stable/decay, Hu et al. 2024, arXiv 2404.06395). So a finished run can
 be made longer: what `stable.safetensors` holds is from just before the decay, and a longer run starts from there.
@@ -14,7 +15,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -92,14 +93,14 @@ class Streams:
                 f"got {len(tokens):,}"
             )
 
-    def __getitem__(self, step: int) -> tuple[Tensor, bool]:
-        """Ids `(batch_size, length + 1)`, the last one to be predicted only; and whether a new epoch starts here."""
+    def __getitem__(self, step: int) -> Tensor:
+        """Ids `(batch_size, length + 1)`, the last one to be predicted only."""
         epoch, position = divmod(step, self.per_epoch)
         start = int(np.random.default_rng((self.seed, epoch)).integers(len(self.tokens)))
         stream = len(self.tokens) // self.batch_size
         first = start + np.arange(self.batch_size)[:, None] * stream + position * self.length
         where = (first + np.arange(self.length + 1)) % len(self.tokens)
-        return torch.from_numpy(self.tokens[where].astype(np.int64)), position == 0
+        return torch.from_numpy(self.tokens[where].astype(np.int64))
 
 
 class Pretraining:
@@ -107,7 +108,7 @@ class Pretraining:
 
     Args:
         model: as it is initialised, or trained already; trained in place.
-        tokens: token ids `(N,)`.
+        tokens: token ids `(N,)`; or several texts, each with the number of streams that read it, `batch_size` in all.
         options: see `PretrainOptions`.
         tokenizer: the one that made the tokens; needed where sentences are compared (`options.pairs`).
         teacher: a language model to be imitated: then the loss is `perplexity.divergence` from it.
@@ -119,25 +120,29 @@ class Pretraining:
     def __init__(
         self,
         model: SpikeGPTForCausalLM,
-        tokens: np.ndarray,
+        tokens: np.ndarray | Sequence[tuple[np.ndarray, int]],
         options: PretrainOptions,
         tokenizer: PreTrainedTokenizerBase | None = None,
         teacher: SpikeGPTForCausalLM | None = None,
     ):
         torch.manual_seed(options.seed)
+        texts = [(tokens, options.batch_size)] if isinstance(tokens, np.ndarray) else tokens
+        if (streams := sum(number for _, number in texts)) != options.batch_size:
+            raise ValueError(f"the texts must be read by {options.batch_size} streams in all, got {streams}")
         self.pairs = None
         if options.pairs:
-            self.pairs = SentencePairs(tokens, tokenizer, options.pairs, model.config.n_embd, options.seed)
+            everything = np.concatenate([text for text, _ in texts])
+            self.pairs = SentencePairs(everything, tokenizer, options.pairs, model.config.n_embd, options.seed)
             self.pairs.to(model.device)
         self.model, self.options = model, options
         self.identity = {
-            "tokens": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(),
+            "tokens": _digest(texts[0][0]) if len(texts) == 1 else [[_digest(text), number] for text, number in texts],
             **{name: getattr(model.config, name) for name in ("vocab_size", "n_layer", "n_embd", "n_ffn", "dropout")},
             **{name: getattr(model.config, name) for name in SPIKING},
             "teacher": None if teacher is None else weights_digest(teacher),
         }
         self.teacher = None if teacher is None else teacher.eval()
-        self.streams = Streams(tokens, options.batch_size, options.length, options.seed)
+        self.streams = [Streams(text, number, options.length, options.seed) for text, number in texts]
         self.trained = {f"model.{name}": p for name, p in model.named_parameters()}
         if self.pairs is not None:
             self.trained |= {f"pairs.{name}": p for name, p in self.pairs.named_parameters()}
@@ -170,11 +175,7 @@ class Pretraining:
 
     def _one_step(self) -> float:
         started = time.perf_counter()
-        ids, fresh = self.streams[self.step]
-        ids = ids.to(self.model.device)
-        if fresh:
-            self.state = self.teachers_state = None
-        loss = self._loss(ids)
+        loss = self._loss(self.batch(self.step).to(self.model.device))
         loss.backward()
         losses = [loss.item()]
         if self.pairs is not None:
@@ -197,6 +198,10 @@ class Pretraining:
             self.log.append([self.step, *(sum(column) / LOG_EVERY for column in zip(*self._losses)), self.seconds])
             self._losses = []
         return losses[0]
+
+    def batch(self, step: int) -> Tensor:
+        """Ids `(batch_size, length + 1)` of a step."""
+        return torch.cat([streams[step] for streams in self.streams])
 
     def _loss(self, ids: Tensor) -> Tensor:
         if self.teacher is None:
@@ -277,6 +282,10 @@ class Pretraining:
         torch.set_rng_state(tensors["rng"].cpu())
         self.step, self.seconds, self.log = facts["step"], facts["seconds"], facts["log"]
         self._losses = facts["losses"]
+
+
+def _digest(tokens: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
 
 
 def bf16_of(directory: str | Path) -> bool | None:

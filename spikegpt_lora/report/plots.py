@@ -1,4 +1,4 @@
-"""Pictures: one sentence's spikes, the accuracy of methods, and what fewer reads cost of it."""
+"""Pictures: one sentence's spikes, a training's loss, the accuracy of methods, and what fewer reads cost of it."""
 
 from pathlib import Path
 
@@ -53,6 +53,20 @@ def draw_accuracy(results: dict, path: Path) -> None:
     axis.grid(axis="y", alpha=0.3)
     if results["baselines"]:
         axis.legend(fontsize=8)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def draw_loss(log: list[list[float]], path: Path) -> None:
+    """Draw the training loss over the steps as a PNG; `log` as `pretrain.loop.Pretraining` keeps it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([entry[0] for entry in log], [entry[1] for entry in log], linewidth=1)
+    axis.set_xlabel("step")
+    axis.set_ylabel("training loss, nats a token")
+    axis.grid(alpha=0.3)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

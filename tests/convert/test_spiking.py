@@ -233,5 +233,3 @@ def test_wrong_values_are_refused():
         calibrate(prepare(made()), text(1))
     with pytest.raises(ValueError, match="real numbers: prepare"):
         calibrate(made(), text())
-    with pytest.raises(ValueError, match="those of token_shift 'rows' are trained"):
-        calibrate(SpikeGPTForCausalLM(SpikeGPTConfig(**SIZES, matrix_spikes="integer", token_shift="rows")), text())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from spikegpt_lora.pretrain.corpus import batched, prepare_corpus, read_documents, word_sequences
+from spikegpt_lora.pretrain.corpus import batched, prepare_corpora, prepare_corpus, read_documents, word_sequences
 
 SENTENCE = "one two three four five six seven eight nine"
 
@@ -144,6 +144,31 @@ def test_progress_sees_every_document(tmp_path, text):
     seen = []
     prepare_corpus(text, tmp_path / "out", 300, progress=lambda items, task: seen.append((task, len(items))) or items)
     assert seen == [("training the tokenizer", 792), ("validation text to tokens", 8), ("train text to tokens", 792)]
+
+
+def test_several_texts_have_one_tokenizer_and_folders_of_their_own(tmp_path, text):
+    (other := tmp_path / "other.txt").write_text(
+        "\n".join(f"zebra {i} trots on and on, as zebras do" for i in range(2000)), encoding="utf-8"
+    )
+    made = prepare_corpora({"first": text, "second": other}, tmp_path / "out", 300)
+    assert list(made) == ["first", "second"] and (tmp_path / "out" / "second" / "train.npy").is_file()
+    tokenizers = {corpus.tokenizer.backend_tokenizer.to_str() for corpus in made.values()}
+    assert len(tokenizers) == 1 and "\u2581zebra" in made["first"].tokenizer.get_vocab()
+    assert made["second"].facts["documents"] == 2000
+
+
+def test_of_several_texts_only_a_changed_one_is_made_anew_where_the_tokenizer_is_given(tmp_path, text):
+    tokenizer = prepare_corpus(text, tmp_path / "first", 300).tokenizer
+    (other := tmp_path / "other.txt").write_text(
+        "\n".join(f"zebra {i} trots on and on, as zebras do" for i in range(2000)), encoding="utf-8"
+    )
+    sources = {"first": text, "second": other}
+    prepare_corpora(sources, tmp_path / "out", tokenizer)
+    times = {name: (tmp_path / "out" / name / "train.npy").stat().st_mtime_ns for name in sources}
+    other.write_text(other.read_text(encoding="utf-8") + "\none more", encoding="utf-8")
+    prepare_corpora(sources, tmp_path / "out", tokenizer)
+    assert (tmp_path / "out" / "first" / "train.npy").stat().st_mtime_ns == times["first"]
+    assert (tmp_path / "out" / "second" / "train.npy").stat().st_mtime_ns != times["second"]
 
 
 def test_batches_of_any_size():

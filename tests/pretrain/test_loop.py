@@ -140,12 +140,29 @@ def test_streams_go_on_from_step_to_step_and_read_everything_once_an_epoch():
     tokens = np.arange(100, dtype=np.uint16)
     streams = Streams(tokens, batch_size=4, length=6, seed=3)
     batches = [streams[step] for step in range(streams.per_epoch)]
-    assert [fresh for _, fresh in batches] == [True, *[False] * (streams.per_epoch - 1)]
-    for (before, _), (after, _) in zip(batches, batches[1:]):
+    for before, after in zip(batches, batches[1:]):
         assert torch.equal(before[:, -1], after[:, 0])
-    read = torch.cat([ids[:, :-1] for ids, _ in batches], dim=1)
+    read = torch.cat([ids[:, :-1] for ids in batches], dim=1)
     assert len(read.unique()) == read.numel() == 4 * (100 // 4 - 1) // 6 * 6
-    assert not torch.equal(streams[0][0], streams[streams.per_epoch][0])
+    assert not torch.equal(streams[0], streams[streams.per_epoch])
+
+
+def test_several_texts_are_read_side_by_side_by_streams_of_their_own():
+    texts = [(np.full(200, 3, np.uint16), 1), (np.full(300, 7, np.uint16), 2)]
+    run = pretraining(tokens=texts)
+    assert [row.unique().tolist() for row in run.batch(5)] == [[3], [7], [7]]
+
+
+def test_the_streams_of_all_texts_are_the_batch():
+    with pytest.raises(ValueError, match="read by 3 streams in all, got 4"):
+        pretraining(tokens=[(TOKENS, 2), (TOKENS, 2)])
+
+
+def test_a_run_of_other_shares_of_the_texts_is_refused(tmp_path):
+    texts = [TOKENS[:400], TOKENS[400:]]
+    list(pretraining(2, tokens=list(zip(texts, (1, 2)))).train(tmp_path))
+    with pytest.raises(ValueError, match="holds a run of other settings .tokens was"):
+        pretraining(2, tokens=list(zip(texts, (2, 1)))).resume(tmp_path)
 
 
 def test_too_few_tokens_are_refused():

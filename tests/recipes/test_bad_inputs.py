@@ -288,8 +288,13 @@ PRETRAINING = [
     ("P20", lambda folder: None, ["--save-minutes", "nan"], "--save-minutes: must be >= 0, got nan"),
     ("P21", cut("training.safetensors", 900), [], "training.safetensors is no whole file of a training run"),
     ("P22", lambda f: save_file({}, f / "training.safetensors", {"run": "{}"}), [], "training.safetensors is no whole"),
-    ("P23", cut("corpus/train.npy", 300), [], "corpus/train.npy is damaged .* delete .*corpus, and it is made again"),
-    ("P24", content("corpus/tokenizer/tokenizer.json", "{}"), [], "no tokenizer at '.*corpus/tokenizer'"),
+    (
+        "P23",
+        cut("corpus/text/train.npy", 300),
+        [],
+        "text/train.npy is damaged .* delete .*corpus/text, and it is made again",
+    ),
+    ("P24", content("corpus/text/tokenizer/tokenizer.json", "{}"), [], "no tokenizer at '.*text/tokenizer'"),
     ("P25", lambda folder: None, ["--length", "4"], "holds a run of other settings .length was 8, is 4"),
 ]
 
@@ -302,6 +307,6 @@ def test_a_damaged_pretraining_is_named(saved, tmp_path, spoil, more, message):
 
 @pytest.mark.parametrize("facts", ["[]", "{}", '{"key"'])
 def test_a_corpus_whose_facts_are_damaged_is_made_again(saved, tmp_path, facts):
-    out = spoilt(saved, tmp_path, "pretrained", content("corpus/corpus.json", facts))
+    out = spoilt(saved, tmp_path, "pretrained", content("corpus/text/corpus.json", facts))
     assert running.here("pretrain.py", saved / "text.txt", "--output-dir", out, *PRETRAIN).returncode == 0
-    assert json.loads((out / "corpus" / "corpus.json").read_text())["documents"] == 1500
+    assert json.loads((out / "corpus" / "text" / "corpus.json").read_text())["documents"] == 1500

@@ -46,7 +46,7 @@ def test_it_says_what_it_left_out_how_fast_it_is_and_how_good(trained):
     _, done = trained
     assert "153 documents, without 0 duplicates and 3 that share 8 words" in done.stdout
     assert "120/120" in done.stderr and "loss=" in done.stderr and "tokens/s=" in done.stderr
-    assert "| this model |" in done.stdout and "| 5-gram Kneser-Ney |" in done.stdout
+    assert "| text, this model |" in done.stdout and "| text, 5-gram Kneser-Ney |" in done.stdout
     assert "Warning" not in done.stderr
 
 
@@ -55,11 +55,13 @@ def test_the_folder_holds_a_model_that_auto_classes_load_and_its_card(trained):
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.vocab_size == len(tokenizer) == 400 and model.config.eos_token_id == tokenizer.eos_token_id
     record = json.loads((folder / "pretraining.json").read_text())
-    assert record["tokens"] == 120 * 4 * 16 and record["corpus"]["left_out"] == 3
+    assert record["tokens"] == 120 * 4 * 16 and record["texts"]["text"]["left_out"] == 3
     card = (folder / "README.md").read_text(encoding="utf-8")
     for population in ("emb", "blocks.0.lif1", "blocks.0.lif2"):
         assert f"| {population} | {record['firing'][population]['rate']:.3f} |" in card
     assert (folder / "loss.csv").read_text().splitlines()[0] == "step,loss,seconds"
+    assert len(record["samples"]) == 10 and all(f"- {text}" in card for text in record["samples"])
+    assert card.startswith("---\nlanguage: en\n") and (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_with_integer_spikes_every_matrix_reads_integers_and_the_model_is_centred(text, tmp_path):
@@ -74,6 +76,28 @@ def test_with_integer_spikes_every_matrix_reads_integers_and_the_model_is_centre
     assert model.config.token_shift == "rows" and any(m.centre.any() for m in model.modules() if hasattr(m, "centre"))
 
 
+def test_a_trained_model_is_made_to_read_integer_spikes_and_trained_further(trained, text, tmp_path):
+    further = ["--model", trained[0] / "model", "--batch-size", "4", "--length", "16", "--steps", "8", *MINI]
+    spikes = ["--token-shift", "rows", "--matrix-spikes", "integer", "--spike-levels", "7"]
+    done = here("pretrain.py", text, "--output-dir", tmp_path, *further, *spikes)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "model" / "pretraining.json").read_text())
+    assert record["config"]["spike_levels"] == 7 and all(row["levels"] for row in record["matrices"])
+    assert record["texts"]["text"]["model"]["nats_per_token"] < 5.9  # of 400 tokens, chance is 5.99
+
+
+def test_several_texts_are_measured_one_by_one(trained, text, tmp_path):
+    (tmp_path / "other.txt").write_text(
+        "\n".join(f"zebra {i} trots on and on, as zebras do" for i in range(2000)), encoding="utf-8"
+    )
+    texts = [f"{text}=3", f"{tmp_path / 'other.txt'}=1", "--model", trained[0] / "model", "--length", "16"]
+    done = here("pretrain.py", *texts, "--output-dir", tmp_path / "out", "--steps", "4", *MINI)
+    assert done.returncode == 0, done.stderr
+    assert "| text, this model |" in done.stdout and "| other, this model |" in done.stdout
+    record = json.loads((tmp_path / "out" / "model" / "pretraining.json").read_text())
+    assert {name: facts["streams"] for name, facts in record["texts"].items()} == {"text": 3, "other": 1}
+
+
 def test_a_finished_run_is_made_longer(trained, text):
     out, _ = trained
     done = here("pretrain.py", text, "--output-dir", out, "--steps", 130, *MINI, *SMALL)
@@ -85,7 +109,8 @@ def test_a_model_is_trained_further_with_its_tokenizer_and_on_pairs(trained, tex
     sizes = ["--batch-size", "4", "--length", "16", "--steps", "50", "--pairs", "2"]
     done = here("pretrain.py", text, "--model", model, "--output-dir", tmp_path, *sizes, *MINI)
     assert done.returncode == 0, done.stderr
-    assert "2 pairs of neighbouring sentences" in done.stdout and "| nats a pair |" in done.stdout
+    assert "2 pairs of neighbouring sentences" in done.stdout
+    assert (tmp_path / "model" / "loss.csv").read_text().startswith("step,loss,pair_loss,seconds\n")
     assert (tmp_path / "model" / "tokenizer.json").read_text() == (model / "tokenizer.json").read_text()
     first = float((tmp_path / "model" / "loss.csv").read_text().splitlines()[1].split(",")[1])
     assert first < float((model / "loss.csv").read_text().splitlines()[1].split(",")[1])  # it did not begin anew
@@ -153,6 +178,11 @@ def test_the_models_files_are_readable_by_others(trained):
         ([RECIPES / "generate.py", "--n-layer", "0"], "n_layer must be >= 1, got 0"),
         ([RECIPES / "generate.py", "--model", "embedded", "--n-embd", "8"], "n_embd: sizes are for a new model"),
         ([RECIPES / "generate.py", "--model", "nowhere"], "no language model at 'nowhere'"),
+        (["a.txt=3", "b.txt"], "of several texts each must be TEXT=N, read by N >= 1 of the streams; got 'b.txt'"),
+        (["a.txt=3", "b/a.txt=1"], "texts must have names of their own, got a twice"),
+        (["a.txt=3", "b.txt=1", "--batch-size", "4"], "--batch-size is for one text"),
+        ([RECIPES / "generate.py", "--decay", "2"], "decay must be in [0, 1], got 2"),
+        ([RECIPES / "generate.py", "--model", "embedded", "--spike-levels", "7"], "got spike_levels 7"),
     ],
 )
 def test_wrong_input_is_one_clear_error(tmp_path, arguments, message):
