@@ -9,13 +9,15 @@ All methods start from the SpikeGPT that comes with the package, or from --model
     full/seed0/  head/seed0/  scratch/seed0/   fine-tuned models
     lora/seed0/  spikelora/seed0/              adapters in peft's format
     traces/spikelora-seed0.npz, .png           spikes of the first test sentences (spikegpt_lora/observe/traces.py)
+    teacher/answers.npz                        with --teacher: what it answers to the training sentences
 
 Ctrl-C and SIGTERM save the step that is being trained (a second one stops at once) and leave what is finished
 readable; the same command goes on from there, to the same numbers. One run works in a folder at a time. Adding methods
 or seeds to a finished comparison runs only what is new. --tune N runs N trials a method instead, on the first seed and
-judged on the validation split, and leaves trials.md. --parity gives adapters the SpikeLoRA authors' settings:
-"library", as in their code (20 epochs, padding read as text, another 90/10 split for each seed, the last epoch tested),
-or "paper", as far as it says.
+judged on the validation split, and leaves trials.md. --intermediate film trains each method on another task first (is
+it of a critic or of a plot? which is what Subj's labels are made of), --teacher adds the answers of an encoder;
+results.md says so on top. --parity gives adapters the SpikeLoRA authors' settings: "library", as in their code (20
+epochs, padding read as text, another 90/10 split for each seed, the last epoch tested), or "paper", as far as it says.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -58,16 +61,19 @@ from spikegpt_lora.finetune.experiment import (
     take_up,
     write_results,
 )
+from spikegpt_lora.finetune.intermediate import Source, options_of_source, train_first, without_shared
 from spikegpt_lora.finetune.methods import METHODS, MODELS, resolve_options
 from spikegpt_lora.finetune.options import PARITY, FinetuneOptions
 from spikegpt_lora.finetune.run import adapt, finetune
+from spikegpt_lora.finetune.teacher import Teacher, teach
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.report.cards import model_card
 from spikegpt_lora.report.plots import draw_raster
 from spikegpt_lora.report.results import folder_of, read_runs
+from spikegpt_lora.tasks.labelled import load_labelled
 from spikegpt_lora.tasks.registry import TASKS
-from spikegpt_lora.tasks.splits import BY_SEED, ONE_SPLIT
+from spikegpt_lora.tasks.splits import BY_SEED, ONE_SPLIT, folds
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
 from spikegpt_lora.utils.precision import resolve
@@ -102,9 +108,10 @@ def main() -> int:
     out = (args.output_dir or Path("runs") / task).resolve()  # adapters keep the path to their base model
     precision = resolve(args.precision, PartialState().device, bf16_of(out))
     say(str(precision))
-    plan = plan_of(args, task, data, out, precision.bf16)
+    source = source_of(args, task, data)
+    plan = plan_of(args, task, data, source, out, precision.bf16)
     with locked(plan.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
-        comparison = prepare(plan, data, baselines=not args.tune)
+        comparison = prepare(plan, data, source, baselines=not args.tune)
         use_extension("auto", PartialState().device)  # built now: no log line breaks a progress bar
         return tune(comparison, args.tune) if args.tune else run_all(comparison)
 
@@ -116,7 +123,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub")
     add("--output-dir", type=Path, help="results go here (default: runs/ and the task's name)")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=COMPARED, help="which to compare")
-    add("--seeds", nargs="+", type=command_line.seed, metavar="SEED", default=[0], help="one run a method and seed")
+    add("--seeds", nargs="+", type=command_line.seed, metavar="SEED", help="one run a method and seed (default: 0)")
+    add("--folds", type=positive, metavar="N", help="test each sentence once in N folds, whose numbers are the seeds")
+    add("--intermediate", metavar="TASK", help="film, or a file of label, tab and sentence: trained on first")
+    add("--teacher", help="folder or package of an encoder, whose answers are learned from too; or its answers.npz")
     add("--trace-sentences", type=positive, default=32, help="test sentences whose spikes are recorded")
     add("--tune", type=positive, metavar="N", help="N trials a method instead, on the validation split")
     add = parser.add_argument_group("model").add_argument
@@ -139,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-train-samples", type=positive, help="use only so many training sentences (a quick try)")
     command_line.add_precision(add)
     args = parser.parse_args()
+    args.seeds = args.seeds or (list(range(args.folds)) if args.folds else [0])
     try:
         require_consistent(args)
         settings_of(args)
@@ -158,6 +169,12 @@ def require_consistent(args: argparse.Namespace) -> None:
     """Raise ValueError for arguments that exclude each other."""
     if args.tune and args.parity:
         raise ValueError("--tune searches for settings and --parity fixes them: give one of the two")
+    if args.teacher and (args.folds or args.parity == "library"):
+        raise ValueError("--teacher reads the training sentences of the fixed split: no --folds or --parity library")
+    if args.tune and (args.intermediate or args.teacher):
+        raise ValueError("--tune searches for settings without --intermediate and --teacher")
+    if args.folds and (args.tune or args.parity == "library" or args.folds < 2):
+        raise ValueError("--folds must be 2 or more, without --tune and --parity library, which split in their own way")
     if args.spike_levels and not args.matrix_spikes:
         raise ValueError("--spike-levels is for --matrix-spikes integer: a model that has integer spikes has its own")
     if args.spike_penalty and not reads_spikes(args):
@@ -176,6 +193,8 @@ def settings_of(args: argparse.Namespace, bf16: bool = False) -> dict[str, Finet
     if reads_spikes(args) and not changes["gate"]:
         changes["gate"] = [{"spikelora": "integer"}]  # so that B reads spikes too
     settings = resolve_options(kind, args.parity, bf16, changes)
+    if args.folds:  # there is no validation split to pick an epoch on
+        settings = {name: replace(options, keep="last") for name, options in settings.items()}
     for name, method in METHODS.items():
         if method.adapter is not None:
             method.adapter(settings[name])
@@ -188,21 +207,38 @@ def reads_spikes(args: argparse.Namespace) -> bool:
     return args.matrix_spikes == "integer" or (saved and read_config(args.model).matrix_spikes == "integer")
 
 
-def plan_of(args: argparse.Namespace, task: str, data: DatasetDict, out: Path, bf16: bool) -> Plan:
+def source_of(args: argparse.Namespace, task: str, data: DatasetDict) -> Source | None:
+    """The sentences of the intermediate task, where one is asked for."""
+    if args.intermediate is None:
+        return None
+    text = load_labelled(args.intermediate, TASKS[task].labels, args.data_dir)
+    source = without_shared(Path(args.intermediate).stem, text, data)
+    say(
+        f"{source.name}: {len(source.text):,} sentences, without {source.left_out:,} that share 8 words in a row with "
+        f"one of {task}"
+    )
+    return source
+
+
+def plan_of(
+    args: argparse.Namespace, task: str, data: DatasetDict, source: Source | None, out: Path, bf16: bool
+) -> Plan:
     by_seed = args.parity == "library"
-    source = embedded_checkpoint() if args.model == "embedded" else args.model
+    protocol = folds(args.folds, with_test=True) if args.folds else BY_SEED if by_seed else ONE_SPLIT
+    started = embedded_checkpoint() if args.model == "embedded" else args.model
     same = ("model", "tokenizer", "parity", "max_length", "max_train_samples", "methods", "trace_sentences")
-    same += ("matrix_spikes", "spike_levels")
+    same += ("matrix_spikes", "spike_levels", "folds", "intermediate", "teacher")
     return Plan(
         task=task,
         pooling=args.pooling or ("last" if by_seed else "last_mean"),
         settings=settings_of(args, bf16),
-        model_sha256=sha256_of_weights(Path(source)),
+        model_sha256=sha256_of_weights(Path(started)),
         text_sha256=sha256_of_text(data),
-        source=source,
+        intermediate_sha256=None if source is None else sha256_of_text(DatasetDict(train=source.text)),
+        source=started,
         output_dir=out,
         seeds=list(dict.fromkeys(args.seeds)),
-        protocol=BY_SEED if by_seed else ONE_SPLIT,
+        protocol=protocol,
         **{name: getattr(args, name) or size for name, size in RANDOM_SIZES.items()},
         **{name: getattr(args, name) for name in same},
     )
@@ -229,12 +265,13 @@ def per_method(kind: type):
     return parse
 
 
-def prepare(plan: Plan, data: DatasetDict, baselines: bool) -> Comparison:
+def prepare(plan: Plan, data: DatasetDict, source: Source | None, baselines: bool) -> Comparison:
     with PartialState().main_process_first():  # on several devices: one writes, then all read
         if PartialState().is_main_process:
             take_up(plan.output_dir, counted(plan), read_runs(plan.output_dir))
         tokenizer = get_tokenizer(plan, data)
-    comparison = begin(plan, data, tokenizer, baselines)
+        teacher = get_teacher(plan, data, source)
+    comparison = begin(plan, data, tokenizer, baselines, source, teacher)
     sizes = dict(comparison.results["data"])
     cut = sizes.pop("cut_short")
     say(f"{plan.task}: " + ", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " sentences")
@@ -279,6 +316,13 @@ def get_tokenizer(plan: Plan, data: DatasetDict) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def get_teacher(plan: Plan, data: DatasetDict, source: Source | None) -> Teacher | None:
+    if plan.teacher is None:
+        return None
+    text, labels = None if source is None else source.text, len(TASKS[plan.task].labels)
+    return teach(plan.teacher, text, data, plan.output_dir / "teacher", plan.bf16, labels)
+
+
 def tune(comparison: Comparison, trials: int) -> int:
     if PartialState().num_processes > 1:
         raise ValueError("--tune runs in one process: start it without torchrun")
@@ -305,11 +349,15 @@ def train(comparison: Comparison, run: dict, description: str) -> None:
     plan, tokenizer, method, seed = comparison.plan, comparison.tokenizer, run["method"], run["seed"]
     folder, options = plan.output_dir / folder_of(run), plan.settings[method]
     data, tokens = comparison.data_of(seed)
-    model = adapt(get_base(comparison, seed), method, options, seed)
+    model, before = adapt(get_base(comparison, seed), method, options, seed), None
+    if comparison.source is not None:
+        place, named = folder / "training" / "first", f"{description}, {comparison.source.name}"
+        judged, first = tokens.get("validation"), options_of_source(options)
+        before = train_first(model, method, comparison.first, judged, tokenizer, place, seed, first, named)
     model, record = finetune(model, method, tokens, tokenizer, folder / "training", seed, options, description)
     if not PartialState().is_main_process:
         return
-    record = {"task": plan.task, **record}
+    record = {"task": plan.task, "intermediate": before, **record}
     record_traces(comparison, model, data["test"], f"{method}-seed{seed}")
     with whole_files(folder, last="run.json") as temporary:
         model.save_pretrained(temporary)

@@ -10,25 +10,29 @@ import importlib.metadata
 import shutil
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..report.markdown import markdown, trials_table
 from ..report.plots import draw_accuracy
-from ..report.results import SCHEMA, TRIAL_KEYS, compare, folder_of, read_runs, summarize
+from ..report.results import SCHEMA, TRIAL_KEYS, compare, compare_folds, folder_of, read_runs, summarize
 from ..tasks.baselines import bag_of_words_baselines
 from ..tasks.registry import TASKS
 from ..tasks.splits import ONE_SPLIT, Protocol
 from ..utils.errors import read_json
 from ..utils.files import write_json, write_text
 from ..utils.precision import name_of
+from .intermediate import Source
 from .methods import METHODS
 from .options import FinetuneOptions, sample_trial
 from .run import adapt, finetune, tokenize
+from .teacher import Teacher
+from .trainer import ANSWERS
 
 PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
 
@@ -69,6 +73,10 @@ class Plan:
     protocol: Protocol = aside(ONE_SPLIT)  # `parity` says which
     matrix_spikes: str | None = None  # None: as the model has it
     spike_levels: int | None = None
+    folds: int | None = None
+    intermediate: str | None = None  # a task that is trained on first
+    intermediate_sha256: str | None = None
+    teacher: str | None = None
 
     @property
     def bf16(self) -> bool:
@@ -85,27 +93,58 @@ class Comparison:
     tokens: DatasetDict
     tokenizer: PreTrainedTokenizerBase
     results: dict
+    source: Source | None = None  # the sentences of the intermediate task
+    teacher: Teacher | None = None
 
     def data_of(self, seed: int) -> tuple[DatasetDict, DatasetDict]:
         """Text and tokens as `seed` reads them."""
         if self.plan.protocol.one_split:
-            return self.data, self.tokens
+            return self.data, self._answered(self.data, self.tokens)
         data = self.plan.protocol.split(self.data, seed)
-        return data, tokenize(data, self.tokenizer, self.plan.max_length)[0]
+        return data, self._answered(data, tokenize(data, self.tokenizer, self.plan.max_length)[0])
+
+    @cached_property
+    def first(self) -> Dataset:
+        """Tokens of the intermediate task, with what a teacher answers."""
+        assert self.source is not None
+        data = DatasetDict(train=self.source.text)
+        return self._answered(data, tokenize(data, self.tokenizer, self.plan.max_length)[0])["train"]
+
+    def _answered(self, data: DatasetDict, tokens: DatasetDict) -> DatasetDict:
+        """`tokens` of `data`, and of the training sentences what the teacher answers, where there is one."""
+        if self.teacher is None:
+            return tokens
+        answers = self.teacher.of(data["train"]["text"])
+        return DatasetDict({**tokens, "train": tokens["train"].add_column(ANSWERS, answers)})
 
 
-def begin(plan: Plan, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, baselines: bool = True) -> Comparison:
+def begin(
+    plan: Plan,
+    data: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    baselines: bool = True,
+    source: Source | None = None,
+    teacher: Teacher | None = None,
+) -> Comparison:
     """The comparison that `plan` describes, before its first run; `baselines`: whether to fit them."""
     tokens, cut = tokenize(data, tokenizer, plan.max_length)
     sizes = {split: len(rows) for split, rows in plan.protocol.split(data, plan.seeds[0]).items()}
+    more = {} if source is None else {source.name: source.text}
     results = {
         **header(SCHEMA, plan.task, plan.model, plan.bf16, counted(plan)),
         "data": sizes | {"cut_short": cut},
         # Where each seed tests other sentences there is no one row for these.
-        "baselines": bag_of_words_baselines(data) if baselines and plan.protocol.one_split else [],
+        "baselines": bag_of_words_baselines(data, more) if baselines and plan.protocol.one_split else [],
+        "first": _first(source, teacher),
         "published": list(TASKS[plan.task].published),
     }
-    return Comparison(plan, data, tokens, tokenizer, results)
+    return Comparison(plan, data, tokens, tokenizer, results, source, teacher)
+
+
+def _first(source: Source | None, teacher: Teacher | None) -> dict:
+    """What methods learn from beside the task: see report/results.py."""
+    task = None if source is None else {"task": source.name, "sentences": len(source.text), "left_out": source.left_out}
+    return {"intermediate": task, "teacher": None if teacher is None else teacher.record}
 
 
 def header(schema: str, task: str, model: str, bf16: bool, options: dict) -> dict:
@@ -244,9 +283,16 @@ def write_results(comparison: Comparison, complete: bool) -> None:
         "complete": complete and len({tuple(row["seeds"]) for row in summary}) == 1,
         "runs": runs,
         "summary": summary,
-        # Where each seed tests other sentences there is no interval over sentences and seeds.
-        "comparisons": compare(runs) if comparison.plan.protocol.one_split else [],
+        "comparisons": _comparisons(runs, comparison.plan.protocol),
     }
     write_json(out / "results.json", results)
     write_text(out / "results.md", markdown(results))
     draw_accuracy(results, out / "accuracy.png")
+
+
+def _comparisons(runs: list[dict], protocol: Protocol) -> list[dict]:
+    """Intervals are over sentences and seeds that all seeds test; or over sentences, where each is tested once; else
+    there are none."""
+    if protocol.disjoint:
+        return compare_folds(runs)
+    return compare(runs) if protocol.one_split else []

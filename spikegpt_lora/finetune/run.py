@@ -104,7 +104,7 @@ def finetune(
     """
     try:
         with writing(directory):
-            trainer = _trained(model, method, data, tokenizer, directory, seed, options, description)
+            trainer = trained(model, method, data, tokenizer, directory, seed, options, description)
         require_trained(trainer.model)
         named = {"method": method, "title": METHODS[method].title, **METHODS[method].record}
         record = named | {"seed": seed, "settings": asdict(options), **_record(trainer)}
@@ -122,7 +122,18 @@ def finetune(
     return model.eval(), record
 
 
-def _trained(model, method, data, tokenizer, directory, seed, options, description) -> Trainer:
+def trained(
+    model: nn.Module,
+    method: str | None,
+    data: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    seed: int,
+    options: FinetuneOptions,
+    description: str = "",
+) -> Trainer:
+    """The Trainer that has trained `model`; arguments as of `finetune`, without a method none of its callbacks."""
+    callbacks = [] if method is None else METHODS[method].callbacks(options)
     with deferred() as stop:
         trainer = PairedTrainer(
             model=model,
@@ -132,9 +143,9 @@ def _trained(model, method, data, tokenizer, directory, seed, options, descripti
             processing_class=tokenizer,
             data_collator=PaddingAsText(tokenizer) if options.read_padding else DataCollatorWithPadding(tokenizer),
             compute_metrics=_accuracy,
-            callbacks=[Stopwatch(), Resumption(stop), *METHODS[method].callbacks(options)],
+            callbacks=[Stopwatch(), Resumption(stop), *callbacks],
         )
-        for name in ("group_by_length", "word_dropout", "spike_penalty"):
+        for name in ("group_by_length", "word_dropout", "spike_penalty", "teacher_share"):
             setattr(trainer, name, getattr(options, name))
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
@@ -151,6 +162,10 @@ def require_trained(model: nn.Module) -> None:
         raise FloatingPointError(str(error)) from error
 
 
+def seconds_of(trainer: Trainer) -> float:
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Stopwatch)).seconds
+
+
 def _record(trainer: Trainer) -> dict:
     evaluations = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     best = max(evaluations, key=lambda entry: entry["eval_accuracy"], default=None)
@@ -158,7 +173,7 @@ def _record(trainer: Trainer) -> dict:
     return {
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
-        "seconds": next(c for c in trainer.callback_handler.callbacks if isinstance(c, Stopwatch)).seconds,
+        "seconds": seconds_of(trainer),
         "best_epoch": round(best["epoch"]) if best else round(trainer.state.epoch),
         "validation_accuracy": best["eval_accuracy"] if best else None,
         "validation_by_epoch": [entry["eval_accuracy"] for entry in evaluations],

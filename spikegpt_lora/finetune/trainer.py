@@ -9,10 +9,12 @@ import math
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate.utils import reduce
+from torch import nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
@@ -28,6 +30,8 @@ from .options import FinetuneOptions
 from .spike_penalty import seeing_reads
 
 logger = logging.getLogger(__name__)
+
+ANSWERS = "answers"  # a column: what a teacher gives to each class, see teacher.py
 
 
 class PaddingAsText(DataCollatorWithPadding):
@@ -45,14 +49,19 @@ class PairedTrainer(Trainer):
     own way with a loss of NaN is to leave it out of the log.
     """
 
-    group_by_length, word_dropout, spike_penalty = True, 0.0, 0.0
+    group_by_length, word_dropout, spike_penalty, teacher_share = True, 0.0, 0.0, 0.0
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if not self.spike_penalty or not model.training:
+        """Of labels; where a batch has a teacher's answers, of both in their shares; and the price of what is read."""
+        answers = inputs.pop(ANSWERS, None)
+        if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        with seeing_reads(model, inputs["attention_mask"]) as reads:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-        return loss + self.spike_penalty * reads.share()
+        with seeing_reads(model, inputs["attention_mask"]) if self.spike_penalty else nullcontext() as reads:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if answers is not None:
+            taught = nn.functional.cross_entropy(outputs.logits.float(), answers)
+            loss = (1 - self.teacher_share) * loss + self.teacher_share * taught
+        return loss + self.spike_penalty * reads.share() if self.spike_penalty else loss
 
     def evaluate(self, *args, **kwargs):
         """Also logs eval_sparsity, the share of silent gate outputs."""
@@ -217,6 +226,7 @@ def training_arguments(directory: Path, seed: int, options: FinetuneOptions) -> 
         bf16=options.bf16,
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
+        remove_unused_columns=False,  # the data have what is read, and ANSWERS
         eval_strategy="epoch" if options.keep == "best" else "no",
         save_strategy="epoch",
         save_total_limit=2,  # the best and the last; with 1, Trainer deletes the last one before the run is tested

@@ -14,13 +14,35 @@ def markdown(results: dict) -> str:
         f"Sentences: {counts}. "
         + ("The epoch was picked on validation, the" if "validation" in data else "The last epoch counts; the")
         + " test split was read once a run."
-        + (f" Trained and tested in {results['precision']}." if "precision" in results else ""),  # since 0.3.0
+        + (f" Trained and tested in {results['precision']}." if "precision" in results else "")  # since 0.3.0
+        + _learnt_before(results.get("first") or {}),
         _methods_table(results),
         f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.\n{_LEGEND}{_READS * _has_reads(results)}",
     ]
     if results["comparisons"]:
         parts.append(_comparisons_table(results))
     return "\n\n".join(parts) + "\n"
+
+
+def _learnt_before(first: dict) -> str:
+    """What methods learn from beside the task's own sentences; nothing where it is a language model alone."""
+    said = ""
+    if task := first.get("intermediate"):
+        said += (
+            f"\n\n**Every method was trained on the intermediate task {task['task']} first** ({task['sentences']:,} "
+            f"sentences, without {task['left_out']:,} that share 8 words in a row with a sentence of this task)."
+        )
+        if task["task"] == "film":
+            said += (
+                " Its labels, critic's snippet or plot, are what Subj's own labels are made of: the same question on "
+                "other sentences. Compare these figures with those of models that were taught it too."
+            )
+    if teacher := first.get("teacher"):
+        said += (
+            f"\n\n**And from the answers of a teacher**, {teacher['name']}, fine-tuned on the same training sentences "
+            f"(validation {100 * teacher['validation_accuracy']:.2f} %)."
+        )
+    return said
 
 
 def _methods_table(results: dict) -> str:

@@ -6,6 +6,9 @@ results.json, schema "spikegpt_lora/finetune/2":
     options, versions, data         settings; package versions; sentences per split and how many were cut short
     baselines                       [{method, accuracy_validation, accuracy_test, seconds, parameters}]
     published                       [{method, accuracy}]: figures of the papers, in percent, with a 216M model
+    first                           what methods learn from beside the task, {intermediate: null or {task, sentences,
+                                    left_out}, teacher: null or {name, sentences, validation_accuracy, seconds}}; since
+                                    0.3.0
     runs                            one a (method, seed), as `finetune.run.finetune` returns it:
         task, method, title, seed, settings (`finetune.options.FinetuneOptions`), trainable_parameters,
         total_parameters, seconds (training and validation), best_epoch, validation_accuracy (null where no epoch was
@@ -13,7 +16,8 @@ results.json, schema "spikegpt_lora/finetune/2":
         batches, where a target is held), weight_reads (share of the blocks' weights that a token of the validation
         split reads; null where matrices read real numbers; since 0.3.0), test_accuracy, test_correct ("0110...", one a
         sentence), adapters: null or {sparsity, dead_ranks, contribution, modules (see
-        `observe.adapters.AdapterActivity`), accuracy_without: with adapters turned off}
+        `observe.adapters.AdapterActivity`), accuracy_without: with adapters turned off};
+        intermediate: null or {sentences, seconds, accuracy: on validation, without one label of the task}, since 0.3.0
     summary                         one a method: title, seeds; mean and spread (sample deviation) of what runs hold
     comparisons                     [{a, b, difference, low, high, per_seed, is_noise}]: see `paired`
 Accuracies, sparsity and dead_ranks are fractions of 1; seconds are wall-clock.
@@ -111,6 +115,20 @@ def compare(runs: list[dict]) -> list[dict]:
         seeds = sorted(of_method[a].keys() & of_method[b].keys())
         if seeds:
             difference = paired_difference(*(_correct(of_method[name], seeds) for name in (a, b)))
+            comparisons.append({"a": a, "b": b, **vars(difference), "is_noise": difference.is_noise})
+    return comparisons
+
+
+def compare_folds(runs: list[dict]) -> list[dict]:
+    """As `compare`, where each seed is a fold, and tests sentences of its own: of the folds that both methods have, all
+    sentences are paired; the interval is over sentences alone."""
+    comparisons = []
+    for a, b in combinations(titles(runs), 2):
+        of_method = {name: _by_seed(runs, name) for name in (a, b)}
+        seeds = sorted(of_method[a].keys() & of_method[b].keys())
+        if seeds:
+            rows = [[sum(_correct(of_method[name], seeds), [])] for name in (a, b)]
+            difference = paired_difference(*rows)
             comparisons.append({"a": a, "b": b, **vars(difference), "is_noise": difference.is_noise})
     return comparisons
 

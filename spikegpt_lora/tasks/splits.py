@@ -6,7 +6,7 @@ train: u < 0.7, validation: 0.7 <= u < 0.8, test: 0.8 <= u; inside a split sente
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -51,17 +51,38 @@ def resplit(data: "DatasetDict", seed: int) -> "DatasetDict":
     return concatenate_datasets(list(data.values())).train_test_split(0.1, stratify_by_column="label", seed=seed)
 
 
+def fold(data: "DatasetDict", number: int, count: int, names: Sequence[str]) -> "DatasetDict":
+    """The sentences of the splits `names`, in the order of u, cut into `count` equal stretches: the one of this number
+    is the test split, all others are for training."""
+    from datasets import DatasetDict, concatenate_datasets
+
+    if not 0 <= number < count:
+        raise ValueError(f"of {count} folds each seed is the number of one, 0 ... {count - 1}, got {number}")
+    everything = concatenate_datasets([data[name] for name in names])
+    start, stop = (place * len(everything) // count for place in (number, number + 1))
+    others = [*range(start), *range(stop, len(everything))]
+    return DatasetDict(train=everything.select(others), test=everything.select(range(start, stop)))
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How seeds are tested. `split`: (data, seed) to the splits that the seed reads; `one_split`: they are the same for
-    every seed, so that intervals over sentences and seeds, and baselines, have a meaning."""
+    every seed, so that intervals over sentences and seeds, and baselines, have a meaning; `disjoint`: each seed tests
+    sentences of its own, so that all seeds together test each once."""
 
     split: Callable[["DatasetDict", int], "DatasetDict"]
-    one_split: bool
+    one_split: bool = False
+    disjoint: bool = False
 
 
 ONE_SPLIT = Protocol(lambda data, seed: data, one_split=True)
-BY_SEED = Protocol(resplit, one_split=False)
+BY_SEED = Protocol(resplit)
+
+
+def folds(count: int, with_test: bool) -> Protocol:
+    """`count` folds, numbered by the seed, of all sentences or, to choose settings by, of train and validation."""
+    names = ("train", "validation", "test") if with_test else ("train", "validation")
+    return Protocol(lambda data, seed: fold(data, seed, count, names), disjoint=True)
 
 
 def lines_of(path: Path, encoding: str) -> Iterator[tuple[str, str]]:

@@ -22,10 +22,12 @@ from spikegpt_lora.utils import command_line
 pytestmark = pytest.mark.attack
 
 MODEL = os.environ.get("KILLED_MODEL", "random")
+CLASSES = [("objective", "home"), ("subjective", "fine")]  # words of an intermediate task's sentences
 SIZES = ["--n-embd", "8", "--n-layer", "1", "--vocab-size", "300"] if MODEL == "random" else []
 COMMAND = ["--task", "subj-mini", "--model", MODEL, *SIZES, "--epochs", "3", "--batch-size", "16"]
 COMMAND += ["--max-train-samples", "64", "--methods", "full", "spikelora", "--seeds", "0", "1"]
 COMMAND += ["--precision", "float32"]
+FIRST = [f"{label}\tsay {number} , {word} {number} it is .\n" for number in range(40) for label, word in CLASSES]
 WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}  # audit events of Python's own
 
 
@@ -35,11 +37,13 @@ class Child:
     Args:
         at: which of its file events in `out` something happens at, None for none.
         what: happens then.
+        first: whether there is an intermediate task.
     """
 
-    def __init__(self, out, at=None, what=None):
+    def __init__(self, out, at=None, what=None, first=False):
         self.out, self.log, self.at, self.what, self.events = str(out), out.with_suffix(".log"), at, what, 0
         self.log.unlink(missing_ok=True)
+        self.first = ["--intermediate", str(intermediate(out.parent))] if first else []
         self.pid = os.fork()
         if not self.pid:
             self._run()
@@ -48,7 +52,7 @@ class Child:
         handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1), os.dup2(handle, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        sys.argv = ["subj_finetune.py", *COMMAND, "--output-dir", self.out]
+        sys.argv = ["subj_finetune.py", *COMMAND, "--output-dir", self.out, *self.first]
         sys.addaudithook(self._look)
         recipe = running.module("subj_finetune.py")
         code = command_line.run(lambda: print("begun", flush=True) or recipe.main(), recipe.STOPPED)
@@ -78,6 +82,12 @@ class Child:
 
     def said(self):
         return self.log.read_text(errors="replace")
+
+
+def intermediate(folder):
+    """A file of sentences that are trained on first, in `folder`."""
+    (path := folder / "first.tsv").write_text("".join(FIRST), encoding="utf-8")
+    return path
 
 
 def killed():
@@ -183,3 +193,19 @@ def test_a_second_signal_stops_at_once_and_the_run_goes_on(unbroken, tmp_path):
         time.sleep(1.1)
     assert child.status() == 143 and "Traceback" not in child.said()
     finish(tmp_path / "out", unbroken)
+
+
+def test_killed_in_or_behind_the_intermediate_task_it_ends_with_the_same_figures(tmp_path):
+    whole, broken = (tmp_path / name / "out" for name in ("whole", "broken"))
+    for out in (whole, broken):
+        out.parent.mkdir()
+    child = Child(whole, first=True)
+    assert child.status() == 0, child.said()
+    draw, ended, events = random.Random(0), [], int(re.search(r"(\d+) events", child.said())[1])
+    for _ in range(8):
+        child = Child(broken, draw.randint(1, events // 4), killed, first=True)
+        ended.append(child.status())
+        assert "Traceback" not in child.said()
+    child = Child(broken, first=True)
+    assert child.status() == 0 and ended.count(-signal.SIGKILL) >= 5, child.said()
+    assert figures(broken) == figures(whole)

@@ -20,6 +20,7 @@ from spikegpt_lora import (
     save_upstream_checkpoint,
 )
 from spikegpt_lora.finetune.methods import METHODS
+from spikegpt_lora.finetune.teacher import key_of
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.report.results import SCHEMA
 
@@ -27,6 +28,7 @@ NAME = "subj_finetune.py"
 DEFAULT = ["full", "lora", "spikelora", "head"]
 SMALL = ["--epochs", "2", "--batch-size", "16"]
 FLOAT32 = ["--precision", "float32"]  # on any processor
+FIRST = [("objective", "home"), ("subjective", "fine film")]  # words of an intermediate task's sentences
 RANDOM = ["--model", "random", "--n-embd", "8", "--n-layer", "1", "--vocab-size", "300"]
 
 
@@ -194,6 +196,49 @@ def test_the_authors_library_settings_split_by_seed_and_keep_the_last_epoch(tmp_
     assert "540 train / 60 test" in done.stdout
 
 
+def test_folds_test_each_sentence_once_and_pair_them_all(tmp_path):
+    arguments = ["--task", "subj-mini", "--methods", "head", "lora", "--folds", "3", "--epochs", "1"]
+    done = recipe(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    results = results_in(tmp_path)
+    assert [run["seed"] for run in results["runs"] if run["method"] == "head"] == [0, 1, 2]
+    assert sum(len(run["test_correct"]) for run in results["runs"]) == 2 * 600
+    (pair,) = results["comparisons"]
+    accuracy = {row["method"]: row["test_accuracy"] for row in results["summary"]}
+    assert len(pair["per_seed"]) == 1 and pair["difference"] == pytest.approx(accuracy["lora"] - accuracy["head"])
+    assert "The last epoch counts" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_every_method_is_trained_on_the_intermediate_task_first_and_the_table_says_so(tmp_path):
+    rows = [f"{label}\tit is number {n} , a {word} .\n" for n in range(30) for label, word in FIRST]
+    (tmp_path / "own.tsv").write_text("".join(rows), encoding="utf-8")
+    arguments = ["--task", "subj-mini", "--max-train-samples", "32", "--intermediate", tmp_path / "own.tsv"]
+    done = recipe(tmp_path / "out", *arguments)
+    assert done.returncode == 0, done.stderr
+    results = results_in(tmp_path / "out")
+    assert {run["intermediate"]["sentences"] for run in results["runs"]} == {60} and len(results["runs"]) == 4
+    assert results["first"]["intermediate"] == {"task": "own", "sentences": 60, "left_out": 0}
+    assert "trained on the intermediate task own first** (60 sentences" in done.stdout
+    assert "| naive Bayes, bigrams, own too |" in done.stdout
+    assert not list((tmp_path / "out").rglob("training"))
+
+
+def test_the_answers_of_a_teacher_are_learned_from_and_the_table_says_so(tmp_path):
+    sentences = load_task("subj-mini")["train"]["text"][:32]
+    keys, answers = [key_of(text) for text in sentences], np.full((32, 2), 0.5)
+    record = {"name": "nobody", "sentences": 32, "validation_accuracy": 0.5, "seconds": 1.0}
+    np.savez(tmp_path / "answers.npz", keys=np.array(keys, np.uint64), answers=answers, record=json.dumps(record))
+    arguments = ["--task", "subj-mini", "--methods", "full", "--max-train-samples", "32"]
+    done = recipe(tmp_path / "taught", *arguments, "--teacher", tmp_path / "answers.npz")
+    assert done.returncode == 0, done.stderr
+    assert "answers of a teacher**, nobody" in done.stdout
+    assert recipe(tmp_path / "alone", *arguments).returncode == 0
+    weights = [out / "full" / "seed0" / "model.safetensors" for out in (tmp_path / "taught", tmp_path / "alone")]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    done = recipe(tmp_path / "other", *arguments[:-1], "64", "--teacher", tmp_path / "answers.npz")
+    assert done.returncode == 2 and "the teacher nobody has no answer to 32 of 64 sentences" in done.stderr
+
+
 def test_one_setting_of_one_method_is_changed_alone(tmp_path):
     arguments = ["--task", "subj-mini", "--methods", "head", "lora", "--max-train-samples", "32"]
     assert recipe(tmp_path, *arguments, "--dropout", "0.3", "lora=0.4").returncode == 0
@@ -326,6 +371,12 @@ def test_an_upstream_checkpoint_is_fine_tuned(finished, tmp_path):
         (["--model", "embedded", "--n-layer", "2"], "--n-layer is for --model random; embedded has its own"),
         (["--time", "spikelora=later"], "spikelora_time must be 'pointwise' or 'token', got 'later'"),
         (["--tune", "2", "--parity", "paper"], "give one of the two"),
+        (["--folds", "1"], "--folds must be 2 or more, without --tune"),
+        (["--task", "subj-mini", "--folds", "2", "--seeds", "2"], "each seed is the number of one, 0 ... 1, got 2"),
+        (["--teacher", "a", "--folds", "3"], "--teacher reads the training sentences of the fixed split"),
+        (["--tune", "2", "--intermediate", "film"], "--tune searches for settings without --intermediate"),
+        (["--task", "subj-mini", "--intermediate", "nowhere.tsv"], "must be film or a file of label, tab and sentence"),
+        (["--task", "subj-mini", "--teacher", "nowhere"], "found no config.json with a model.safetensors in 'nowhere'"),
         (["--parity", "library", "--pooling", "mean"], "--parity library fixes --pooling"),
     ],
 )

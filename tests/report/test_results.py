@@ -7,7 +7,7 @@ from spikegpt_lora import SpikeTrace
 from spikegpt_lora.report.cards import model_card
 from spikegpt_lora.report.markdown import markdown, trials_table
 from spikegpt_lora.report.plots import draw_accuracy, draw_raster
-from spikegpt_lora.report.results import accuracy_and_reads, compare, summarize
+from spikegpt_lora.report.results import accuracy_and_reads, compare, compare_folds, summarize
 from spikegpt_lora.tasks.registry import TASKS
 
 GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}, "accuracy_without": 0.25}
@@ -201,3 +201,21 @@ def test_accuracy_is_a_dot_a_run_a_line_at_the_mean_and_one_for_the_baseline(fig
     assert [label.get_text() for label in axis.get_xticklabels()] == [row["title"] for row in summarize(RUNS)]
     assert axis.get_ylabel() == "test accuracy, %"
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_folds_all_sentences_are_paired_as_one_row():
+    folds = [run("full", 0, "1110"), run("full", 1, "11"), run("lora", 0, "1010"), run("lora", 1, "01")]
+    (found,) = compare_folds(folds)
+    assert (found["a"], found["b"], len(found["per_seed"])) == ("full", "lora", 1)
+    assert found["difference"] == pytest.approx(2 / 6)
+
+
+def test_what_methods_were_taught_before_stands_above_the_table():
+    first = {"intermediate": {"task": "film", "sentences": 119227, "left_out": 3}, "teacher": None}
+    page = markdown(results() | {"first": first})
+    above, _, _ = page.partition("| method |")
+    assert "intermediate task film first** (119,227 sentences, without 3 that share" in above
+    assert "what Subj's own labels are made of" in above and "teacher" not in above
+    teacher = {"name": "some_encoder", "sentences": 9, "validation_accuracy": 0.957, "seconds": 1.0}
+    page = markdown(results() | {"first": {"intermediate": None, "teacher": teacher}})
+    assert "some_encoder, fine-tuned on the same training sentences (validation 95.70 %)" in page

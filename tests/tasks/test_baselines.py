@@ -133,3 +133,13 @@ def test_missing_split_is_named(dataset):
 def test_real_subj_accuracies():
     results = bag_of_words_baselines(load_task("subj", SHARED))
     assert [round(result["accuracy_test"], 3) for result in results] == pytest.approx([0.923, 0.901], abs=0.003)
+
+
+def test_more_text_gives_a_second_row_a_method_fitted_on_both(dataset):
+    more = {"film": split([("cold fine night", 1), ("a murder in rome", 0)])}
+    rows = bag_of_words_baselines(dataset, more)
+    assert [row["method"] for row in rows[2:]] == [f"{row['method']}, film too" for row in rows[:2]]
+    both = DatasetDict(dataset | {"train": split([("cold fine night", 1), ("a murder in rome", 0), *TRAIN])})
+    expected = bag_of_words_baselines(both)
+    keys = ("accuracy_validation", "accuracy_test", "parameters")
+    assert [[row[key] for key in keys] for row in rows[2:]] == [[row[key] for key in keys] for row in expected]
