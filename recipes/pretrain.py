@@ -3,9 +3,11 @@
 Trains a BPE tokenizer, leaves out the documents that quote the evaluation tasks, trains with a warm-up/stable/decay
 schedule, and leaves a folder that from_pretrained, generate.py and subj_finetune.py --model take. Stop it whenever you
 like, with Ctrl-C or SIGTERM: it saves, and the same command goes on where it was. A finished run is made longer with a
-larger --steps. --model trains a model that exists further, on any text, and may change what its matrices read: with
---token-shift rows and --matrix-spikes integer they read integer spikes. --pairs adds a second task, which of many
-sentences comes next. Several texts, each FILE=N, are read side by side, N streams each, and measured one by one.
+larger --steps. Several texts, each TEXT=N, are read side by side, N streams each, and measured one by one.
+
+--model trains a model that exists further, on any text. With --token-shift rows --matrix-spikes integer its matrices
+read integer spikes from then on, and --teacher keeps it near what the model of real numbers says. --pairs adds a second
+task, which of many sentences comes next.
 
 The card of the embedded model has the commands that made it.
 """
@@ -23,7 +25,7 @@ import torch
 from transformers import set_seed
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, record_spikes
-from spikegpt_lora.checkpoint import load_language_model
+from spikegpt_lora.checkpoint import load_language_model, require_same_tokens
 from spikegpt_lora.config import MATRIX_SPIKES, SPIKING, TOKEN_SHIFTS
 from spikegpt_lora.convert.calibrate import calibrate, centre
 from spikegpt_lora.convert.rows import mix_rows
@@ -62,6 +64,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve(args.precision, device, bf16_of(args.output_dir))
     texts = streams_of(args.text)
+    teacher = load_language_model(args.teacher)[0].to(device) if args.teacher else None
     options, config = settings(args, texts, precision.bf16)  # first: a wrong value is told before minutes of reading
     print(precision)
     model, tokenizer = load_language_model(args.model) if args.model else (None, config.vocab_size)
@@ -76,7 +79,7 @@ def main() -> int:
         first = next(iter(corpora.values()))
         model = new(config, first, options.seed) if model is None else changed(model.to(device), first, args)
         read = {name: (corpora[name], number) for name, (_, number) in texts.items()}
-        run = start(options, model.to(device), read, args)
+        run = start(options, model.to(device), read, teacher, args)
         train(run, args.output_dir, 60 * args.save_minutes)
         finish(run, read, args)
     return 0
@@ -110,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", default=defaults.steps, type=int, help="how many")
     add("--batch-size", type=int, help=f"streams of one text read side by side (default: {defaults.batch_size})")
     add("--length", default=defaults.length, type=int, help="tokens a step and stream")
+    add("--teacher", help="a model of the same tokens, to whose answers it is trained, not to the text")
     add("--pairs", default=defaults.pairs, type=int, help="of neighbouring sentences a step, to be told from others")
     add("--learning-rate", default=defaults.learning_rate, type=float, help="of the stable stretch")
     add("--decay", default=defaults.decay, type=float, help="share of the steps, the last ones, in which it falls to 0")
@@ -202,10 +206,14 @@ def changed(model: SpikeGPTForCausalLM, corpus: Corpus, args) -> SpikeGPTForCaus
     return model
 
 
-def start(options: PretrainOptions, model: SpikeGPTForCausalLM, read: Read, args) -> Pretraining:
+def start(
+    options: PretrainOptions, model: SpikeGPTForCausalLM, read: Read, teacher: SpikeGPTForCausalLM | None, args
+) -> Pretraining:
     tokens = [(corpus.train, number or options.batch_size) for corpus, number in read.values()]
     tokenizer = next(iter(read.values()))[0].tokenizer
-    run = Pretraining(set_dropout(model, args.dropout), tokens, options, tokenizer)
+    if teacher is not None:
+        require_same_tokens(tokenizer, teacher.config, args.teacher)
+    run = Pretraining(set_dropout(model, args.dropout), tokens, options, tokenizer, teacher)
     size = sum(p.numel() for p in model.parameters())
     epochs = ", ".join(f"{streams.per_epoch:,} of {name}" for name, streams in zip(read, run.streams))
     print(f"{size / 1e6:.2f} M parameters; an epoch is so many steps: {epochs}")
@@ -223,7 +231,7 @@ def finish(run: Pretraining, read: Read, args) -> None:
         rounded = save_rounded(run.model, temporary)
         tokenizer.save_pretrained(temporary)
         print("measuring on the validation text, beside a Kneser-Ney model of the training tokens ...")
-        record = measured(run, rounded, read, args.model) | {"samples": samples(rounded, tokenizer)}
+        record = measured(run, rounded, read, args) | {"samples": samples(rounded, tokenizer)}
         write_json(temporary / "pretraining.json", record)
         write_log(run.log, temporary / "loss.csv")
         draw_loss(run.log, temporary / "loss.png")
@@ -233,7 +241,7 @@ def finish(run: Pretraining, read: Read, args) -> None:
     print(f"  python recipes/subj_finetune.py --model {folder}")
 
 
-def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, read: Read, started_from: str | None) -> dict:
+def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, read: Read, args) -> dict:
     """What pretraining.json holds of a run and its rounded model."""
     ids = rows_of(some_of([corpus.validation for corpus, _ in read.values()]), rounded.device)
     everything = np.concatenate([corpus.train for corpus, _ in read.values()])[:KNESER_NEY_TOKENS]
@@ -250,7 +258,8 @@ def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, read: Read, started
         "options": vars(run.options),
         "precision": name_of(run.options.bf16),  # of the training; what follows was measured in float32
         "config": {key: getattr(rounded.config, key) for key in ("vocab_size", "n_layer", "n_embd", *SPIKING)},
-        "started_from": started_from,
+        "started_from": args.model,
+        "teacher": args.teacher,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "tokens": run.step * run.options.batch_size * run.options.length,
         "hours": run.seconds / 3600,

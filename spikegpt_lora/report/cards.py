@@ -71,7 +71,9 @@ def language_model_card(record: dict) -> str:
     options, config, texts = record["options"], record["config"], record["texts"]
     read = "integer spikes" if config["matrix_spikes"] == "integer" else "real numbers"
     started = f", from {record['started_from']}" if record["started_from"] else ""
-    pairs = "; beside it, each step tells {pairs} pairs of neighbouring sentences from one another"
+    taught = f", towards what {record['teacher']} says of each next token" if record.get("teacher") else ""
+    pairs = f"; beside it, each step tells {options['pairs']} pairs of neighbouring sentences from one another"
+    more = taught + pairs * bool(options["pairs"])
     sections = [
         "---\nlanguage: en\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [spikegpt, spiking]\n---",
         f"# SpikeGPT language model, {record['parameters'] / 1e6:.1f} M parameters",
@@ -82,7 +84,7 @@ def language_model_card(record: dict) -> str:
         + f"\n- training{started}: {options['steps']:,} steps of {options['batch_size']} x {options['length']} tokens "
         f"({record['tokens'] / 1e6:.1f} M) in {record['hours']:.2f} hours; AdamW, rate {options['learning_rate']:g}, "
         f"in {record['precision']}, "
-        f"the last {options['decay']:.0%} of the steps decay{pairs.format(**options) if options['pairs'] else ''}",
+        f"the last {options['decay']:.0%} of the steps decay{more}",
         "Validation: documents that were not trained on. A sign counts as a word, a document's end too; 5-grams "
         "are those of all texts:",
         table(

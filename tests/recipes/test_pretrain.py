@@ -78,12 +78,22 @@ def test_with_integer_spikes_every_matrix_reads_integers_and_the_model_is_centre
 
 def test_a_trained_model_is_made_to_read_integer_spikes_and_trained_further(trained, text, tmp_path):
     further = ["--model", trained[0] / "model", "--batch-size", "4", "--length", "16", "--steps", "8", *MINI]
-    spikes = ["--token-shift", "rows", "--matrix-spikes", "integer", "--spike-levels", "7"]
+    spikes = [
+        "--token-shift",
+        "rows",
+        "--matrix-spikes",
+        "integer",
+        "--spike-levels",
+        "7",
+        "--teacher",
+        trained[0] / "model",
+    ]
     done = here("pretrain.py", text, "--output-dir", tmp_path, *further, *spikes)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "model" / "pretraining.json").read_text())
     assert record["config"]["spike_levels"] == 7 and all(row["levels"] for row in record["matrices"])
     assert record["texts"]["text"]["model"]["nats_per_token"] < 5.9  # of 400 tokens, chance is 5.99
+    assert f"towards what {trained[0] / 'model'} says of each next token" in done.stdout
 
 
 def test_several_texts_are_measured_one_by_one(trained, text, tmp_path):
