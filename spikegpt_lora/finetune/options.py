@@ -33,6 +33,7 @@ class FinetuneOptions:
     target_sparsity: float | None = None
     spike_penalty: float | None = None  # price of what matrices read, see `spike_penalty`
     teacher_share: float = 0.5  # of the loss, where sentences have a teacher's answers; the rest is of their labels
+    temperature: float = 2.0  # of these answers, see `teacher`
     bf16: bool = False
     keep: str = "best"  # epoch on the validation split, or "last"
     group_by_length: bool = True  # batches of sentences of similar length
@@ -45,6 +46,7 @@ class FinetuneOptions:
             *((name, "in [0, 1)", 0 <= getattr(self, name) < 1) for name in ("warmup", "dropout", "word_dropout")),
             ("v_threshold", ">= 0 and finite", 0 <= self.v_threshold < math.inf),
             ("spike_penalty", ">= 0 and finite", 0 <= (self.spike_penalty or 0) < math.inf),
+            ("temperature", "> 0 and finite", 0 < self.temperature < math.inf),
             ("teacher_share", "in [0, 1]", 0 <= self.teacher_share <= 1),
             ("keep", "'best' or 'last'", self.keep in ("best", "last")),
         ]

@@ -145,7 +145,7 @@ def trained(
             compute_metrics=_accuracy,
             callbacks=[Stopwatch(), Resumption(stop), *callbacks],
         )
-        for name in ("group_by_length", "word_dropout", "spike_penalty", "teacher_share"):
+        for name in ("group_by_length", "word_dropout", "spike_penalty", "teacher_share", "temperature"):
             setattr(trainer, name, getattr(options, name))
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)

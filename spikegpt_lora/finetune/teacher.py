@@ -1,6 +1,8 @@
 """A teacher: an encoder of transformers that is fine-tuned on the same sentences, and what it answers to them.
 
-    loss = (1 - share) CE(labels) + share CE(answers of the teacher)         Hinton et al. 2015, arXiv 1503.02531, T = 1
+    loss = (1 - share) CE(labels, q) + share T^2 CE(p_T, q_T)        p_T ~ p^(1/T), q_T: softmax of the logits over T
+
+p: its answers, q: the student's. Source: Hinton et al. 2015, arXiv 1503.02531.
 
 It reads the intermediate task, where there is one, then the task's training sentences; its epoch is picked on the
 validation split, and no test sentence is shown to it. The answers stay in teacher/answers.npz of the output folder, and
@@ -105,7 +107,7 @@ def teach(name: str, source: Dataset | None, data: DatasetDict, directory: Path,
     read = _tokens({split: data[split] for split in ("train", "validation") if split in data}, tokenizer)
     options = FinetuneOptions(bf16=bf16, **OPTIONS | ({} if "validation" in read else {"keep": "last"}))
     trainer = trained(model, None, read, tokenizer, stages[1], 0, options, "teacher")
-    text = [*(source["text"] if source is not None else []), *data["train"]["text"]]
+    text = sorted([*(source["text"] if source is not None else []), *data["train"]["text"]], key=len)  # little padding
     asked = Dataset.from_dict({"text": text, "label": [0] * len(text)})
     logits = trainer.predict(_tokens({"asked": asked}, tokenizer)["asked"]).predictions
     record = {

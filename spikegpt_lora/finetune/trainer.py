@@ -49,7 +49,7 @@ class PairedTrainer(Trainer):
     own way with a loss of NaN is to leave it out of the log.
     """
 
-    group_by_length, word_dropout, spike_penalty, teacher_share = True, 0.0, 0.0, 0.0
+    group_by_length, word_dropout, spike_penalty, teacher_share, temperature = True, 0.0, 0.0, 0.0, 1.0
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Of labels; where a batch has a teacher's answers, of both in their shares; and the price of what is read."""
@@ -59,7 +59,9 @@ class PairedTrainer(Trainer):
         with seeing_reads(model, inputs["attention_mask"]) if self.spike_penalty else nullcontext() as reads:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if answers is not None:
-            taught = nn.functional.cross_entropy(outputs.logits.float(), answers)
+            T, least = self.temperature, torch.finfo(torch.half).tiny  # as they are kept
+            wanted = (answers.clamp(min=least).log() / T).softmax(dim=-1)
+            taught = T * T * nn.functional.cross_entropy(outputs.logits.float() / T, wanted)
             loss = (1 - self.teacher_share) * loss + self.teacher_share * taught
         return loss + self.spike_penalty * reads.share() if self.spike_penalty else loss
 

@@ -89,18 +89,21 @@ def test_options_of_the_first_task_are_one_pass_in_larger_batches():
     assert (options.epochs, options.batch_size, options.keep) == (1, 32, "last")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_the_loss_is_that_of_labels_and_of_answers_in_their_shares(tokens, tokenizer, tmp_path, share):
-    answers = np.random.default_rng(0).dirichlet([1, 1], 48).round(3).tolist()
+@pytest.mark.parametrize("share, T", [(0.0, 2.0), (0.25, 1.0), (0.25, 3.0), (1.0, 2.0)])
+def test_the_loss_is_that_of_labels_and_of_answers_in_their_shares(tokens, tokenizer, tmp_path, share, T):
+    answers = np.random.default_rng(0).dirichlet([5, 5], 48).round(3).tolist()
     data = DatasetDict(train=tokens["train"].add_column(ANSWERS, answers))
-    trainer = trained(fresh(tokenizer), "full", data, tokenizer, tmp_path, 0, replace(OPTIONS, teacher_share=share))
+    options = replace(OPTIONS, teacher_share=share, temperature=T)
+    trainer = trained(fresh(tokenizer), "full", data, tokenizer, tmp_path, 0, options)
     model = trainer.model.train()
     for module in model.modules():  # so that both calls read the same
         module.p = 0.0
     batch = trainer.data_collator([data["train"][row] for row in range(8)])
     labels, wanted = batch["labels"], batch[ANSWERS]
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected = (1 - share) * F.cross_entropy(logits, labels) + share * F.cross_entropy(logits, wanted)
+    softer = wanted ** (1 / T)
+    taught = T**2 * F.cross_entropy(logits / T, softer / softer.sum(dim=1, keepdim=True))
+    expected = (1 - share) * F.cross_entropy(logits, labels) + share * taught
     assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
