@@ -160,8 +160,11 @@ def prepare_corpora(
     evaluation: Iterable[str] = (),
     progress: Progress = lambda items, task: items,
 ) -> dict[str, Corpus]:
-    """Several texts of one tokenizer, by name, each kept in a folder of its name; see `prepare_corpus`. A document that
-    two of them hold is in both."""
+    """Several texts of one tokenizer, by name, each kept in a folder of its name; see `prepare_corpus`.
+
+    What two of them say is trained on twice; but no validation document shares 8 words in a row with what is trained on
+    of another text: such ones are left out of both.
+    """
     places = {Path(directory) / name: source for name, source in sources.items()}
     return dict(zip(sources, _prepare(places, tokenizer, evaluation, progress)))
 
@@ -171,13 +174,15 @@ def _prepare(places: Mapping[Path, str | Path], tokenizer, evaluation, progress)
     documents = {place: sorted(set(texts), key=_digest) for place, texts in everything.items()}
     evaluation = sorted(set(evaluation))
     maker = str(tokenizer) if isinstance(tokenizer, int) else tokenizer.backend_tokenizer.to_str()
-    if isinstance(tokenizer, int) and len(places) > 1:  # it is of all texts
+    if len(places) > 1:  # what is validated on, and the tokenizer, depend on all texts
         maker += _digest("\n".join(map(_digest, chain(*documents.values()))))
     keys = {place: _digest("\n".join(map(_digest, texts + evaluation)) + maker) for place, texts in documents.items()}
-    if stale := [place for place in places if _facts(place).get("key") != keys[place]]:
+    if any(_facts(place).get("key") != key for place, key in keys.items()):
         known = set().union(*map(word_sequences, evaluation))
-        wanted = list(places) if isinstance(tokenizer, int) else stale
-        kept = {place: _parts(_without(documents[place], known, progress)) for place in wanted}
+        kept = {place: _parts(_without(documents[place], known, progress)) for place in places}
+        left_out = {place: len(documents[place]) - sum(map(len, parts.values())) for place, parts in kept.items()}
+        if len(places) > 1:
+            _part(list(kept.values()), progress)
         if isinstance(tokenizer, int):
             texts = list(chain(*(parts["train"] for parts in kept.values())))
             tokenizer = train_tokenizer(progress(texts, "training the tokenizer"), tokenizer)
@@ -185,7 +190,7 @@ def _prepare(places: Mapping[Path, str | Path], tokenizer, evaluation, progress)
             counts = {
                 "documents": len(everything[place]),
                 "duplicates": len(everything[place]) - len(documents[place]),
-                "left_out": len(documents[place]) - sum(map(len, parts.values())),
+                "left_out": left_out[place],
             }
             _write(place, parts, tokenizer, {"key": keys[place], **counts}, progress)
     return [_read(place) for place in places]
@@ -233,6 +238,25 @@ def _parts(documents: list[str]) -> dict[str, list[str]]:
     if not all(parts.values()):
         raise ValueError(f"at least 100 documents are needed, one of them for validation; got {len(documents)}")
     return parts
+
+
+def _part(texts: list[dict[str, list[str]]], progress: Callable) -> None:
+    """Leaves out, in place, what each text would validate on and another one trains on."""
+    owners: dict[str, set[int]] = {}  # of each sequence that is validated on, the texts that do
+    for number, parts in enumerate(texts):
+        for document in parts["validation"]:
+            for sequence in word_sequences(document):
+                owners.setdefault(sequence, set()).add(number)
+    read = {number: set() for number in range(len(texts))}  # of each text, what the others read of it
+    for number, parts in enumerate(texts):
+        for document in progress(parts["train"], "looking for validation sentences"):
+            for sequence in word_sequences(document) & owners.keys():
+                for owner in owners[sequence] - {number}:
+                    read[owner].add(sequence)
+    for number, parts in enumerate(texts):
+        parts["validation"] = [text for text in parts["validation"] if read[number].isdisjoint(word_sequences(text))]
+        if not parts["validation"]:
+            raise ValueError("of one of the texts all validation documents stand in another: give them as one text")
 
 
 def _write(directory: Path, parts: dict[str, list[str]], tokenizer, facts: dict, progress: Callable) -> None:

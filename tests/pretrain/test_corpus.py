@@ -157,18 +157,35 @@ def test_several_texts_have_one_tokenizer_and_folders_of_their_own(tmp_path, tex
     assert made["second"].facts["documents"] == 2000
 
 
-def test_of_several_texts_only_a_changed_one_is_made_anew_where_the_tokenizer_is_given(tmp_path, text):
-    tokenizer = prepare_corpus(text, tmp_path / "first", 300).tokenizer
-    (other := tmp_path / "other.txt").write_text(
-        "\n".join(f"zebra {i} trots on and on, as zebras do" for i in range(2000)), encoding="utf-8"
-    )
-    sources = {"first": text, "second": other}
-    prepare_corpora(sources, tmp_path / "out", tokenizer)
-    times = {name: (tmp_path / "out" / name / "train.npy").stat().st_mtime_ns for name in sources}
-    other.write_text(other.read_text(encoding="utf-8") + "\none more", encoding="utf-8")
-    prepare_corpora(sources, tmp_path / "out", tokenizer)
-    assert (tmp_path / "out" / "first" / "train.npy").stat().st_mtime_ns == times["first"]
-    assert (tmp_path / "out" / "second" / "train.npy").stat().st_mtime_ns != times["second"]
+def test_no_text_is_validated_on_what_another_one_trains_on(tmp_path):
+    first, own = ([f"{i} {beast} {i} {beast} {i} on {i} and {i} on" for i in range(4000)] for beast in ("horse", "zebra"))
+    second = own + [f"{line} as is said elsewhere too" for line in first[::2]]
+    for name, lines in (("first", first), ("second", second)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    made = prepare_corpora({name: tmp_path / f"{name}.txt" for name in ("first", "second")}, tmp_path / "out", 300)
+    said = {
+        (name, part): set().union(*map(word_sequences, _documents(corpus, part)))
+        for name, corpus in made.items()
+        for part in ("train", "validation")
+    }
+    assert not said["first", "validation"] & said["second", "train"]
+    assert not said["second", "validation"] & said["first", "train"]
+    assert 5 < made["first"].facts["validation"]["documents"] < 35 and made["second"].facts["left_out"] == 0
+
+
+def _documents(corpus, part):
+    return corpus.tokenizer.decode(getattr(corpus, part)).split(corpus.tokenizer.eos_token)[:-1]
+
+
+def test_a_second_call_finds_several_texts_and_where_one_has_changed_all_are_made_anew(tmp_path, text):
+    (other := tmp_path / "other.txt").write_text("\n".join(f"zebra {i} trots on and on" for i in range(4000)))
+    sources, out = {"first": text, "second": other}, tmp_path / "out"
+    times = []
+    for more in ("", "", "\none more"):
+        other.write_text(other.read_text(encoding="utf-8") + more, encoding="utf-8")
+        prepare_corpora(sources, out, 300)
+        times.append([(out / name / "train.npy").stat().st_mtime_ns for name in sources])
+    assert times[0] == times[1] and times[1][0] != times[2][0] and times[1][1] != times[2][1]
 
 
 def test_batches_of_any_size():
