@@ -14,10 +14,11 @@ All methods start from the SpikeGPT that comes with the package, or from --model
 Ctrl-C and SIGTERM save the step that is being trained (a second one stops at once) and leave what is finished
 readable; the same command goes on from there, to the same numbers. One run works in a folder at a time. Adding methods
 or seeds to a finished comparison runs only what is new. --tune N runs N trials a method instead, on the first seed and
-judged on the validation split, and leaves trials.md. --intermediate film trains each method on another task first (is
-it of a critic or of a plot? which is what Subj's labels are made of), --teacher adds the answers of an encoder;
-results.md says so on top. --parity gives adapters the SpikeLoRA authors' settings: "library", as in their code (20
-epochs, padding read as text, another 90/10 split for each seed, the last epoch tested), or "paper", as far as it says.
+judged on the validation split (with --folds on folds of train and validation), and leaves trials.md. --intermediate
+film trains each method on another task first (is it of a critic or of a plot? which is what Subj's labels are made of),
+--teacher adds the answers of an encoder; results.md says so on top. --parity gives adapters the SpikeLoRA authors'
+settings: "library", as in their code (20 epochs, padding read as text, another 90/10 split for each seed, the last
+epoch tested), or "paper", as far as it says.
 """
 
 import argparse
@@ -173,8 +174,8 @@ def require_consistent(args: argparse.Namespace) -> None:
         raise ValueError("--teacher reads the training sentences of the fixed split: no --folds or --parity library")
     if args.tune and (args.intermediate or args.teacher):
         raise ValueError("--tune searches for settings without --intermediate and --teacher")
-    if args.folds and (args.tune or args.parity == "library" or args.folds < 2):
-        raise ValueError("--folds must be 2 or more, without --tune and --parity library, which split in their own way")
+    if args.folds and (args.parity == "library" or args.folds < 2):
+        raise ValueError("--folds must be 2 or more, and not with --parity library, which splits in its own way")
     if args.spike_levels and not args.matrix_spikes:
         raise ValueError("--spike-levels is for --matrix-spikes integer: a model that has integer spikes has its own")
     if args.spike_penalty and not reads_spikes(args):

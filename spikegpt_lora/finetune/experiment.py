@@ -23,7 +23,7 @@ from ..report.plots import draw_accuracy
 from ..report.results import SCHEMA, TRIAL_KEYS, compare, compare_folds, folder_of, read_runs, summarize
 from ..tasks.baselines import bag_of_words_baselines
 from ..tasks.registry import TASKS
-from ..tasks.splits import ONE_SPLIT, Protocol
+from ..tasks.splits import ONE_SPLIT, Protocol, folds
 from ..utils.errors import read_json
 from ..utils.files import write_json, write_text
 from ..utils.precision import name_of
@@ -248,7 +248,8 @@ def run_missing(out: Path, runs: list[dict], train: Callable[[dict, str], None],
 
 
 def run_trials(comparison: Comparison, number: int, base: Callable[[], nn.Module]) -> str:
-    """`number` trials of each method on the first seed, judged on validation: the test labels are not used.
+    """`number` trials of each method on the first seed, judged on validation, or with `plan.folds` by the mean over
+    folds of train and validation: the test labels are not used.
 
     Args:
         base: gives the model that all of them start from.
@@ -258,20 +259,40 @@ def run_trials(comparison: Comparison, number: int, base: Callable[[], nn.Module
     """
     plan, seed = comparison.plan, comparison.plan.seeds[0]
     trials = [(trial, method) for trial in range(number) for method in plan.methods]
-    tokens = DatasetDict({split: comparison.tokens[split] for split in ("train", "validation")})
     records = []
     for done, (trial, method) in enumerate(trials, 1):
         folder = plan.output_dir / "trials" / method / f"seed{seed}-trial{trial}"
         if not (folder / "trial.json").is_file():
             options = sample_trial(plan.settings[method], trial)
-            model, description = adapt(base(), method, options, seed), f"{done}/{len(trials)} {method} trial {trial}"
-            place = folder / "training"
-            _, record = finetune(model, method, tokens, comparison.tokenizer, place, seed, options, description)
-            write_json(folder / "trial.json", record)
-        shutil.rmtree(folder / "training", ignore_errors=True)
+            found = []
+            for name, tokens in _judged(comparison).items():
+                model, place = adapt(base(), method, options, seed), folder / f"training{name}"
+                description = f"{done}/{len(trials)} {method} trial {trial}{name}"
+                found.append(
+                    finetune(model, method, tokens, comparison.tokenizer, place, seed, options, description)[1]
+                )
+            write_json(folder / "trial.json", found[0] | _over_folds(found))
+        for place in folder.glob("training*"):
+            shutil.rmtree(place)
         records.append(read_json(folder / "trial.json", keys=TRIAL_KEYS))
     write_text(plan.output_dir / "trials.md", table := trials_table(records))
     return table
+
+
+def _judged(comparison: Comparison) -> dict[str, DatasetDict]:
+    """What a trial trains on and is judged by, by name; never a test sentence."""
+    if (count := comparison.plan.folds) is None:
+        return {"": DatasetDict({split: comparison.tokens[split] for split in ("train", "validation")})}
+    split = folds(count, with_test=False).split
+    return {f" fold {number}": split(comparison.tokens, number) for number in range(count)}
+
+
+def _over_folds(records: list[dict]) -> dict:
+    """What a trial's record says of all its folds; nothing where it has none."""
+    if len(records) == 1:
+        return {}
+    accuracies = [record["test_accuracy"] for record in records]
+    return {"validation_accuracy": sum(accuracies) / len(accuracies), "accuracy_by_fold": accuracies}
 
 
 def write_results(comparison: Comparison, complete: bool) -> None:

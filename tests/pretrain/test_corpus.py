@@ -158,7 +158,9 @@ def test_several_texts_have_one_tokenizer_and_folders_of_their_own(tmp_path, tex
 
 
 def test_no_text_is_validated_on_what_another_one_trains_on(tmp_path):
-    first, own = ([f"{i} {beast} {i} {beast} {i} on {i} and {i} on" for i in range(4000)] for beast in ("horse", "zebra"))
+    first, own = (
+        [f"{i} {beast} {i} {beast} {i} on {i} and {i} on" for i in range(4000)] for beast in ("horse", "zebra")
+    )
     second = own + [f"{line} as is said elsewhere too" for line in first[::2]]
     for name, lines in (("first", first), ("second", second)):
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))

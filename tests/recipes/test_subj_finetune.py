@@ -183,6 +183,19 @@ def test_tuning_runs_every_method_equally_often_and_reads_no_test_sentence(tmp_p
     assert recipe(tmp_path, *arguments).stderr == ""  # nothing is run again
 
 
+def test_tuning_by_folds_judges_each_sentence_of_train_and_validation_once(tmp_path):
+    arguments = ["--task", "subj-mini", "--methods", "head", "--epochs", "1", "--tune", "1", "--folds", "3"]
+    done = recipe(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "trials" / "head" / "seed0-trial0" / "trial.json").read_text())
+    assert len(record["accuracy_by_fold"]) == 3
+    assert record["validation_accuracy"] == pytest.approx(np.mean(record["accuracy_by_fold"]))
+    assert f"{100 * record['validation_accuracy']:.2f}" in done.stdout
+    data = load_task("subj-mini")
+    assert len(record["test_correct"]) == (len(data["train"]) + len(data["validation"])) // 3
+    assert not list(tmp_path.rglob("training*"))
+
+
 def test_the_authors_library_settings_split_by_seed_and_keep_the_last_epoch(tmp_path):
     arguments = ["--task", "subj-mini", "--methods", "spikelora", "scratch", "--seeds", "0", "1"]
     done = recipe(tmp_path, *arguments, "--parity", "library")
@@ -371,7 +384,7 @@ def test_an_upstream_checkpoint_is_fine_tuned(finished, tmp_path):
         (["--model", "embedded", "--n-layer", "2"], "--n-layer is for --model random; embedded has its own"),
         (["--time", "spikelora=later"], "spikelora_time must be 'pointwise' or 'token', got 'later'"),
         (["--tune", "2", "--parity", "paper"], "give one of the two"),
-        (["--folds", "1"], "--folds must be 2 or more, without --tune"),
+        (["--folds", "1"], "--folds must be 2 or more, and not with --parity"),
         (["--task", "subj-mini", "--folds", "2", "--seeds", "2"], "each seed is the number of one, 0 ... 1, got 2"),
         (["--teacher", "a", "--folds", "3"], "--teacher reads the training sentences of the fixed split"),
         (["--tune", "2", "--intermediate", "film"], "--tune searches for settings without --intermediate"),
