@@ -204,8 +204,14 @@ def settings_of(args: argparse.Namespace, bf16: bool = False) -> dict[str, Finet
 
 def reads_spikes(args: argparse.Namespace) -> bool:
     """Whether the matrices of what is trained read integer spikes."""
-    saved = (Path(args.model) / "config.json").is_file()
-    return args.matrix_spikes == "integer" or (saved and read_config(args.model).matrix_spikes == "integer")
+    folder = Path(place_of(args.model))
+    saved = (folder / "config.json").is_file()
+    return args.matrix_spikes == "integer" or (saved and read_config(folder).matrix_spikes == "integer")
+
+
+def place_of(model: str) -> str:
+    """Where the weights of --model are."""
+    return embedded_checkpoint() if model == "embedded" else model
 
 
 def source_of(args: argparse.Namespace, task: str, data: DatasetDict) -> Source | None:
@@ -226,7 +232,7 @@ def plan_of(
 ) -> Plan:
     by_seed = args.parity == "library"
     protocol = folds(args.folds, with_test=True) if args.folds else BY_SEED if by_seed else ONE_SPLIT
-    started = embedded_checkpoint() if args.model == "embedded" else args.model
+    started = place_of(args.model)
     same = ("model", "tokenizer", "parity", "max_length", "max_train_samples", "methods", "trace_sentences")
     same += ("matrix_spikes", "spike_levels", "folds", "intermediate", "teacher")
     return Plan(
