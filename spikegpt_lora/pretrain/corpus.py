@@ -40,8 +40,8 @@ class Corpus:
     """A text as tokens.
 
     train, validation: token ids `(N,)`, uint16 or int32, memory-mapped; the tokenizer that made them; and facts: counts
-    of documents, duplicates and documents left_out, and of each split's documents, tokens, words (one more a document,
-    for its end) and characters.
+    of documents, of duplicates, of those left_out and (of several texts) kept_apart, and of each split's documents,
+    tokens, words (one more a document, for its end) and characters.
     """
 
     train: np.ndarray
@@ -162,8 +162,8 @@ def prepare_corpora(
 ) -> dict[str, Corpus]:
     """Several texts of one tokenizer, by name, each kept in a folder of its name; see `prepare_corpus`.
 
-    What two of them say is trained on twice; but no validation document shares 8 words in a row with what is trained on
-    of another text: such ones are left out of both.
+    What two of them say may be trained on twice, but nothing is that shares 8 words in a row with a validation document
+    of another text; facts count it as kept_apart.
     """
     places = {Path(directory) / name: source for name, source in sources.items()}
     return dict(zip(sources, _prepare(places, tokenizer, evaluation, progress)))
@@ -180,7 +180,7 @@ def _prepare(places: Mapping[Path, str | Path], tokenizer, evaluation, progress)
     if any(_facts(place).get("key") != key for place, key in keys.items()):
         known = set().union(*map(word_sequences, evaluation))
         kept = {place: _parts(_without(documents[place], known, progress)) for place in places}
-        left_out = {place: len(documents[place]) - sum(map(len, parts.values())) for place, parts in kept.items()}
+        whole = {place: sum(map(len, parts.values())) for place, parts in kept.items()}
         if len(places) > 1:
             _part(list(kept.values()), progress)
         if isinstance(tokenizer, int):
@@ -190,7 +190,8 @@ def _prepare(places: Mapping[Path, str | Path], tokenizer, evaluation, progress)
             counts = {
                 "documents": len(everything[place]),
                 "duplicates": len(everything[place]) - len(documents[place]),
-                "left_out": left_out[place],
+                "left_out": len(documents[place]) - whole[place],
+                "kept_apart": whole[place] - sum(map(len, parts.values())),
             }
             _write(place, parts, tokenizer, {"key": keys[place], **counts}, progress)
     return [_read(place) for place in places]
@@ -241,22 +242,12 @@ def _parts(documents: list[str]) -> dict[str, list[str]]:
 
 
 def _part(texts: list[dict[str, list[str]]], progress: Callable) -> None:
-    """Leaves out, in place, what each text would validate on and another one trains on."""
-    owners: dict[str, set[int]] = {}  # of each sequence that is validated on, the texts that do
+    """Leaves out of each text's training, in place, what shares a word sequence with what another one validates on."""
+    validated = [set().union(*map(word_sequences, parts["validation"])) for parts in texts]
     for number, parts in enumerate(texts):
-        for document in parts["validation"]:
-            for sequence in word_sequences(document):
-                owners.setdefault(sequence, set()).add(number)
-    read = {number: set() for number in range(len(texts))}  # of each text, what the others read of it
-    for number, parts in enumerate(texts):
-        for document in progress(parts["train"], "looking for validation sentences"):
-            for sequence in word_sequences(document) & owners.keys():
-                for owner in owners[sequence] - {number}:
-                    read[owner].add(sequence)
-    for number, parts in enumerate(texts):
-        parts["validation"] = [text for text in parts["validation"] if read[number].isdisjoint(word_sequences(text))]
-        if not parts["validation"]:
-            raise ValueError("of one of the texts all validation documents stand in another: give them as one text")
+        others = set().union(*validated[:number], *validated[number + 1 :])
+        documents = progress(parts["train"], "looking for validation sentences")
+        parts["train"] = [text for text in documents if others.isdisjoint(word_sequences(text))]
 
 
 def _write(directory: Path, parts: dict[str, list[str]], tokenizer, facts: dict, progress: Callable) -> None:

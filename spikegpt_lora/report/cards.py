@@ -119,6 +119,8 @@ def _text(named: tuple[str, dict]) -> str:
         f"- {name}: {facts['train']['documents']:,} documents, {facts['train']['tokens']:,} tokens, read by "
         f"{facts['streams']} of the streams; left out: {facts['duplicates']:,} duplicates and {facts['left_out']:,} "
         "documents that share 8 words in a row with an evaluation sentence"
+        + f", {facts['kept_apart']:,} with a validation document of another text"
+        * bool(facts["kept_apart"])
     )
 
 

@@ -157,7 +157,7 @@ def test_several_texts_have_one_tokenizer_and_folders_of_their_own(tmp_path, tex
     assert made["second"].facts["documents"] == 2000
 
 
-def test_no_text_is_validated_on_what_another_one_trains_on(tmp_path):
+def test_no_text_is_trained_on_what_another_one_validates_on(tmp_path):
     first, own = (
         [f"{i} {beast} {i} {beast} {i} on {i} and {i} on" for i in range(4000)] for beast in ("horse", "zebra")
     )
@@ -172,7 +172,9 @@ def test_no_text_is_validated_on_what_another_one_trains_on(tmp_path):
     }
     assert not said["first", "validation"] & said["second", "train"]
     assert not said["second", "validation"] & said["first", "train"]
-    assert 5 < made["first"].facts["validation"]["documents"] < 35 and made["second"].facts["left_out"] == 0
+    apart = {name: corpus.facts["kept_apart"] for name, corpus in made.items()}
+    assert 0 < apart["first"] < 40 and 0 < apart["second"] < 40
+    assert made["first"].facts["validation"]["documents"] == 40 and made["second"].facts["left_out"] == 0
 
 
 def _documents(corpus, part):
