@@ -206,7 +206,10 @@ def _refuse_other_settings(out: Path, options: dict, begun: set[str], runs: list
         return
     settings = before.get("settings")
     finished = {run["method"]: run["settings"] for run in runs if "settings" in run}
-    before["settings"] = (settings if isinstance(settings, dict) else {}) | finished
+    of_methods = (settings if isinstance(settings, dict) else {}) | finished
+    # An earlier version had fewer settings: those that it had not were what they are by default now.
+    usual = {one.name: one.default for one in fields(FinetuneOptions) if one.default is not MISSING}
+    before["settings"] = {name: usual | values for name, values in of_methods.items()}
     old, new = _flat(before), _flat(options)
     others = tuple(f"settings.{method}." for method in set(METHODS) - begun)
     if differing := [key for key in new if old.get(key) != new[key] and not key.startswith(others)]:
