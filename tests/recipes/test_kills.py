@@ -196,9 +196,7 @@ def test_a_second_signal_stops_at_once_and_the_run_goes_on(unbroken, tmp_path):
 
 
 def test_killed_in_or_behind_the_intermediate_task_it_ends_with_the_same_figures(tmp_path):
-    whole, broken = (tmp_path / name / "out" for name in ("whole", "broken"))
-    for out in (whole, broken):
-        out.parent.mkdir()
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
     child = Child(whole, first=True)
     assert child.status() == 0, child.said()
     draw, ended, events = random.Random(0), [], int(re.search(r"(\d+) events", child.said())[1])
