@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..report.markdown import markdown, trials_table
 from ..report.plots import draw_accuracy
-from ..report.results import SCHEMA, TRIAL_KEYS, compare, compare_folds, folder_of, read_runs, summarize
+from ..report.results import SCHEMA, TRIAL_KEYS, compare, folder_of, read_runs, summarize
 from ..tasks.baselines import bag_of_words_baselines
 from ..tasks.registry import TASKS
 from ..tasks.splits import ONE_SPLIT, Protocol, folds
@@ -317,6 +317,4 @@ def write_results(comparison: Comparison, complete: bool) -> None:
 def _comparisons(runs: list[dict], protocol: Protocol) -> list[dict]:
     """Intervals are over sentences and seeds that all seeds test; or over sentences, where each is tested once; else
     there are none."""
-    if protocol.disjoint:
-        return compare_folds(runs)
-    return compare(runs) if protocol.one_split else []
+    return compare(runs, protocol.disjoint) if protocol.one_split or protocol.disjoint else []

@@ -107,28 +107,16 @@ def _mean_and_spread(values: list[float | None]) -> tuple[float | None, float | 
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def compare(runs: list[dict]) -> list[dict]:
-    """Paired difference in test accuracy for each pair of methods, on the seeds that both have."""
+def compare(runs: list[dict], disjoint: bool = False) -> list[dict]:
+    """Paired difference in test accuracy for each pair of methods, on the seeds that both have; `disjoint`: each seed
+    tests sentences of its own, as folds do, so all of them are one row, and the interval is over sentences alone."""
     comparisons = []
     for a, b in combinations(titles(runs), 2):
         of_method = {name: _by_seed(runs, name) for name in (a, b)}
         seeds = sorted(of_method[a].keys() & of_method[b].keys())
         if seeds:
-            difference = paired_difference(*(_correct(of_method[name], seeds) for name in (a, b)))
-            comparisons.append({"a": a, "b": b, **vars(difference), "is_noise": difference.is_noise})
-    return comparisons
-
-
-def compare_folds(runs: list[dict]) -> list[dict]:
-    """As `compare`, where each seed is a fold, and tests sentences of its own: of the folds that both methods have, all
-    sentences are paired; the interval is over sentences alone."""
-    comparisons = []
-    for a, b in combinations(titles(runs), 2):
-        of_method = {name: _by_seed(runs, name) for name in (a, b)}
-        seeds = sorted(of_method[a].keys() & of_method[b].keys())
-        if seeds:
-            rows = [[sum(_correct(of_method[name], seeds), [])] for name in (a, b)]
-            difference = paired_difference(*rows)
+            rows = [_correct(of_method[name], seeds) for name in (a, b)]
+            difference = paired_difference(*[[sum(row, [])] for row in rows] if disjoint else rows)
             comparisons.append({"a": a, "b": b, **vars(difference), "is_noise": difference.is_noise})
     return comparisons
 

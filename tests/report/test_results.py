@@ -7,7 +7,7 @@ from spikegpt_lora import SpikeTrace
 from spikegpt_lora.report.cards import model_card
 from spikegpt_lora.report.markdown import markdown, trials_table
 from spikegpt_lora.report.plots import draw_accuracy, draw_raster
-from spikegpt_lora.report.results import accuracy_and_reads, compare, compare_folds, summarize
+from spikegpt_lora.report.results import accuracy_and_reads, compare, summarize
 from spikegpt_lora.tasks.registry import TASKS
 
 GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}, "accuracy_without": 0.25}
@@ -205,7 +205,7 @@ def test_accuracy_is_a_dot_a_run_a_line_at_the_mean_and_one_for_the_baseline(fig
 
 def test_of_folds_all_sentences_are_paired_as_one_row():
     folds = [run("full", 0, "1110"), run("full", 1, "11"), run("lora", 0, "1010"), run("lora", 1, "01")]
-    (found,) = compare_folds(folds)
+    (found,) = compare(folds, disjoint=True)
     assert (found["a"], found["b"], len(found["per_seed"])) == ("full", "lora", 1)
     assert found["difference"] == pytest.approx(2 / 6)
 
