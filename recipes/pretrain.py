@@ -55,7 +55,7 @@ from spikegpt_lora.utils.precision import name_of, resolve
 SIZES = {"n_layer": (4, "blocks"), "n_embd": (256, "width"), "vocab_size": (8192, "tokens of the BPE")}
 KNESER_NEY_TOKENS = 50_000_000  # it keeps all n-grams in memory, about 100 bytes a token
 SAMPLES, SAMPLE_TOKENS = 10, 40
-Read = dict[str, tuple[Corpus, int | None]]  # of each text its tokens, and how many of the streams read it (None: all)
+Read = dict[str, tuple[Corpus, int]]  # of each text its tokens, and how many of the streams read it
 
 
 def main() -> int:
@@ -64,12 +64,12 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve(args.precision, device, bf16_of(args.output_dir))
     texts = streams_of(args.text)
-    teacher = load_language_model(args.teacher)[0].to(device) if args.teacher else None
     options, config = settings(args, texts, precision.bf16)  # first: a wrong value is told before minutes of reading
     print(precision)
     model, tokenizer = load_language_model(args.model) if args.model else (None, config.vocab_size)
     if model is not None:
         require_possible(model.config, args)
+    teacher = load_language_model(args.teacher)[0].to(device) if args.teacher else None
     sentences = evaluation_sentences(args.decontaminate, args.data_dir)
     with locked(args.output_dir):
         sources = {name: source for name, (source, _) in texts.items()}
@@ -78,7 +78,7 @@ def main() -> int:
         use_extension("auto", device)  # built now: no log line breaks a progress bar
         first = next(iter(corpora.values()))
         model = new(config, first, options.seed) if model is None else changed(model.to(device), first, args)
-        read = {name: (corpora[name], number) for name, (_, number) in texts.items()}
+        read = {name: (corpora[name], number or options.batch_size) for name, (_, number) in texts.items()}
         run = start(options, model.to(device), read, teacher, args)
         train(run, args.output_dir, 60 * args.save_minutes)
         finish(run, read, args)
@@ -209,7 +209,7 @@ def changed(model: SpikeGPTForCausalLM, corpus: Corpus, args) -> SpikeGPTForCaus
 def start(
     options: PretrainOptions, model: SpikeGPTForCausalLM, read: Read, teacher: SpikeGPTForCausalLM | None, args
 ) -> Pretraining:
-    tokens = [(corpus.train, number or options.batch_size) for corpus, number in read.values()]
+    tokens = [(corpus.train, number) for corpus, number in read.values()]
     tokenizer = next(iter(read.values()))[0].tokenizer
     if teacher is not None:
         require_same_tokens(tokenizer, teacher.config, args.teacher)
@@ -250,7 +250,7 @@ def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, read: Read, args) -
     for name, (corpus, number) in read.items():
         facts = corpus.facts["validation"]
         texts[name] = corpus.facts | {
-            "streams": number or run.options.batch_size,
+            "streams": number,
             "model": perplexity(rounded, corpus.validation, facts),
             "kneser_ney": per_token_word_character(float(counted.nats(corpus.validation).mean()), facts),
         }

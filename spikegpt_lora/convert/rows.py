@@ -8,15 +8,12 @@ some hundred steps. With shares for rows what reads a token is one product for a
 spikes it is the residual stream itself that is read (README.md, design M).
 """
 
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 
-from ..config import SpikeGPTConfig
-from ..model import SRFFN, SRWKV, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification
-from .spiking import require_convertible
-
-Model = TypeVar("Model", SpikeGPTForCausalLM, SpikeGPTForSequenceClassification)
+from ..model import SRFFN, SRWKV
+from .spiking import Model, changed_config, require_convertible
 
 
 @torch.no_grad()
@@ -30,9 +27,8 @@ def mix_rows(model: Model) -> Model:
     require_convertible(model)
     if model.config.token_shift == "rows":
         return model
-    config = SpikeGPTConfig.from_dict({**model.config.to_dict(), "architectures": None, "token_shift": "rows"})
     with torch.device("meta"):
-        mixed = type(model)(config)
+        mixed = type(model)(changed_config(model, token_shift="rows"))
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for path, half in model.named_modules():
         if isinstance(half, SRWKV | SRFFN):

@@ -58,8 +58,8 @@ def prepare(
     """
     require_convertible(model)
     changes = {"matrix_spikes": "integer", "wkv_powers_of_two": wkv_powers_of_two}
-    config = _changed(model, spike_levels=spike_levels, **changes)
-    of_ffn = _changed(model, spike_levels=spike_levels if ffn_levels is None else ffn_levels).spike_levels
+    config = changed_config(model, spike_levels=spike_levels, **changes)
+    of_ffn = changed_config(model, spike_levels=spike_levels if ffn_levels is None else ffn_levels).spike_levels
     with torch.device("meta"):
         spiking = type(model)(config)
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if ".ln0." not in name}
@@ -120,7 +120,8 @@ def require_convertible(model: nn.Module) -> None:
         raise ValueError(f"{packed} is no plain nn.Linear: convert the model before its weights are packed")
 
 
-def _changed(model: Model, **changes) -> SpikeGPTConfig:
+def changed_config(model: Model, **changes) -> SpikeGPTConfig:
+    """The configuration of `model` with these changes."""
     return SpikeGPTConfig.from_dict({**model.config.to_dict(), "architectures": None, **changes})
 
 

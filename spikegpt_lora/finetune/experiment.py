@@ -262,13 +262,13 @@ def run_trials(comparison: Comparison, number: int, base: Callable[[], nn.Module
     """
     plan, seed = comparison.plan, comparison.plan.seeds[0]
     trials = [(trial, method) for trial in range(number) for method in plan.methods]
-    records = []
+    records, judged = [], _judged(comparison)
     for done, (trial, method) in enumerate(trials, 1):
         folder = plan.output_dir / "trials" / method / f"seed{seed}-trial{trial}"
         if not (folder / "trial.json").is_file():
             options = sample_trial(plan.settings[method], trial)
             found = []
-            for name, tokens in _judged(comparison).items():
+            for name, tokens in judged.items():
                 model, place = adapt(base(), method, options, seed), folder / f"training{name}"
                 description = f"{done}/{len(trials)} {method} trial {trial}{name}"
                 found.append(
