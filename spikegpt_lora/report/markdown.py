@@ -38,9 +38,11 @@ def _learnt_before(first: dict) -> str:
                 "other sentences. Compare these figures with those of models that were taught it too."
             )
     if teacher := first.get("teacher"):
+        accuracy = teacher["validation_accuracy"]  # None: it was not judged
+        judged = "" if accuracy is None else f" (validation {100 * accuracy:.2f} %)"
         said += (
-            f"\n\n**And from the answers of a teacher**, {teacher['name']}, fine-tuned on the same training sentences "
-            f"(validation {100 * teacher['validation_accuracy']:.2f} %)."
+            f"\n\n**And from the answers of a teacher**, {teacher['name']}, fine-tuned on the same training sentences"
+            f"{judged}."
         )
     return said
 

@@ -218,4 +218,6 @@ def test_what_methods_were_taught_before_stands_above_the_table():
     assert "what Subj's own labels are made of" in above and "teacher" not in above
     teacher = {"name": "some_encoder", "sentences": 9, "validation_accuracy": 0.957, "seconds": 1.0}
     page = markdown(results() | {"first": {"intermediate": None, "teacher": teacher}})
-    assert "some_encoder, fine-tuned on the same training sentences (validation 95.70 %)" in page
+    assert "some_encoder, fine-tuned on the same training sentences (validation 95.70 %)." in page
+    page = markdown(results() | {"first": {"intermediate": None, "teacher": teacher | {"validation_accuracy": None}}})
+    assert "some_encoder, fine-tuned on the same training sentences." in page
