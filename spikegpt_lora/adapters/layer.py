@@ -163,10 +163,10 @@ class FusedLinear(LoraLinear):
             return weight
         if weight.is_inference():  # keeps no count of its changes
             return weight.to(dtype)
-        state = (weight.data_ptr(), weight._version, dtype)
+        state = (weight.data_ptr(), weight._version, weight.shape, dtype)
         if self.__dict__.get("_cast", (None,))[0] != state:
             with torch.inference_mode(False):  # else nothing could be trained with it later
-                self._cast = state, weight.detach().to(dtype)
+                self._cast = state, weight.detach().to(dtype), weight  # held, so that its memory is not another's
         return self._cast[1]
 
 

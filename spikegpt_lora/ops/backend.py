@@ -60,7 +60,7 @@ def untouched(module: nn.Module, kind: type) -> bool:
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__
-        and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
+        and all(type(p) in (nn.Parameter, Tensor) for p in module._parameters.values() if p is not None)
     )
 
 

@@ -175,6 +175,14 @@ def test_frozen_weights_are_cast_once_and_again_where_they_change():
     assert not any("_cast" in name for name in model.state_dict())
 
 
+def test_a_weight_where_another_one_lay_in_memory_is_cast_anew():
+    layer = layers(net(dtype=torch.float32))[0]
+    for number in range(50):
+        layer.base_layer._parameters["weight"] = None
+        layer.base_layer._parameters["weight"] = nn.Parameter(torch.full((9, 6), float(number)), requires_grad=False)
+        assert float(layer._frozen(torch.bfloat16)[0, 0]) == number
+
+
 def test_under_autocast_it_is_near_pefts_own(monkeypatch):
     need_extension()
     x, found = torch.randn(3, 5, 6), []
