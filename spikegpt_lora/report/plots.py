@@ -92,3 +92,26 @@ def draw_reads(points: list[dict], path: Path) -> None:
     axis.legend(fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120)
+
+
+def draw_frontier(rows: list[dict], path: Path, title: str) -> None:
+    """Draw what ways of training reach over the time that they take as a PNG. `rows`: of each way title, method, time
+    (the dense way's is 1), loss, and accuracy or None; ways that are merely shorter are joined by a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axis = figure.subplots()
+    key, unit = ("accuracy", 100) if rows[0]["accuracy"] is not None else ("loss", 1)
+    plain = [row for row in rows if row["method"] == "dense" or row["method"].startswith("short")]
+    steps = sorted((row["time"], unit * row[key]) for row in plain)
+    axis.plot(*zip(*steps), color="gray", marker="o", linewidth=1, label="dense step, fewer steps")
+    for number, row in enumerate(row for row in rows if row not in plain):
+        style = {"color": f"C{number % 10}", "marker": "s^Dv"[number // 10 % 4], "zorder": 3}
+        axis.scatter(row["time"], unit * row[key], label=row["title"], **style)
+    axis.set_xlabel("time, the dense way's is 1")
+    axis.set_ylabel("test accuracy, %" if key == "accuracy" else "validation loss, nats a token")
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from ...model import Block
-from .swapping import Opened, own_forward
+from .step_change import StepChange, own_forward
 
 # What is added to the residual stream, by the names in a block: SpikeGPT, Llama, GPT-2.
 HALVES = (("att", "ffn"), ("self_attn", "mlp"), ("attn", "mlp"))
 
 
-class DropBackward(Opened):
+class DropBackward(StepChange):
     """A Trainer's callback, see the top of this file.
 
     Args:
@@ -41,25 +41,14 @@ class DropBackward(Opened):
         self.dropped: frozenset[nn.Module] = frozenset()
         self.halves: list[nn.Module] = []
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.close()
-        if args.world_size > 1:
-            raise ValueError(
-                "DropBackward leaves parameters without a gradient, for which several processes would wait for each "
-                "other: train in one process"
-            )
-        self.halves = half_blocks(model, self.modules)
+    def begin(self, model, seed=0, batches=None):
+        self.seed, self.halves = seed, half_blocks(model, self.modules)
         for half in self.halves:
             self.opened.enter_context(own_forward(half, partial(self._forward, half, half.forward)))
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        generator = torch.Generator().manual_seed(1_000_003 * args.seed + state.global_step)
-        order = torch.randperm(len(self.halves), generator=generator)
+    def begin_step(self, step, steps):
+        order = torch.randperm(len(self.halves), generator=torch.Generator().manual_seed(1_000_003 * self.seed + step))
         self.dropped = frozenset(self.halves[i] for i in order[: round(self.p * len(self.halves))])
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.dropped = frozenset()
-        super().on_train_end(args, state, control, **kwargs)
 
     def _forward(self, half: nn.Module, whole: Callable, *args, **kwargs):
         if not (half.training and half in self.dropped):

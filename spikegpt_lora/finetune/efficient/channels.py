@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
 from ...adapters.sparsity import SparsityController
@@ -26,7 +25,7 @@ from ...forward import RealTokens, hooked, run
 from ...utils.checks import check
 from ..run import adapters_off
 from .pairs import ChannelPair, base_of, find_pairs, rows_of
-from .swapping import Opened, own_forward, swapped
+from .step_change import StepChange, own_forward, swapped
 
 SELECT = ("static", "svd", "svd_token", "oracle", "magnitude", "random", "none")
 EACH_STEP = ("svd", "svd_token", "oracle", "random")  # choose anew; the last without looking at what is read
@@ -117,7 +116,7 @@ class _Chosen:
                 yield base, "nf", len(index)
 
 
-class SparseChannels(Opened):
+class SparseChannels(StepChange):
     """A Trainer's callback: its training steps compute a share of the channels of each MLP (see the top of this file).
 
         Trainer(model, ..., callbacks=[SparseChannels(SparseConfig(keep=0.25))])
@@ -146,34 +145,35 @@ class SparseChannels(Opened):
         """S of each pair by its name, as far as one was chosen."""
         return {one.pair.name: one.index for one in self.chosen if one.index is not None}
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        self.close()
+    @property
+    def shared(self) -> bool:  # type: ignore[override]
+        return self.config.select not in ("svd", "svd_token", "oracle")
+
+    def begin(self, model, seed=0, batches=None):
         select = self.config.select
-        if args.world_size > 1 and select in ("svd", "svd_token", "oracle"):
-            raise ValueError(f'select="{select}" would choose another set in each process: use select="static"')
         pairs = self._of_layers(find_pairs(model, self.config.pairs))
-        if unknown := [pair.name for pair in pairs if pair.middle is None and select in ("svd", "svd_token", "oracle")]:
+        unknown = [pair.name for pair in pairs if pair.middle is None]
+        if unknown and select in ("svd", "svd_token", "oracle"):
             raise ValueError(
                 f'select="{select}" must know what stands between the layers of {unknown[0]}: use select="static"'
             )
-        self.seed, self.tokens = args.seed, RealTokens(model)
+        self.seed, self.tokens = seed, RealTokens(model)
         self.chosen = [_Chosen(pair, self._number(pair)) for pair in pairs]
-        self._prepare(model, train_dataloader, args)
+        self._prepare(model, batches)
         self.opened.enter_context(hooked([self.tokens.attach()]))
         for one in self.chosen:
             for scope in one.pair.scopes:
                 self.opened.enter_context(own_forward(scope, partial(self._forward, one, scope, scope.forward)))
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.step = state.global_step
-        progress = state.global_step / max(1, state.max_steps)
+    def begin_step(self, step, steps):
+        self.step, progress = step, step / max(1, steps)
         self.active = self.config.start <= progress < self.config.end
         for one in self.chosen:
             _refuse_controller(one.pair)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self):
         self.active = False
-        super().on_train_end(args, state, control, **kwargs)
+        super().close()
 
     def _of_layers(self, pairs: list[ChannelPair]) -> list[ChannelPair]:
         layers, count = self.config.layers, len(pairs)
@@ -186,12 +186,12 @@ class SparseChannels(Opened):
     def _number(self, pair: ChannelPair) -> int:
         return 1 if self.config.select == "none" else max(1, round(self.config.keep * pair.channels))
 
-    def _prepare(self, model: nn.Module, loader: DataLoader, args) -> None:
+    def _prepare(self, model: nn.Module, batches: Callable[[int], Iterable[Mapping]]) -> None:
         """Whatever can be chosen, or computed, before the first step."""
         select = self.config.select
         if select == "static":
-            batches = some_batches(loader, args.train_batch_size, self.config.calibration, args.seed)
-            scores = calibrated_scores(model, [one.pair for one in self.chosen], batches)
+            pairs = [one.pair for one in self.chosen]
+            scores = calibrated_scores(model, pairs, batches(self.config.calibration))
         for one in self.chosen:
             if select == "static":
                 one.choose(_largest(scores[one.pair.name], one.keep), 0)
@@ -250,14 +250,6 @@ class SparseChannels(Opened):
         weight = self._mask(x).to(x.dtype)
         weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
         return torch.einsum("bt,btd->bd", weight, x)
-
-
-def some_batches(loader: DataLoader, batch_size: int, number: int, seed: int) -> Iterator[Mapping]:
-    """`number` batches of what `loader` reads, drawn by `seed`; no generator of the training is asked."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(loader.dataset), generator=generator)[: number * batch_size].tolist()  # type: ignore[arg-type]
-    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return iter(DataLoader(loader.dataset, batch_sampler=parts, collate_fn=loader.collate_fn, generator=generator))
 
 
 def calibrated_scores(model: nn.Module, pairs: list[ChannelPair], batches: Iterable[Mapping]) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@
 mean, spread: of the scores so far, the older the less; the mean distance from the mean. Scores: "novelty", the share of
 the head's gradient that lies outside what the accepted ones span so far; its "norm"; the "loss"; or "random". Source:
 SLoRA (2025; a gradient-novelty gate), with its controller's sign put right and Frequent Directions as published
-(Ghashami et al. 2016, arXiv 1501.01711). For a vocabulary the gradient is a TensorSketch (Pham & Pagh 2013) of some tokens'.
+(Ghashami et al. 2016, arXiv 1501.01711). For a vocabulary the gradient is a TensorSketch (Pham & Pagh 2013) of some
+tokens'.
 
 A rejected batch costs a forward, an accepted one a forward and a backward: at a share a of accepted batches a step
 costs (1 + a) / 2 of what it did. A schedule of the same time has (1 + a) / (2 a) times as many updates: compare with
@@ -23,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 from ...forward import hooked, token_model
 from ...model import SpikeGPTModel
 from ...utils.checks import check
-from .swapping import Opened
+from .step_change import StepChange
 
 SCORES = ("novelty", "loss", "norm", "random")
 GAIN, MEMORY = 0.2, 0.95  # of the controller; of the running mean and spread of scores
@@ -87,7 +88,7 @@ class TensorSketch:
         return torch.fft.irfft((spectra[0] * spectra[1]).sum(dim=1), n=self.size)
 
 
-class SkipBatches(Opened, ExportableState):
+class SkipBatches(StepChange, ExportableState):
     """A Trainer's callback, see the top of this file. Batches are judged as they come, each micro-batch of a step too;
     the learning rate falls with the steps seen.
 
@@ -128,15 +129,10 @@ class SkipBatches(Opened, ExportableState):
             "attributes": kept | {"known": self.sketch.rows.tolist()},
         }
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.close()
-        if args.world_size > 1:
-            raise ValueError(
-                "SkipBatches leaves a process without a backward, for which the others would wait: train in one process"
-            )
+    def begin(self, model, seed=0, batches=None):
         if self.known:
             self.sketch.rows = torch.tensor(self.known)
-        self.seed = args.seed
+        self.seed = seed
         self.head = None if self.score in ("loss", "random") else _head(model)
         self.vocabulary: TensorSketch | None = None
         self.read: Tensor | None = None  # by the head

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...forward import hooked, run
 from ...model import SpikeGPTModel
-from .swapping import Opened, own_forward, swapped
+from .step_change import StepChange, own_forward, swapped
 
 COUNTS = "counts"  # a column: n of a text, T * C bytes
 BATCH = 32
@@ -47,25 +47,18 @@ def cached_trunk(model: nn.Module, dataset: Dataset, blocks: int) -> Dataset:
 
 
 class CountsCollator:
-    """Batches of texts with what `cached_trunk` found, as `inputs_embeds` `(B, T, C)` uint8; padded as the tokenizer
-    pads.
-
-    Raises, when it is called:
-        ValueError: rows without the column `counts`.
-    """
+    """Batches of texts, where they have it with what `cached_trunk` found, as `inputs_embeds` `(B, T, C)` uint8; padded
+    as the tokenizer pads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        if any(COUNTS not in row for row in rows):
-            raise ValueError(
-                f"rows have no column {COUNTS!r}: make it with cached_trunk, and keep it with "
-                "TrainingArguments(remove_unused_columns=False)"
-            )
         kept = [{name: value for name, value in row.items() if name != COUNTS} for row in rows]
         batch = self.tokenizer.pad(kept, return_tensors="pt")
         batch["labels"] = batch.pop("label") if "label" in batch else batch["labels"]
+        if COUNTS not in rows[0]:
+            return dict(batch)
         mask = batch["attention_mask"].bool()
         counts = [np.frombuffer(row[COUNTS], np.uint8).reshape(len(row["input_ids"]), -1) for row in rows]
         embeds = torch.zeros(*mask.shape, counts[0].shape[1], dtype=torch.uint8)
@@ -73,22 +66,32 @@ class CountsCollator:
         return {**batch, "inputs_embeds": embeds}
 
 
-class CachedTrunk(Opened):
+class CachedTrunk(StepChange):
     """A Trainer's callback: of batches with the counts of `cached_trunk`, the blocks from `blocks` on are computed;
     others, in evaluation say, are read from the text.
 
     Raises, when the training begins:
-        ValueError: as `cached_trunk`.
+        ValueError: as `cached_trunk`; training data without the column `counts`.
     """
+
+    shared = True
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
         self.blocks = blocks
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.close()
+    def begin(self, model, seed=0, batches=None):
         inner = _frozen_below(model, self.blocks)
         self.opened.enter_context(own_forward(inner, partial(_upper, inner, inner.forward, self.blocks)))
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        names = getattr(getattr(train_dataloader, "dataset", None), "column_names", None) or []
+        if COUNTS not in names:
+            raise ValueError(
+                f"the training data have no column {COUNTS!r}: make it with cached_trunk, and keep it with "
+                "TrainingArguments(remove_unused_columns=False)"
+            )
+        super().on_train_begin(args, state, control, train_dataloader=train_dataloader, **kwargs)
 
 
 class _Passed(nn.Module):

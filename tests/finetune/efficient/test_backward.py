@@ -11,19 +11,10 @@ from spikegpt_lora.finetune.efficient.backward import half_blocks
 KNOWN = ["spikegpt-lora", "spikegpt-integer", "spikegpt-spikelora", "llama", "gpt2"]
 
 
-class Arguments:
-    world_size, seed = 1, 0
-
-
-class State:
-    def __init__(self, step=0):
-        self.global_step = step
-
-
 def begun(model, p, step=0, **more):
     drop = DropBackward(p, **more)
-    drop.on_train_begin(Arguments(), State(), None, model=model)
-    drop.on_step_begin(Arguments(), State(step), None)
+    drop.begin(model)
+    drop.begin_step(step, 10)
     return drop
 
 
@@ -80,7 +71,7 @@ def test_every_step_drops_as_many_and_all_have_their_turn():
     with drop:
         turns = []
         for step in range(40):
-            drop.on_step_begin(Arguments(), State(step), None)
+            drop.begin_step(step, 40)
             turns.append(drop.dropped)
     assert {len(dropped) for dropped in turns} == {3}
     assert set().union(*turns) == set(half_blocks(model))
@@ -110,11 +101,11 @@ def test_a_share_out_of_range(p):
 
 
 def test_several_processes_are_refused():
-    class Two(Arguments):
+    class Two:
         world_size = 2
 
     with pytest.raises(ValueError, match="train in one process"):
-        DropBackward(0.5).on_train_begin(Two(), State(), None, model=adapted_model("llama"))
+        DropBackward(0.5).on_train_begin(Two(), None, None, model=adapted_model("llama"))
 
 
 def test_a_model_without_known_half_blocks_is_told_how_to_name_them():

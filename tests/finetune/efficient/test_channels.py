@@ -1,14 +1,11 @@
 """Sparse channels: a step equals the dense model's with the other channels masked, on every kind of model; which ones
 are chosen; dense where it should be; nothing is left behind."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from efficient_models import adapted_model, difference, nothing_left, step_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.data import default_collate
 from transformers import TrainerCallback
 
 from spikegpt_lora.adapters import SparsityCallback
@@ -20,31 +17,15 @@ from spikegpt_lora.forward import hooked, run
 ALL = {"layers": "all", "start": 0.0}
 
 
-@dataclass
-class Arguments:
-    world_size: int = 1
-    seed: int = 0
-    train_batch_size: int = 4
-
-
-@dataclass
-class State:
-    global_step: int = 0
-    max_steps: int = 10
-
-
-class Loader:
-    collate_fn = staticmethod(default_collate)
-
-    def __init__(self, batch):
-        self.dataset = [{name: x[row] for name, x in batch.items()} for row in range(4)]
+class Two:
+    world_size, seed = 2, 0
 
 
 def begun(model, batch, step=0, **config):
-    """SparseChannels of `model` in a step."""
+    """SparseChannels of `model` in a step, of ten."""
     sparse = SparseChannels(SparseConfig(**ALL | config))
-    sparse.on_train_begin(Arguments(), State(), None, model=model, train_dataloader=Loader(batch))
-    sparse.on_step_begin(Arguments(), State(step), None)
+    sparse.begin(model, 0, lambda number: [batch] * number)
+    sparse.begin_step(step, 10)
     return sparse
 
 
@@ -91,7 +72,7 @@ def test_bf16_autocast_reads_the_slices_of_the_step_it_is_in(name, batch):
     sparse = begun(model, batch, keep=0.5, select="random")
     with sparse, torch.autocast("cpu", torch.bfloat16):
         for step in range(4):
-            sparse.on_step_begin(Arguments(), State(step), None)
+            sparse.begin_step(step, 10)
             found = step_of(model, batch)
             another = adapted_model(name).float()
             with begun(another, batch, step, keep=0.5, select="random"):
@@ -153,7 +134,7 @@ def test_the_choice_holds_for_the_micro_batches_of_a_step_and_for_refresh_steps(
     with sparse:
         chosen = []
         for step in range(4):
-            sparse.on_step_begin(Arguments(), State(step), None)
+            sparse.begin_step(step, 10)
             for _ in range(2):
                 step_of(model, batch)
                 chosen.append(next(iter(sparse.sets.values())).tolist())
@@ -305,8 +286,9 @@ def test_packed_weights_are_refused_by_name(batch):
 
 def test_several_processes_choose_the_same_channels_or_none(batch):
     sparse = SparseChannels(SparseConfig(select="svd"))
-    with pytest.raises(ValueError, match="another set in each process"):
-        sparse.on_train_begin(Arguments(world_size=2), State(), None, model=adapted_model("llama"))
+    with pytest.raises(ValueError, match="train in one process"):
+        sparse.on_train_begin(Two(), None, None, model=adapted_model("llama"))
+    assert SparseChannels().shared
 
 
 def test_a_layer_that_there_is_not_is_refused(batch):

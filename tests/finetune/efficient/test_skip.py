@@ -135,11 +135,7 @@ def test_every_kind_of_classifier_has_a_gradient_to_look_at(kind, score, trainer
 def test_the_gradient_of_a_classifier_is_its_own(batch):
     model = adapted_model("spikegpt-lora")
     gate = SkipBatches(1.0, "norm")
-
-    class Arguments:
-        world_size, seed = 1, 0
-
-    gate.on_train_begin(Arguments(), None, None, model=model)
+    gate.begin(model)
     with gate:
         model(**batch).loss.backward()
     weight = next(p for name, p in model.named_parameters() if "score" in name and p.requires_grad)
@@ -229,4 +225,4 @@ def test_several_processes_are_refused():
 def test_a_model_without_a_head_that_is_known_is_told_what_remains():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match='use score="loss" or "random"'):
-        SkipBatches(0.5).on_train_begin(type("One", (), {"world_size": 1, "seed": 0}), None, None, model=model)
+        SkipBatches(0.5).begin(model)

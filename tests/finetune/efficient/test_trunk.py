@@ -29,10 +29,6 @@ def texts():
     return Dataset.from_dict({"input_ids": ids, "labels": [0, 1, 1, 0]})
 
 
-class Arguments:
-    world_size = 1
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("name", KINDS)
@@ -42,7 +38,7 @@ def test_loss_and_gradients_are_those_from_the_text(name, blocks, side, texts):
     batch = CountsCollator(tokenizer(side))([cached[i] for i in range(4)])
     text = {key: x for key, x in batch.items() if key != "inputs_embeds"}
     trunk = CachedTrunk(blocks)
-    trunk.on_train_begin(Arguments(), None, None, model=model)
+    trunk.begin(model)
     with trunk:
         assert difference(step_of(model, batch), step_of(model, text)) < 1e-12
     assert nothing_left(model) or name == "spikegpt-token"
@@ -90,7 +86,7 @@ def test_text_without_counts_is_read_as_ever(texts):
     model = adapted_model("spikegpt-lora", ABOVE[1])
     batch = {"input_ids": torch.tensor([texts[1]["input_ids"]])}
     expected, trunk = run(model, batch).logits, CachedTrunk(1)
-    trunk.on_train_begin(Arguments(), None, None, model=model)
+    trunk.begin(model)
     with trunk:
         assert torch.equal(run(model, batch).logits, expected)
 
@@ -112,6 +108,6 @@ def test_other_models_are_refused_by_name(texts):
         cached_trunk(adapted_model("llama"), texts, 1)
 
 
-def test_rows_without_counts_are_told_why(texts):
+def test_training_data_without_counts_are_told_why(texts, trainer_of):
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
-        CountsCollator(tokenizer())([texts[0]])
+        trainer_of(adapted_model("spikegpt-lora", ABOVE[1]), CachedTrunk(1), data=texts).train()
