@@ -68,7 +68,7 @@ from spikegpt_lora.utils.precision import resolve
 SCHEMA = "spikegpt_lora/efficiency/1"
 RUN_KEYS = ("method", "seed", "seconds", "steps", "updates", "loss", "before")
 PIECE = 128  # tokens of plain text that are read at a time
-VALIDATION = 200  # pieces
+VALIDATION, LEAST = 200, 32  # pieces to validate on; to train on at least
 STOPPED = "stopped; the same command goes on from the runs that are finished."
 
 
@@ -173,8 +173,9 @@ def plain_text(args, tokenizer: PreTrainedTokenizerBase) -> tuple[Task, str]:
         if len(ids) >= wanted * PIECE:
             break
     pieces = [ids[start : start + PIECE] for start in range(0, len(ids) - PIECE + 1, PIECE)][:wanted]
-    if len(pieces) < 2 * VALIDATION:
-        raise ValueError(f"--text must hold {2 * VALIDATION * PIECE:,} tokens or more, {args.text} has {len(ids):,}")
+    least = VALIDATION + LEAST
+    if len(pieces) < least:
+        raise ValueError(f"--text must hold {least * PIECE:,} tokens or more, {args.text} has {len(ids):,}")
     rows = [{"input_ids": piece, "labels": piece} for piece in pieces]
     parts = {"train": rows[VALIDATION:], "validation": rows[:VALIDATION]}
     tokens = DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()})

@@ -78,7 +78,7 @@ def test_a_language_model_is_judged_by_its_loss(model, tmp_path):
 def test_too_little_text_is_told_how_much_is_needed(model, tmp_path):
     (tmp_path / "text.txt").write_text("one sentence .\n")
     done = recipe(model, tmp_path / "out", "--text", tmp_path / "text.txt")
-    assert done.returncode == 2 and "must hold 51,200 tokens or more" in done.stderr
+    assert done.returncode == 2 and "must hold 29,696 tokens or more" in done.stderr
 
 
 @pytest.mark.parametrize("time, name", [(0.66, "short-0.65"), (1.3, "dense"), (0.98, "dense"), (0.01, "short-0.05")])
