@@ -4,6 +4,7 @@ import json
 
 import pytest
 import running
+import torch
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, load_task
 from spikegpt_lora.finetune.efficient.ways import short
@@ -19,7 +20,11 @@ def model(tmp_path_factory):
     tokenizer = train_tokenizer(load_task("subj-mini")["train"]["text"], 300)
     sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2}
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    SpikeGPTForCausalLM(SpikeGPTConfig(**sizes, **tokens)).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = SpikeGPTForCausalLM(SpikeGPTConfig(**sizes, **tokens))
+    for parameter in model.parameters():  # most initial values are 0
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
