@@ -14,6 +14,7 @@ from spikegpt_lora.finetune.efficient.channels import SELECT, calibrated_scores
 from spikegpt_lora.finetune.efficient.pairs import find_pairs
 from spikegpt_lora.forward import hooked, run
 
+SOME = ["spikegpt-lora", "integer-spikelora", "bert", "gpt2"]  # where every kind would take minutes
 ALL = {"layers": "all", "start": 0.0}
 
 
@@ -168,15 +169,17 @@ class Looking(TrainerCallback):
         self.modes.append([name for name, module in model.named_modules() if "forward" in module.__dict__])
 
 
-def test_evaluation_in_the_midst_of_training_is_dense(kind, batch, trainer_of):
-    model, looking = adapted_model(kind), Looking(batch)
+@pytest.mark.parametrize("name", SOME)
+def test_evaluation_in_the_midst_of_training_is_dense(name, batch, trainer_of):
+    model, looking = adapted_model(name), Looking(batch)
     trainer_of(model, SparseChannels(SparseConfig(start=0.0)), looking, learning_rate=0.0).train()
     expected = run(model.train(), batch, batch.keys() - {"labels"}).logits
     assert looking.modes[0] and all(torch.equal(logits, expected) for logits in looking.logits)
 
 
-def test_after_training_nothing_is_left_in_the_model(kind, trainer_of):
-    model = adapted_model(kind)
+@pytest.mark.parametrize("name", SOME)
+def test_after_training_nothing_is_left_in_the_model(name, trainer_of):
+    model = adapted_model(name)
     before, hooks = set(model.state_dict()), nothing_left(model)
     trainer_of(model, SparseChannels(SparseConfig(start=0.0, select="svd"))).train()
     assert nothing_left(model) == hooks and set(model.state_dict()) == before
