@@ -239,7 +239,7 @@ def adapters_of(model: nn.Module) -> list[BaseTunerLayer]:
 @contextmanager
 def adapters_off(model: nn.Module):
     """Within it, adapters add nothing; a trained `score` stays, which peft's own `disable_adapter` would take away."""
-    layers = adapters_of(model)
+    layers = [layer for layer in adapters_of(model) if not layer.disable_adapters]
     try:
         for layer in layers:
             layer.enable_adapters(False)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, TrainerCallback
 
@@ -207,6 +208,14 @@ def test_with_adapters_off_only_score_is_trained(mini):
         assert torch.equal(model.base_model.model.spikegpt(ids).last_hidden_state, before)
         assert torch.equal(model(ids).logits, score(before[:, -1]))
     assert not torch.equal(model.base_model.model.spikegpt(ids).last_hidden_state, before)
+
+
+def test_adapters_that_were_off_stay_off(mini):
+    model = adapt(fresh(mini[1]), "lora", OPTIONS, 0)
+    model.disable_adapter_layers()
+    with adapters_off(model):
+        pass
+    assert all(layer.disable_adapters for layer in model.modules() if isinstance(layer, BaseTunerLayer))
 
 
 def test_padding_as_text_has_no_mask_left(mini):
