@@ -22,6 +22,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
@@ -32,12 +33,14 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from peft import get_peft_model
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from spikegpt_lora import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, embedded_checkpoint, load_task
 from spikegpt_lora.checkpoint import load_model, load_tokenizer
 from spikegpt_lora.finetune.efficient import CachedTrunk, CountsCollator, SkipBatches, cached_trunk
+from spikegpt_lora.finetune.efficient.measure import Novelties, choices, spearman
 from spikegpt_lora.finetune.efficient.ways import WAYS, Way, short, way
 from spikegpt_lora.finetune.experiment import (
     aside,
@@ -123,6 +126,8 @@ def main() -> int:
     )
     print(", ".join(f"{name} {len(rows):,}" for name, rows in task.tokens.items()))
     with locked(plan.output_dir):
+        if args.checks:
+            return write_checks(plan, task)
         take_up(plan.output_dir, counted(plan), finished(plan))
         use_extension("auto", PartialState().device)  # built now: no log line breaks a progress bar
         one, write = partial(train, plan, task), partial(write_results, plan)
@@ -146,6 +151,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, metavar="WAY", default=list(WAYS), help="of " + " ".join(WAYS))
     add("--seeds", nargs="+", type=command_line.seed, default=[0, 1, 2, 3, 4], help="one run a way and seed")
     add("--epochs", type=command_line.positive, default=4, help="of the dense way")
+    add("--checks", action="store_true", help="measure instead what choosing is worth: checks.md")
     add("--max-train-samples", type=command_line.positive, help="sentences, or pieces of 128 tokens, that are read")
     command_line.add_precision(add)
     add("--output-dir", type=Path, default=Path("runs/efficiency"), help="results go here")
@@ -235,6 +241,57 @@ def train(plan: Plan, task: Task, run: dict, description: str) -> None:
         record |= {"accuracy": float(right.mean()), "test_correct": "".join(str(int(one)) for one in right)}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", record)
+
+
+def write_checks(plan: Plan, task: Task) -> int:
+    """checks.md: how near each choice of channels comes to the best, before training, and in the first epoch whether
+    novelty of the head's gradient is that of the adapters' (of sentences)."""
+    seed, batch = plan.seeds[0], plan.options.batch_size
+    set_seed(seed)
+    model, collate = adapted(plan, task, way("dense")), CountsCollator(task.tokenizer)
+    parts = {}
+    for name, number in (("train", 10), ("validation", 12)):
+        loader = DataLoader(task.tokens[name], batch, collate_fn=collate)
+        parts[name] = [dict(one) for one in islice(loader, number)]
+    lines = []
+    for keep in (0.5, 0.25, 0.1):
+        for name, row in choices(model, parts["validation"], parts["train"], keep).items():
+            lines.append([name, f"{100 * keep:.0f}", *(f"{row[key]:.3f}" for key in ("overlap", "energy", "error"))])
+    text = table(["chosen by", "kept %", "of the best", "squares of h kept", "error of the output"], lines)
+    if task.labels is not None:
+        text += f"\n\n{proxy(plan, task, model)}"
+    write_text(plan.output_dir / "checks.md", text + "\n")
+    print(f"\n{text}\n\nWritten to {plan.output_dir / 'checks.md'}.")
+    return 0
+
+
+def proxy(plan: Plan, task: Task, model: nn.Module) -> str:
+    """Rank correlations over the first epoch's batches, all of which are accepted."""
+    gate = SkipBatches(1.0, directions=16, decay=1.0)
+    seen = Novelties(gate)
+    arguments = training_arguments(plan.output_dir / "training", plan.seeds[0], plan.options)
+    arguments.save_strategy = arguments.eval_strategy = "no"
+    arguments.load_best_model_at_end, arguments.num_train_epochs = False, 1
+    trainer = PairedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=task.tokens["train"],
+        processing_class=task.tokenizer,
+        data_collator=CountsCollator(task.tokenizer),
+        callbacks=[gate, seen],
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress("head's and adapters' gradients"))
+    trainer.train()
+    pairs = {
+        "novelty of the head's gradient and of the adapters'": ("head", "true"),
+        "norm of the head's gradient and of the adapters'": ("norm", "true_norm"),
+        "novelty and norm of the head's gradient": ("head", "norm"),
+    }
+    found = {title: spearman(seen.rows, *names) for title, names in pairs.items()}
+    rows = [[title, f"{value:+.2f}", f"{low:+.2f} … {high:+.2f}"] for title, (value, low, high) in found.items()]
+    return table([f"Spearman, {len(seen.rows) - 20} batches", "", "95 %"], rows)
 
 
 def adapted(plan: Plan, task: Task, chosen: Way) -> nn.Module:

@@ -79,7 +79,7 @@ class SparseConfig:
 
 
 @dataclass(eq=False)
-class _Chosen:
+class Chosen:
     """A pair, its S now, and the slices that belong to it. `keep`: how many channels; `changes`: whether S is chosen
     anew; `factors`: of "svd"."""
 
@@ -154,7 +154,7 @@ class SparseChannels(StepChange):
     def __init__(self, config: SparseConfig | None = None) -> None:
         super().__init__()
         self.config = SparseConfig() if config is None else config
-        self.chosen: list[_Chosen] = []
+        self.chosen: list[Chosen] = []
         self.step, self.seed, self.active = 0, 0, False
         self.tokens: RealTokens | None = None
 
@@ -176,7 +176,7 @@ class SparseChannels(StepChange):
                 f'select="{select}" must know what stands between the layers of {unknown[0]}: use select="static"'
             )
         self.seed, self.tokens = seed, RealTokens(model)
-        self.chosen = [_Chosen(pair, self._number(pair), select in EACH_STEP) for pair in pairs]
+        self.chosen = [Chosen(pair, self._number(pair), select in EACH_STEP) for pair in pairs]
         self._prepare(model, batches)
         self.opened.enter_context(hooked([self.tokens.attach()]))
         for one in self.chosen:
@@ -221,22 +221,23 @@ class SparseChannels(StepChange):
             elif select.startswith("svd"):
                 one.factors = [low_rank(producer, self.config.rank) for producer in one.pair.producers]
 
-    def _forward(self, one: _Chosen, scope: nn.Module, whole: Callable, *args, **kwargs):
+    def _forward(self, one: Chosen, scope: nn.Module, whole: Callable, *args, **kwargs):
         if not (self.active and scope.training):
             return whole(*args, **kwargs)
         if scope is one.pair.scopes[0]:
             one.pair.require_start(*args, **kwargs)
             if self._due(one):
-                one.choose(self._select(one, args, kwargs), self.step)
+                one.choose(self.best(one, args, kwargs), self.step)
         with one.held():
             return whole(*args, **kwargs)
 
-    def _due(self, one: _Chosen) -> bool:
+    def _due(self, one: Chosen) -> bool:
         chosen = one.step
         return chosen is None or (self.config.select in EACH_STEP and self.step >= chosen + self.config.refresh)
 
     @torch.no_grad()
-    def _select(self, one: _Chosen, args: tuple, kwargs: dict) -> Tensor:
+    def best(self, one: Chosen, args: tuple, kwargs: dict) -> Tensor:
+        """S that is chosen anew for a pair whose first scope is called with these arguments."""
         if self.config.select == "random":
             return self._drawn(one)
         pair = one.pair
@@ -250,7 +251,7 @@ class SparseChannels(StepChange):
             scores = cast(Callable, pair.middle)(*outputs).float().square().sum(dim=0).sqrt()
         return _largest(scores * one.norms, one.keep)
 
-    def _drawn(self, one: _Chosen) -> Tensor:
+    def _drawn(self, one: Chosen) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + 1_009 * self.step + self.chosen.index(one))
         drawn = torch.randperm(one.pair.channels, generator=generator)[: one.keep].sort().values
         return drawn.to(rows_of(one.pair.consumer).device)

@@ -119,6 +119,7 @@ class SkipBatches(StepChange, ExportableState):
         self.seen, self.accepted = 0, 0
         self.offset, self.mean, self.spread = 0.0, 0.0, 0.0
         self.known: list[list[float]] = []  # the sketch's rows, where a checkpoint keeps them
+        self.last_score = self.last_norm = math.nan  # of the newest batch; the norm of its head's gradient
         self.sketch = FrequentDirections(directions, decay)
 
     def state(self) -> dict:
@@ -181,7 +182,8 @@ class SkipBatches(StepChange, ExportableState):
         loss = output["loss"] if isinstance(output, dict) else output[0]
         if loss is None or loss.dim():
             raise ValueError("SkipBatches reads the loss that the model gives for labels, and got none")
-        if self.decide(self._score_of(loss, output, given)):
+        self.last_score = self._score_of(loss, output, given)
+        if self.decide(self.last_score):
             if self.score == "novelty":
                 self.sketch.add(self._gradient_now)
             return None
@@ -198,7 +200,8 @@ class SkipBatches(StepChange, ExportableState):
         if self.score == "loss":
             return float(loss.detach())
         self._gradient_now = gradient = self._gradient(loss, output, given)
-        return float(gradient.norm()) if self.score == "norm" else self.sketch.novelty(gradient)
+        self.last_norm = float(gradient.norm())
+        return self.last_norm if self.score == "norm" else self.sketch.novelty(gradient)
 
     def _gradient(self, loss: Tensor, output: Any, given: dict) -> Tensor:
         """Of the head's weight: exact where it is trained, else a sketch; flat, on the CPU."""
