@@ -267,7 +267,8 @@ def training_steps(name: str, model: Callable, size: dict, others: dict[str, Cal
 
 def efficient(repeats: int) -> list[dict]:
     """A training step of fused LoRA made cheaper in each of the ways of `finetune/efficient`, of a 4-layer, 256-wide
-    classifier, real and integer, of the 216M shape and of an encoder of all-MiniLM-L6-v2's size."""
+    classifier, real and integer, of the 216M shape and of an encoder of all-MiniLM-L6-v2's size. They do not give one
+    result: what they give is tests/finetune/efficient's."""
     rows = []
     for name, model, size, changes, some in (
         ("4 x 256", spikegpt, SMALL, CHEAPER | GATED, repeats),

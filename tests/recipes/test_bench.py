@@ -98,7 +98,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing(run, bench, tmp_path, capsys):
 # ---- what it times
 
 
-@pytest.mark.parametrize("part", ["encoder", "large_step", "gates", "streaming", "spikes", "rwkv"])
+@pytest.mark.parametrize("part", ["encoder", "large_step", "gates", "efficient", "streaming", "spikes", "rwkv"])
 def test_a_part_gives_groups_whose_first_row_has_ratio_1(bench, monkeypatch, part):
     need_extension()
     sizes = {"SMALL": TINY, "LARGE": TINY, "MINILM": TINY | {"n_embd": 32}, "VOCABULARY": 50}
