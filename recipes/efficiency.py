@@ -198,31 +198,14 @@ def train(plan: Plan, task: Task, run: dict, description: str) -> None:
     set_seed(seed)
     model = adapted(plan, task, chosen)
     set_dropout(model.get_base_model(), plan.options.dropout)
-    options = plan.options
-    arguments = training_arguments(folder / "training", seed, options)
-    arguments.save_strategy = arguments.eval_strategy = "no"
-    arguments.load_best_model_at_end = False
-    steps = plan.epochs * -(-len(task.tokens["train"]) // options.batch_size)
-    arguments.max_steps = max(1, round(chosen.steps * steps))
+    steps = plan.epochs * -(-len(task.tokens["train"]) // plan.options.batch_size)
+    steps = max(1, round(chosen.steps * steps))
     clock = Clock()
     with clock.counting():
         data, changes = task.tokens["train"], [] if chosen.change is None else [chosen.change()]
         if chosen.cached:
             data, changes = cached_trunk(model, data, half(model)), [CachedTrunk(half(model))]
-    trainer = PairedTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        eval_dataset=task.tokens["validation"],
-        processing_class=task.tokenizer,
-        data_collator=CountsCollator(task.tokenizer),
-        callbacks=[clock, *changes],
-    )
-    for name in ("group_by_length", "word_dropout"):
-        setattr(trainer, name, getattr(options, name))
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(Progress(description))
+    trainer = trainer_of(plan, task, model, data, [clock, *changes], folder, seed, steps, description)
     before = trainer.evaluate()["eval_loss"] if task.labels is None else None
     trainer.train()
     require_trained(trainer.model)  # a table of what diverged would show an accuracy
@@ -230,8 +213,8 @@ def train(plan: Plan, task: Task, run: dict, description: str) -> None:
     record = run | {
         "title": chosen.title,
         "seconds": clock.seconds,
-        "steps": arguments.max_steps,
-        "updates": arguments.max_steps if gate is None else gate.accepted,
+        "steps": steps,
+        "updates": steps if gate is None else gate.accepted,
         "loss": trainer.evaluate()["eval_loss"],
         "before": before,
     }
@@ -241,6 +224,28 @@ def train(plan: Plan, task: Task, run: dict, description: str) -> None:
         record |= {"accuracy": float(right.mean()), "test_correct": "".join(str(int(one)) for one in right)}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", record)
+
+
+def trainer_of(plan: Plan, task: Task, model, data, callbacks, folder: Path, seed: int, steps: int, description: str):
+    """A Trainer of so many steps, which saves nothing and shows one bar."""
+    arguments = training_arguments(folder / "training", seed, plan.options)
+    arguments.save_strategy = arguments.eval_strategy = "no"
+    arguments.load_best_model_at_end, arguments.max_steps = False, steps
+    trainer = PairedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=task.tokens["validation"],
+        processing_class=task.tokenizer,
+        data_collator=CountsCollator(task.tokenizer),
+        callbacks=callbacks,
+    )
+    for name in ("group_by_length", "word_dropout"):
+        setattr(trainer, name, getattr(plan.options, name))
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress(description))
+    return trainer
 
 
 def write_checks(plan: Plan, task: Task) -> int:
@@ -269,20 +274,10 @@ def proxy(plan: Plan, task: Task, model: nn.Module) -> str:
     """Rank correlations over the first epoch's batches, all of which are accepted."""
     gate = SkipBatches(1.0, directions=16, decay=1.0)
     seen = Novelties(gate)
-    arguments = training_arguments(plan.output_dir / "training", plan.seeds[0], plan.options)
-    arguments.save_strategy = arguments.eval_strategy = "no"
-    arguments.load_best_model_at_end, arguments.num_train_epochs = False, 1
-    trainer = PairedTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=task.tokens["train"],
-        processing_class=task.tokenizer,
-        data_collator=CountsCollator(task.tokenizer),
-        callbacks=[gate, seen],
-    )
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(Progress("head's and adapters' gradients"))
+    data, seed = task.tokens["train"], plan.seeds[0]
+    steps = -(-len(data) // plan.options.batch_size)
+    named = "head's and adapters' gradients"
+    trainer = trainer_of(plan, task, model, data, [gate, seen], plan.output_dir, seed, steps, named)
     trainer.train()
     pairs = {
         "novelty of the head's gradient and of the adapters'": ("head", "true"),

@@ -28,7 +28,8 @@ from .pairs import ChannelPair, base_of, find_pairs, rows_of
 from .step_change import StepChange, own_forward, swapped
 
 SELECT = ("static", "svd", "svd_token", "oracle", "magnitude", "random", "none")
-EACH_STEP = ("svd", "svd_token", "oracle", "random")  # choose anew; the last without looking at what is read
+LOOKING = ("svd", "svd_token", "oracle")  # choose by what is read
+EACH_STEP = (*LOOKING, "random")  # choose anew
 LAYERS = ("all", "all_but_first")
 
 
@@ -165,13 +166,13 @@ class SparseChannels(StepChange):
 
     @property
     def shared(self) -> bool:  # type: ignore[override]
-        return self.config.select not in ("svd", "svd_token", "oracle")
+        return self.config.select not in LOOKING
 
     def begin(self, model, seed=0, batches=None):
         select = self.config.select
         pairs = self._of_layers(find_pairs(model, self.config.pairs))
         unknown = [pair.name for pair in pairs if pair.middle is None]
-        if unknown and select in ("svd", "svd_token", "oracle"):
+        if unknown and select in LOOKING:
             raise ValueError(
                 f'select="{select}" must know what stands between the layers of {unknown[0]}: use select="static"'
             )
@@ -215,7 +216,7 @@ class SparseChannels(StepChange):
                 one.choose(_largest(scores[one.pair.name], one.keep), 0)
             elif select == "magnitude":
                 norms = torch.stack([rows_of(producer).norm(dim=1) for producer in one.pair.producers]).prod(dim=0)
-                one.choose(_largest(norms * one.pair.out_norms(), one.keep), 0)
+                one.choose(_largest(norms * one.norms, one.keep), 0)
             elif select == "none":
                 one.choose(self._drawn(one), 0)
             elif select.startswith("svd"):
@@ -233,7 +234,7 @@ class SparseChannels(StepChange):
 
     def _due(self, one: Chosen) -> bool:
         chosen = one.step
-        return chosen is None or (self.config.select in EACH_STEP and self.step >= chosen + self.config.refresh)
+        return chosen is None or (one.changes and self.step >= chosen + self.config.refresh)
 
     @torch.no_grad()
     def best(self, one: Chosen, args: tuple, kwargs: dict) -> Tensor:

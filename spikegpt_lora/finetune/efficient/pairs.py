@@ -37,7 +37,7 @@ class ChannelPair:
 
     @property
     def channels(self) -> int:
-        return _inputs(self.consumer)
+        return rows_of(self.consumer).shape[1]
 
     def read(self, *args, **kwargs) -> Tensor:
         """What the producers read, `(B, T, C)`, of what the first scope is called with."""
@@ -175,10 +175,6 @@ def rows_of(linear: nn.Module) -> Tensor:
     """W of y = W x."""
     base = base_of(linear)
     return (base.weight.t() if isinstance(base, Conv1D) else base.weight).detach()
-
-
-def _inputs(linear: nn.Module) -> int:
-    return rows_of(linear).shape[1]
 
 
 def _require_sliceable(name: str, linear: nn.Module) -> None:

@@ -17,7 +17,7 @@ from datasets import Dataset, Value
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ...forward import hooked, run
+from ...forward import hooked, run, token_model
 from ...model import SpikeGPTModel
 from .step_change import StepChange, own_forward, swapped
 
@@ -141,8 +141,8 @@ def _counts(inner: SpikeGPTModel, ids: Tensor, mask: Tensor, blocks: int) -> np.
 
 def _frozen_below(model: nn.Module, blocks: int) -> SpikeGPTModel:
     """The SpikeGPT inside `model`."""
-    inner = next((module for module in model.modules() if isinstance(module, SpikeGPTModel)), None)
-    if inner is None:
+    inner = token_model(model)
+    if not isinstance(inner, SpikeGPTModel):
         raise ValueError(f"a trunk's spikes are counted of a SpikeGPT, got a {type(model).__name__}")
     if not 1 <= blocks < min(len(inner.blocks), 128):
         raise ValueError(f"blocks, how many are computed once, must be in 1 ... {len(inner.blocks) - 1}, got {blocks}")
