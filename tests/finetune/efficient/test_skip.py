@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 from efficient_models import adapted_model, nothing_left
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM
@@ -16,10 +14,10 @@ from spikegpt_lora.finetune.efficient.skip import SCORES, FrequentDirections, Te
 SIZES = {"vocab_size": 37, "n_embd": 12, "n_layer": 2}
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**31))
-def test_frequent_directions_keep_their_bound(size, rows, width, seed):
-    A = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 12), (8, 8), (40, 1), (40, 5), (40, 12)])
+def test_frequent_directions_keep_their_bound(size, rows, width):
+    A = torch.randn(rows, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sketch = FrequentDirections(size)
     for row in A:
         sketch.add(row)
