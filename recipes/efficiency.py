@@ -72,6 +72,7 @@ SCHEMA = "spikegpt_lora/efficiency/1"
 RUN_KEYS = ("method", "seed", "seconds", "steps", "updates", "loss", "before")
 PIECE = 128  # tokens of plain text that are read at a time
 VALIDATION, LEAST = 200, 32  # pieces to validate on; to train on at least
+SKIPPED, CORRELATED = 20, 10  # batches: the first ones of an epoch, whose novelty is that of an empty sketch; the rest
 STOPPED = "stopped; the same command goes on from the runs that are finished."
 
 
@@ -252,6 +253,12 @@ def write_checks(plan: Plan, task: Task) -> int:
     """checks.md: how near each choice of channels comes to the best, before training, and in the first epoch whether
     novelty of the head's gradient is that of the adapters' (of sentences)."""
     seed, batch = plan.seeds[0], plan.options.batch_size
+    least = (SKIPPED + CORRELATED) * batch
+    if task.labels is not None and len(task.tokens["train"]) < least:
+        raise ValueError(
+            f"--checks needs {least:,} training sentences or more, so that {CORRELATED} batches are left to correlate; "
+            f"there are {len(task.tokens['train']):,}"
+        )
     set_seed(seed)
     model, collate = adapted(plan, task, way("dense")), CountsCollator(task.tokenizer)
     parts = {}
@@ -284,9 +291,9 @@ def proxy(plan: Plan, task: Task, model: nn.Module) -> str:
         "norm of the head's gradient and of the adapters'": ("norm", "true_norm"),
         "novelty and norm of the head's gradient": ("head", "norm"),
     }
-    found = {title: spearman(seen.rows, *names) for title, names in pairs.items()}
+    found = {title: spearman(seen.rows, *names, SKIPPED) for title, names in pairs.items()}
     rows = [[title, f"{value:+.2f}", f"{low:+.2f} … {high:+.2f}"] for title, (value, low, high) in found.items()]
-    return table([f"Spearman, {len(seen.rows) - 20} batches", "", "95 %"], rows)
+    return table([f"Spearman, {len(seen.rows) - SKIPPED} batches", "", "95 %"], rows)
 
 
 def adapted(plan: Plan, task: Task, chosen: Way) -> nn.Module:

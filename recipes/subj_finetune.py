@@ -193,7 +193,7 @@ def settings_of(args: argparse.Namespace, bf16: bool = False) -> dict[str, Finet
     changes = {name: getattr(args, name) or [] for name in ADJUSTABLE}
     if reads_spikes(args) and not changes["gate"]:
         changes["gate"] = [{"spikelora": "integer"}]  # so that B reads spikes too
-    settings = resolve_options(kind, args.parity, bf16, changes)
+    settings = resolve_options(kind, args.parity, bf16, changes, intermediate=args.intermediate is not None)
     if args.folds:  # there is no validation split to pick an epoch on
         settings = {name: replace(options, keep="last") for name, options in settings.items()}
     for name, method in METHODS.items():

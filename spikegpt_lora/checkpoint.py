@@ -26,7 +26,7 @@ from .utils.files import whole_file
 from .utils.hub import fetch, require_reachable
 from .utils.saved import read_torch_file, some
 
-EMBEDDED = Path(__file__).parent / "assets" / "spikegpt-reviews"
+EMBEDDED = Path(__file__).parent / "assets" / "spikegpt-film"
 
 # Of models that were published as a bare .pth file: its name, and the tokenizer that it was trained with.
 KNOWN_FILES = {"ridger/SpikeGPT-OpenWebText-216M": "SpikeGPT-216M.pth"}

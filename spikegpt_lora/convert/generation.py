@@ -1,7 +1,7 @@
 """A language model's matrices held in fewer bytes, for generation: a token reads every weight once, and hardly anything
 else takes time. Activations, sums and states stay float32.
 
-    model, tokenizer = load_language_model("embedded")
+    model, tokenizer = load_language_model("runs/pretrain/model")
     pack_weights(model, "int8").generate(...)
 """
 

@@ -3,7 +3,7 @@
     W (mu * x_t + (1 - mu) * x_{t-1})  ->  s * W x_t + (1 - s) * W x_{t-1},    s_j = sum_i W_ji^2 mu_i / sum_i W_ji^2
 
 mu is a share for each channel, s one for each row: the s of least squares, if the channels of x, and those of the token
-before, are independent and vary alike (a LayerNorm stands before W). Training does the rest; the embedded model needs
+before, are independent and vary alike (a LayerNorm stands before W). Training does the rest; `spikegpt-reviews` needs
 some hundred steps. With shares for rows what reads a token is one product for all shares, so in a model of integer
 spikes it is the residual stream itself that is read (README.md, design M).
 """

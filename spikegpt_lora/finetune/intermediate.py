@@ -39,8 +39,8 @@ def without_shared(name: str, text: Dataset, data: DatasetDict) -> Source:
 
 
 def options_of_source(options: FinetuneOptions) -> FinetuneOptions:
-    """Of the intermediate task, for a method's `options` of its own: one pass in larger batches."""
-    rate = 1.5 * options.learning_rate
+    """Of the intermediate task, for the `options` of the task after it: one pass in larger batches at a higher rate."""
+    rate = 3 * options.learning_rate
     return replace(options, epochs=1, batch_size=2 * options.batch_size, learning_rate=rate, keep="last")
 
 

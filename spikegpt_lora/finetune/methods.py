@@ -155,18 +155,27 @@ METHODS = {method.name: method for method in _ROWS}
 
 
 def resolve_options(
-    model: str, parity: str | None = None, bf16: bool = False, changes: dict[str, list[dict]] | None = None
+    model: str,
+    parity: str | None = None,
+    bf16: bool = False,
+    changes: dict[str, list[dict]] | None = None,
+    intermediate: bool = False,
 ) -> dict[str, FinetuneOptions]:
     """Of each method: its settings for `model` (one of `MODELS`), then what `parity` sets, then `changes`.
 
     Args:
         changes: by the option's name, values by method; where two name a method, that for fewer methods counts.
+        intermediate: whether another task is trained on first, after which each method takes two epochs at half its
+            rate.
     """
     authors = PARITY.get(parity, {})
     protocol = {key: value for key, value in authors.items() if key in PROTOCOL}
     resolved = {}
     for name, method in METHODS.items():
-        values = {"bf16": bf16} | method.settings[model] | (protocol if method.adapter is None else authors)
+        values = {"bf16": bf16} | method.settings[model]
+        if intermediate:
+            values |= {"epochs": 2, "learning_rate": 0.5 * values["learning_rate"]}
+        values |= protocol if method.adapter is None else authors
         for option, given in (changes or {}).items():
             for of_methods in sorted(given, key=len, reverse=True):
                 if name in of_methods:

@@ -25,6 +25,13 @@ def test_a_change_for_one_method_counts_before_one_for_all():
     assert resolved["lora"].epochs == 2 and resolved["full"].epochs == 7
 
 
+def test_after_another_task_each_method_takes_two_epochs_at_half_its_rate_unless_it_is_told_otherwise():
+    usual = resolve_options("embedded")
+    after = resolve_options("embedded", changes={"epochs": [{"lora": 3}]}, intermediate=True)
+    assert all(after[name].learning_rate == usual[name].learning_rate / 2 for name in METHODS)
+    assert after["lora"].epochs == 3 and after["full"].epochs == 2
+
+
 def test_the_first_trial_is_the_settings_and_the_others_differ():
     options = resolve_options("embedded")["lora"]
     trials = [sample_trial(options, trial) for trial in range(31)]

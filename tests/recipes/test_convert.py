@@ -175,7 +175,7 @@ def test_ctrl_c_while_it_measures_leaves_no_half_model(made, tmp_path):
         (["nowhere", "text.txt"], "no language model at 'nowhere'"),
         (["nowhere.pth", "text.txt"], "nowhere.pth has no tokenizer: name its folder or hub id with --tokenizer"),
         (["nowhere.pth", "text.txt", "--tokenizer", "embedded"], "no checkpoint file at nowhere.pth"),
-        (["embedded", "nowhere.txt"], "'nowhere.txt' is no file or folder"),
+        (["embedded", "text.txt"], "read integer spikes already: give one that reads real numbers"),
         (["embedded", "nowhere.txt", "--tokenizer", "x"], "--tokenizer is for a .pth file: embedded has its own"),
         (["embedded", "nowhere.txt", "--teacher"], "--teacher needs --steps"),
         (["embedded", "nowhere.txt", "--steps", "-1"], "steps must be >= 1, got -1"),
@@ -187,6 +187,11 @@ def test_ctrl_c_while_it_measures_leaves_no_half_model(made, tmp_path):
 def test_wrong_input_is_one_clear_error(tmp_path, arguments, message):
     done = here("convert.py", *arguments, "--decontaminate", "none", "--output-dir", tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_text_that_is_not_there_is_one_clear_error(made, tmp_path):
+    done = here("convert.py", made / "model", "nowhere.txt", "--decontaminate", "none", "--output-dir", tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: 'nowhere.txt' is no file or folder")
 
 
 def test_too_many_levels_too_little_text_and_spikes_already_are_sentences(converted, made, tmp_path):

@@ -87,6 +87,11 @@ def test_too_little_text_is_told_how_much_is_needed(model, tmp_path):
     assert done.returncode == 2 and "must hold 29,696 tokens or more" in done.stderr
 
 
+def test_checks_of_too_few_batches_say_how_many_sentences_are_needed(model, tmp_path):
+    done = recipe(model, tmp_path, "--checks")
+    assert done.returncode == 2 and "--checks needs 960 training sentences or more" in done.stderr
+
+
 @pytest.mark.parametrize("time, name", [(0.66, "short-0.65"), (1.3, "dense"), (0.98, "dense"), (0.01, "short-0.05")])
 def test_the_rivals_share_of_the_steps_is_that_of_the_time(time, name):
     assert short(time) == name

@@ -192,7 +192,7 @@ def test_the_models_files_are_readable_by_others(trained):
         (["a.txt=3", "b/a.txt=1"], "texts must have names of their own, got a twice"),
         (["a.txt=3", "b.txt=1", "--batch-size", "4"], "--batch-size is for one text"),
         ([RECIPES / "generate.py", "--decay", "2"], "decay must be in [0, 1], got 2"),
-        ([RECIPES / "generate.py", "--model", "embedded", "--spike-levels", "7"], "got spike_levels 7"),
+        ([RECIPES / "generate.py", "--model", "embedded", "--spike-levels", "3"], "got spike_levels 3"),
     ],
 )
 def test_wrong_input_is_one_clear_error(tmp_path, arguments, message):
@@ -222,6 +222,7 @@ def test_an_empty_prompt_begins_a_text(trained):
         (["--model", "nowhere"], "no language model at 'nowhere'"),
         (["--max-new-tokens", "0"], "--max-new-tokens: must be >= 1, got 0"),
         (["--temperature", "-1"], "temperature"),
+        (["--weights", "int8"], "this model's read integer spikes: it is not packed; run it as it is"),
     ],
 )
 def test_generating_from_wrong_input_is_one_clear_error(arguments, message):
@@ -237,10 +238,11 @@ def test_a_classifier_is_no_language_model(tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["float32", *WEIGHTS])
-def test_generate_writes_what_the_embedded_model_finds_most_likely(weights):
-    prompt = "this film is one of the"
-    done = here("generate.py", "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 12, "--weights", weights)
-    model, tokenizer = load_language_model("embedded")
+def test_generate_writes_what_the_model_finds_most_likely(trained, weights):
+    folder, prompt = str(trained[0] / "model"), "this film is one of the"
+    greedy = ["--temperature", 0, "--max-new-tokens", 12]
+    done = here("generate.py", "--model", folder, "--prompt", prompt, *greedy, "--weights", weights)
+    model, tokenizer = load_language_model(folder)
     model = model if weights == "float32" else pack_weights(model, weights)
     ids = model.generate(**tokenizer(prompt, return_tensors="pt"), do_sample=False, max_new_tokens=12)
     assert done.returncode == 0 and done.stdout.strip() == tokenizer.decode(ids[0], skip_special_tokens=True).strip()

@@ -93,7 +93,7 @@ class Novelties(TrainerCallback):
         self.true.add(gradient)
 
 
-def spearman(rows: list[dict[str, float]], a: str, b: str, skipped: int = 20) -> tuple[float, float, float]:
+def spearman(rows: list[dict[str, float]], a: str, b: str, skipped: int) -> tuple[float, float, float]:
     """Rank correlation of two columns, after the first `skipped` rows, and its 95 % bootstrap interval."""
     from scipy.stats import bootstrap, spearmanr
 

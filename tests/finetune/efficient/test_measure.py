@@ -61,6 +61,6 @@ def test_rank_correlation_and_its_interval():
     a = torch.randn(120, generator=generator)
     noise = torch.randn(120, generator=generator)
     rows = [{"a": float(x), "same": float(x) ** 3, "near": float(x + y)} for x, y in zip(a, noise)]
-    assert spearman(rows, "a", "same") == pytest.approx((1, 1, 1))
-    value, low, high = spearman(rows, "a", "near")
+    assert spearman(rows, "a", "same", 20) == pytest.approx((1, 1, 1))
+    value, low, high = spearman(rows, "a", "near", 20)
     assert 0.3 < low < value < high < 0.95
