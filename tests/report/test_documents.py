@@ -50,9 +50,9 @@ def points(values):
     return ", ".join(f"{100 * value:+.2f}" for value in values or [])
 
 
-def subj_tables():
+def subj_tables(name):
     """The tables of what the report writes; what it says around them is the page's own."""
-    blocks = markdown(figures("subj.json")).split("\n\n")
+    blocks = markdown(figures(name)).split("\n\n")
     return [block.strip() for block in blocks if block.startswith("|")]
 
 
@@ -74,7 +74,7 @@ def first_page_table():
 
 
 def trials_table():
-    trials = figures("subj_trials.json")["trials"]
+    trials = figures("subj-reviews-trials.json")["trials"]
     methods = list(trials[0]["validation_accuracy"])
     best = {method: max(trial["validation_accuracy"][method] for trial in trials) for method in methods}
     settings = ("epochs", "dropout", "word_dropout", "warmup", "rank")
@@ -165,8 +165,9 @@ def machine(run):
 
 TABLES = [
     ("recipes/README.md", precision_table()),
-    *(("recipes/results/subj.md", one) for one in subj_tables()),
-    ("recipes/results/subj.md", trials_table()),
+    *(("recipes/results/subj.md", one) for one in [*subj_tables("subj.json"), subj_tables("subj-float.json")[0]]),
+    *(("recipes/results/subj-reviews.md", one) for one in subj_tables("subj-reviews.json")),
+    ("recipes/results/subj-reviews.md", trials_table()),
     ("recipes/results/gates.md", gates_table()),
     ("recipes/results/cola.md", cola_table()),
     ("cuda/README.md", speed_table()),
