@@ -34,6 +34,7 @@ setup(
         "numpy>=2.0",
         "safetensors>=0.8",
         "scikit-learn>=1.5",
+        "scipy>=1.15",
         "joblib>=1.4",
         "matplotlib>=3.9",
         "nir>=1.0.8",

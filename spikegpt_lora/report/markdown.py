@@ -19,7 +19,7 @@ def markdown(results: dict) -> str:
         _methods_table(results),
         f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.\n{_LEGEND}{_READS * _has_reads(results)}",
     ]
-    if results["comparisons"]:
+    if results["comparisons"] and "words" in results["comparisons"][0]:  # since schema 3
         parts.append(_comparisons_table(results))
     return "\n\n".join(parts) + "\n"
 
@@ -67,11 +67,16 @@ def _methods_table(results: dict) -> str:
 def _comparisons_table(results: dict) -> str:
     title, rows = titles(results["summary"]), []
     for row in results["comparisons"]:
-        difference, low, high = (f"{100 * row[key]:+.2f}" for key in ("difference", "low", "high"))
-        verdict = "noise: the interval holds 0" if row["is_noise"] else ""
-        rows.append([f"{title[row['a']]} − {title[row['b']]}", difference, f"{low} … {high}", verdict])
-    names = ["paired difference on the test split, points", "mean", "95 % interval over sentences and seeds", None]
-    return table(names, rows, text=(0, 3))
+        intervals = [interval(row[key]) for key in ("seeds", "sentences")]
+        difference = f"{100 * row['difference']:+.2f}"
+        rows.append([f"{title[row['a']]} − {title[row['b']]}", difference, *intervals, row["words"]])
+    names = ["paired difference on the test split, points", "mean", "95 % over seeds", "95 % over sentences", None]
+    return f"{table(names, rows, text=(0, 4))}\n\n{_NOISE}"
+
+
+def interval(ends: tuple[float, float] | None) -> str:
+    """In percent."""
+    return "–" if ends is None else f"{100 * ends[0]:+.2f} … {100 * ends[1]:+.2f}"
 
 
 def trials_table(records: list[dict]) -> str:
@@ -102,6 +107,12 @@ _LEGEND = (
     "fired there; adapter / W0x: norm of what the adapters add over the norm of what the frozen weights give; "
     "adapters off: test accuracy with the trained `score` alone. "
     "Methods of one seed start from the same model and read the sentences in the same order."
+)
+
+_NOISE = (
+    "Over seeds (t): would other seeds show it? Over sentences (bootstrap): would other test sentences? A difference "
+    "is found where both do, corrected for the number of comparisons (Holm); what would have been seen is what 80 of "
+    "100 such comparisons find."
 )
 
 _READS = " Weight reads: share of the blocks' weights that a token of the validation split reads."

@@ -1,6 +1,6 @@
 """What a comparison of fine-tuning methods leaves behind: results.json, results.md and pictures.
 
-results.json, schema "spikegpt_lora/finetune/2":
+results.json, schema "spikegpt_lora/finetune/3" (2 had of comparisons difference, low, high, per_seed and is_noise):
     schema, task, model, complete   complete is false while runs are missing, or methods have different seeds
     precision                       float32 or bfloat16 (mixed): of training, validation, test and traces; since 0.3.0
     options, versions, data         settings; package versions; sentences per split and how many were cut short
@@ -19,7 +19,8 @@ results.json, schema "spikegpt_lora/finetune/2":
         `observe.adapters.AdapterActivity`), accuracy_without: with adapters turned off};
         intermediate: null or {sentences, seconds, accuracy: on validation, without one label of the task}, since 0.3.0
     summary                         one a method: title, seeds; mean and spread (sample deviation) of what runs hold
-    comparisons                     [{a, b, difference, low, high, per_seed, is_noise}]: see `paired`
+    comparisons                     [{a, b, found, words, p_corrected (`paired.holm`), and what a `PairedDifference`
+                                    holds, low and high too}]
 Accuracies, sparsity and dead_ranks are fractions of 1; seconds are wall-clock.
 """
 
@@ -30,9 +31,11 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.errors import DamagedFile, read_json
-from .paired import paired_difference
+from .paired import PairedDifference, holm, paired_difference
 
-SCHEMA = "spikegpt_lora/finetune/2"
+SCHEMA = "spikegpt_lora/finetune/3"
+
+LEVEL = 0.05  # of p, corrected, below which a difference is found
 
 TRIAL_KEYS = ("method", "seed", "settings", "best_epoch", "validation_accuracy", "adapters")
 
@@ -109,16 +112,29 @@ def _mean_and_spread(values: list[float | None]) -> tuple[float | None, float | 
 
 def compare(runs: list[dict], disjoint: bool = False) -> list[dict]:
     """Paired difference in test accuracy for each pair of methods, on the seeds that both have; `disjoint`: each seed
-    tests sentences of its own, as folds do, so all of them are one row, and the interval is over sentences alone."""
-    comparisons = []
-    for a, b in combinations(titles(runs), 2):
+    tests sentences of its own, as folds do."""
+    title, pairs = titles(runs), []
+    for a, b in combinations(title, 2):
         of_method = {name: _by_seed(runs, name) for name in (a, b)}
         seeds = sorted(of_method[a].keys() & of_method[b].keys())
         if seeds:
             rows = [_correct(of_method[name], seeds) for name in (a, b)]
-            difference = paired_difference(*[[sum(row, [])] for row in rows] if disjoint else rows)
-            comparisons.append({"a": a, "b": b, **vars(difference), "is_noise": difference.is_noise})
+            pairs.append((a, b, paired_difference(*rows, folds=disjoint)))
+    comparisons, corrected = [], holm([difference.p for *_, difference in pairs])
+    for (a, b, difference), p in zip(pairs, corrected):
+        row = {"a": a, "b": b, **vars(difference), "low": difference.low, "high": difference.high, "p_corrected": p}
+        better = title[a] if difference.difference > 0 else title[b]
+        words = f"{better} is better" if p < LEVEL else not_found(difference, "folds" if disjoint else "seeds")
+        comparisons.append(row | {"found": p < LEVEL, "words": words})
     return comparisons
+
+
+def not_found(difference: PairedDifference, rows: str = "seeds") -> str:
+    """What a difference that is not found says, in words; `rows`: what it is over."""
+    if difference.detectable is None:
+        return "one seed: over sentences only"
+    seen = f"{100 * difference.detectable:.1f} points would have been seen"
+    return f"no measurable difference at {len(difference.per_seed)} {rows}; {seen}"
 
 
 def accuracy_and_reads(folders: dict[str, list[dict]]) -> list[dict]:

@@ -22,7 +22,10 @@ def test_a_row_a_folder_with_differences_from_the_first_and_a_picture(tmp_path):
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "out" / "reads.md").read_text()
     assert "| float: full fine-tuning | 1 | 90.00 | – | 100.00 | – | 100 (real) |" in table
-    assert "| k3: full fine-tuning | 1 | 90.00 | +0.00 | 75.00 | -25.00 (-75.00 … +0.00) | 50.0 |" in table
+    assert (
+        "| k3: full fine-tuning | 1 | 90.00 | +0.00 | 75.00 | -25.00 (seeds –; sentences -75.00 … +0.00) | 50.0 |"
+        in table
+    )
     assert table in done.stdout and (tmp_path / "out" / "reads.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -218,7 +218,7 @@ def test_folds_test_each_sentence_once_and_pair_them_all(tmp_path):
     assert sum(len(run["test_correct"]) for run in results["runs"]) == 2 * 600
     (pair,) = results["comparisons"]
     accuracy = {row["method"]: row["test_accuracy"] for row in results["summary"]}
-    assert len(pair["per_seed"]) == 1 and pair["difference"] == pytest.approx(accuracy["lora"] - accuracy["head"])
+    assert len(pair["per_seed"]) == 3 and pair["difference"] == pytest.approx(accuracy["lora"] - accuracy["head"])
     assert "The last epoch counts" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
 

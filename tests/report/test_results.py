@@ -87,6 +87,17 @@ def test_comparisons_pair_the_seeds_that_both_methods_have():
     assert row["difference"] == pytest.approx(0.25) and len(row["per_seed"]) == 2
 
 
+def test_a_comparison_says_in_words_what_it_found():
+    better, worse = "1" * 100, "0" * 20 + "1" * 80
+    alike = [run(method, seed, better[seed:] + "0" * seed) for method in ("full", "lora") for seed in range(3)]
+    apart = [run("head", seed, worse[seed:] + "0" * seed) for seed in range(3)]
+    found = {(row["a"], row["b"]): row["words"] for row in compare(alike + apart)}
+    assert found["full", "head"] == "full fine-tuning is better"
+    assert found["full", "lora"] == "no measurable difference at 3 seeds; 0.0 points would have been seen"
+    (row,) = compare([run("full", 0, better), run("head", 0, worse)])
+    assert row["words"] == "one seed: over sentences only" and not row["found"]
+
+
 def test_the_table_shows_methods_baselines_and_published_figures():
     table = markdown(results())
     assert "| SpikeLoRA | 1,234 | 62.50 ± 17.68 | 50.00 ± 0.00 | 10 | 75.00 | 12.50 | 0.500 | 25.00 |" in table
@@ -203,10 +214,10 @@ def test_accuracy_is_a_dot_a_run_a_line_at_the_mean_and_one_for_the_baseline(fig
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_of_folds_all_sentences_are_paired_as_one_row():
+def test_of_folds_each_sentence_counts_once():
     folds = [run("full", 0, "1110"), run("full", 1, "11"), run("lora", 0, "1010"), run("lora", 1, "01")]
     (found,) = compare(folds, disjoint=True)
-    assert (found["a"], found["b"], len(found["per_seed"])) == ("full", "lora", 1)
+    assert (found["a"], found["b"], len(found["per_seed"])) == ("full", "lora", 2)
     assert found["difference"] == pytest.approx(2 / 6)
 
 
