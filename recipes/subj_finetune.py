@@ -6,7 +6,7 @@ All methods start from the SpikeGPT that comes with the package, or from --model
 
     results.md  results.json  accuracy.png     the comparison (results.json's schema: spikegpt_lora/report/results.py)
     base/seed0/                                the model that all methods of seed 0 start from, and its tokenizer
-    full/seed0/  head/seed0/  scratch/seed0/   fine-tuned models
+    full/seed0/  head/seed0/  scratch/seed0/   fine-tuned models, each with its predictions.tsv of the test sentences
     lora/seed0/  spikelora/seed0/              adapters in peft's format
     traces/spikelora-seed0.npz, .png           spikes of the first test sentences (spikegpt_lora/observe/traces.py)
     teacher/answers.npz                        with --teacher: what it answers to the training sentences
@@ -71,6 +71,7 @@ from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.report.cards import model_card
 from spikegpt_lora.report.plots import draw_raster
+from spikegpt_lora.report.predictions import write_predictions
 from spikegpt_lora.report.results import folder_of, read_runs
 from spikegpt_lora.tasks.labelled import load_labelled
 from spikegpt_lora.tasks.registry import TASKS
@@ -369,6 +370,9 @@ def train(comparison: Comparison, run: dict, description: str) -> None:
     with whole_files(folder, last="run.json") as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        probabilities = record.pop("test_probabilities")
+        rows, labels = data["test"], TASKS[plan.task].labels
+        write_predictions(temporary / "predictions.tsv", rows["text"], rows["label"], probabilities, labels)
         write_text(temporary / "README.md", model_card(comparison.results, record))
         write_json(temporary / "run.json", record)
     shutil.rmtree(folder / "training")

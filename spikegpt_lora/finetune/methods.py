@@ -95,9 +95,9 @@ class Method:
             raise ValueError(f"rank must be <= {most}, the longest side of the model's matrices, got {options.rank}")
 
 
-# Of the embedded model: the best of three trials a method on Subj's validation split (recipes/results/subj-reviews.md), V_theta
-# so that 70 % of the gates are silent. Of a random one: the best of three rates, likewise. Of "other", larger models
-# (216M): untested, no such model was available.
+# Of the embedded model: the best of three trials a method on Subj's validation split, of the embedded model before
+# (recipes/results/subj-reviews.md), V_theta so that 70 % of its graded gates were silent. Of a random one: the best of
+# three rates, likewise. Of "other", larger models (216M): untested, no such model was available.
 _ROWS = [
     Method(
         "full",

@@ -9,10 +9,12 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from scipy.special import softmax
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, set_seed
@@ -32,6 +34,7 @@ from ..utils.stopping import deferred
 from .methods import METHODS
 from .options import FinetuneOptions
 from .trainer import (
+    Losses,
     PaddingAsText,
     PairedTrainer,
     Progress,
@@ -41,7 +44,12 @@ from .trainer import (
     training_arguments,
 )
 
+T = TypeVar("T")
+
 COUNTED = 256  # sentences, of which weight reads are counted
+REMEMBERED = (
+    1000  # training sentences, the first ones, that it is tested on too: see `train_accuracy` in report/results.py
+)
 
 
 def adapt(model: SpikeGPTForSequenceClassification, method: str, options: FinetuneOptions, seed: int) -> nn.Module:
@@ -110,9 +118,13 @@ def finetune(
         record = named | {"seed": seed, "settings": asdict(options), **_record(trainer)}
         record["weight_reads"] = _weight_reads(trainer, data.get("validation", data["train"]))
         if "test" in data:
+            first = (
+                data["train"].select_columns(["input_ids", "labels"]).select(range(min(REMEMBERED, len(data["train"]))))
+            )
+            record["train_accuracy"] = float(_predicted(trainer, first)[1].mean())
             record |= _test(trainer, data["test"])
         else:
-            record["adapters"] = _with_adapters(trainer, data["validation"])[1] if adapters_of(trainer.model) else None
+            record["adapters"] = _with_adapters(trainer, data["validation"])[-1] if adapters_of(trainer.model) else None
     except FloatingPointError as error:
         shutil.rmtree(directory, ignore_errors=True)  # whoever went on from there would come here again
         raise FloatingPointError(
@@ -143,7 +155,7 @@ def trained(
             processing_class=tokenizer,
             data_collator=PaddingAsText(tokenizer) if options.read_padding else DataCollatorWithPadding(tokenizer),
             compute_metrics=_accuracy,
-            callbacks=[Stopwatch(), Resumption(stop), *callbacks],
+            callbacks=[Stopwatch(), Losses(), Resumption(stop), *callbacks],
         )
         for name in ("group_by_length", "word_dropout", "spike_penalty", "teacher_share", "temperature"):
             setattr(trainer, name, getattr(options, name))
@@ -163,7 +175,15 @@ def require_trained(model: nn.Module) -> None:
 
 
 def seconds_of(trainer: Trainer) -> float:
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Stopwatch)).seconds
+    return _callback(trainer, Stopwatch).seconds
+
+
+def _callback(trainer: Trainer, kind: type[T]) -> T:
+    return next(one for one in trainer.callback_handler.callbacks if isinstance(one, kind))
+
+
+def _by_epoch(losses: list[float], epochs: int) -> list[float]:
+    return [float(part.mean()) for part in np.array_split(losses, epochs)]
 
 
 def _record(trainer: Trainer) -> dict:
@@ -177,6 +197,8 @@ def _record(trainer: Trainer) -> dict:
         "best_epoch": round(best["epoch"]) if best else round(trainer.state.epoch),
         "validation_accuracy": best["eval_accuracy"] if best else None,
         "validation_by_epoch": [entry["eval_accuracy"] for entry in evaluations],
+        "loss_by_epoch": _by_epoch(_callback(trainer, Losses).by_step, round(trainer.state.epoch)),
+        "validation_loss_by_epoch": [entry["eval_loss"] for entry in evaluations],
         "sparsity_by_epoch": [entry["eval_sparsity"] for entry in evaluations if "eval_sparsity" in entry],
         "sparsity_by_step": {
             entry["step"]: entry["train_sparsity"] for entry in trainer.state.log_history if "train_sparsity" in entry
@@ -195,35 +217,38 @@ def _weight_reads(trainer: Trainer, rows: Dataset) -> float | None:
 
 def _test(trainer: Trainer, rows: Dataset) -> dict:
     """Accuracy on `rows`, and what the adapters do there: the only time that the test labels are read."""
-    correct, adapters = _with_adapters(trainer, rows)
+    probabilities, correct, adapters = _with_adapters(trainer, rows)
     return {
         "test_accuracy": float(correct.mean()),
         "test_correct": "".join(str(int(right)) for right in correct),
+        "test_probabilities": probabilities.round(4).tolist(),
         "adapters": adapters,
     }
 
 
-def _with_adapters(trainer: Trainer, rows: Dataset) -> tuple[np.ndarray, dict | None]:
-    """Which of `rows` are predicted right; and what the adapters do meanwhile, with the accuracy without them, None if
-    there are none."""
+def _with_adapters(trainer: Trainer, rows: Dataset) -> tuple[np.ndarray, np.ndarray, dict | None]:
+    """As `_predicted`; and what the adapters do meanwhile, with the accuracy without them, None if there are none."""
     parts = trainer.args.parallel_mode != ParallelMode.NOT_PARALLEL  # no device predicts all rows: count on them apart
     if parts:
-        correct = _correct(trainer, rows)
+        predicted = _predicted(trainer, rows)
     with observe_adapters(trainer.model) as seen:
         if not parts:
-            correct = _correct(trainer, rows)
+            predicted = _predicted(trainer, rows)
         elif seen.adapted:
             for batch in DataLoader(rows, trainer.args.eval_batch_size, collate_fn=trainer.data_collator):
                 run(trainer.model, batch)
     if not seen.adapted:
-        return correct, None
+        return *predicted, None
     with adapters_off(trainer.model):
-        return correct, {**vars(seen.activity()), "accuracy_without": float(_correct(trainer, rows).mean())}
+        without = float(_predicted(trainer, rows)[1].mean())
+    return *predicted, {**vars(seen.activity()), "accuracy_without": without}
 
 
-def _correct(trainer: Trainer, rows: Dataset) -> np.ndarray:
+def _predicted(trainer: Trainer, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """What the model gives to each class, `(sentences, classes)`, and whether the likeliest is right."""
     predicted = trainer.predict(rows)
-    return _answers(predicted.predictions) == predicted.label_ids
+    right = _answers(predicted.predictions) == predicted.label_ids
+    return softmax(predicted.predictions.astype(np.float64), axis=-1), right
 
 
 def _answers(logits: np.ndarray) -> np.ndarray:

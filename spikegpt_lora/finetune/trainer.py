@@ -81,7 +81,10 @@ class PairedTrainer(Trainer):
             some = kept.any(dim=1, keepdim=True)  # a sentence that would lose all its tokens loses none
             inputs["attention_mask"] = torch.where(some, kept, mask)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        _require_finite("loss", float(loss), self.state.global_step + 1)
+        value = float(loss)
+        _require_finite("loss", value, self.state.global_step + 1)
+        for losses in (one for one in self.callback_handler.callbacks if isinstance(one, Losses)):
+            losses.by_step.append(value)
         return loss
 
     def log(self, logs, *args, **kwargs):
@@ -146,6 +149,16 @@ class Stopwatch(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+
+class Losses(TrainerCallback, ExportableState):
+    """The training loss of every step, over all the stretches of an interrupted run; on several devices the first's."""
+
+    def __init__(self):
+        self.by_step: list[float] = []
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"by_step": self.by_step}}
 
 
 class Resumption(TrainerCallback):

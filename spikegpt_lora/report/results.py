@@ -14,10 +14,12 @@ results.json, schema "spikegpt_lora/finetune/3" (2 had of comparisons difference
         total_parameters, seconds (training and validation), best_epoch, validation_accuracy (null where no epoch was
         picked), validation_by_epoch, sparsity_by_epoch (on validation, of gates), sparsity_by_step (of training
         batches, where a target is held), weight_reads (share of the blocks' weights that a token of the validation
-        split reads; null where matrices read real numbers; since 0.3.0), test_accuracy, test_correct ("0110...", one a
-        sentence), adapters: null or {sparsity, dead_ranks, contribution, modules (see
-        `observe.adapters.AdapterActivity`), accuracy_without: with adapters turned off};
-        intermediate: null or {sentences, seconds, accuracy: on validation, without one label of the task}, since 0.3.0
+        split reads; null where matrices read real numbers), test_accuracy, test_correct ("0110...", one a sentence),
+        adapters: null or {sparsity, dead_ranks, contribution, modules (see `observe.adapters.AdapterActivity`),
+        accuracy_without: with adapters turned off};
+        since 0.3.0 loss_by_epoch (of training, its steps' mean), validation_loss_by_epoch, train_accuracy (in the end,
+        on the first 1,000 training sentences), weight_reads, and
+        intermediate: null or {sentences, seconds, accuracy: on validation, without one label of the task}
     summary                         one a method: title, seeds; mean and spread (sample deviation) of what runs hold
     comparisons                     [{a, b, found, words, p_corrected (`paired.holm`), and what a `PairedDifference`
                                     holds, low and high too}]

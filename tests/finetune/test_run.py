@@ -134,6 +134,26 @@ def test_the_returned_model_is_the_best_epochs(method, mini, tmp_path):
     assert not model.training
 
 
+def test_a_record_holds_the_curves_and_what_the_model_gives_to_each_class(mini, tmp_path):
+    data, tokenizer = mini
+    model, record = finetune(adapt(fresh(tokenizer), "full", OPTIONS, 0), "full", data, tokenizer, tmp_path, 0, OPTIONS)
+    assert (
+        len(record["loss_by_epoch"]) == 3
+        and record["loss_by_epoch"][0] > 0
+        and len(record["validation_loss_by_epoch"]) == 3
+    )
+    ids, label = data["test"][0]["input_ids"], data["test"][0]["labels"]
+    with torch.no_grad():
+        given = model(torch.tensor([ids])).logits[0].softmax(dim=-1)
+    assert record["test_probabilities"][0] == pytest.approx(given.tolist(), abs=1e-3)
+    assert record["test_correct"][0] == str(int(given.argmax() == label))
+    right = []
+    with torch.no_grad():
+        for row in data["train"]:
+            right.append(model(torch.tensor([row["input_ids"]])).logits.argmax().item() == row["labels"])
+    assert abs(np.mean(right) - record["train_accuracy"]) < 1.5 / len(right)
+
+
 def test_without_a_test_split_nothing_is_tested(mini, tmp_path):
     data, tokenizer = mini
     data = DatasetDict({split: data[split] for split in ("train", "validation")})
@@ -230,7 +250,8 @@ def test_an_adapters_test_split_is_read_twice_with_and_without_it(method, times,
     model.register_forward_pre_hook(lambda module, _, given: read.append(given["input_ids"]), with_kwargs=True)
     finetune(model, method, data, tokenizer, tmp_path, 0, OPTIONS)
     trained, validated = OPTIONS.epochs * len(data["train"]), OPTIONS.epochs * len(data["validation"])
-    assert sum(map(len, read)) == trained + validated + times * len(data["test"])
+    remembered = len(data["train"])
+    assert sum(map(len, read)) == trained + validated + remembered + times * len(data["test"])
 
 
 @pytest.mark.parametrize("padding", [False, True])

@@ -22,7 +22,7 @@ from spikegpt_lora import (
 from spikegpt_lora.finetune.methods import METHODS
 from spikegpt_lora.finetune.teacher import key_of
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
-from spikegpt_lora.report.results import SCHEMA
+from spikegpt_lora.report.results import SCHEMA, folder_of
 
 NAME = "subj_finetune.py"
 DEFAULT = ["full", "lora", "spikelora", "head"]
@@ -99,7 +99,14 @@ def test_results_follow_the_documented_schema(finished):
             == run["validation_accuracy"]
             == max(run["validation_by_epoch"])
         )
-        assert run["seconds"] > 0
+        assert (
+            run["seconds"] > 0
+            and len(run["loss_by_epoch"]) == run["settings"]["epochs"]
+            and 0 <= run["train_accuracy"] <= 1
+        )
+        lines = (finished[0] / folder_of(run) / "predictions.tsv").read_text(encoding="utf-8").splitlines()[1:]
+        right = [line.split("\t")[1] == line.split("\t")[2] for line in lines]
+        assert right == [bit == "1" for bit in run["test_correct"]]
     row = {row["method"]: row for row in results["summary"]}
     accuracy = [run["test_accuracy"] for run in results["runs"] if run["method"] == "lora"]
     assert row["lora"]["test_accuracy"] == pytest.approx(np.mean(accuracy))
