@@ -4,7 +4,8 @@
 
 All methods start from the SpikeGPT that comes with the package, or from --model. It leaves in --output-dir:
 
-    results.md  results.json  accuracy.png     the comparison (results.json's schema: spikegpt_lora/report/results.py)
+    report.html  results.md  accuracy.png      the comparison; report.html is one page with everything, for a browser
+    results.json                               its figures (schema: spikegpt_lora/report/results.py)
     base/seed0/                                the model that all methods of seed 0 start from, and its tokenizer
     full/seed0/  head/seed0/  scratch/seed0/   fine-tuned models, each with its predictions.tsv of the test sentences
     lora/seed0/  spikelora/seed0/              adapters in peft's format
@@ -347,7 +348,7 @@ def run_all(comparison: Comparison) -> int:
     if PartialState().is_main_process:
         print("\n" + (plan.output_dir / "results.md").read_text(encoding="utf-8"))
         print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Written to {plan.output_dir}:")
-        left = "results.md, results.json, accuracy.png; models and adapters by method and seed"
+        left = "report.html, results.md, results.json, accuracy.png; models and adapters by method and seed"
         print(f"{left}; traces/ with a picture each.")
     return 0
 

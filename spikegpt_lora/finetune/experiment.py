@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..report.markdown import markdown, trials_table
+from ..report.page import write_page
 from ..report.plots import draw_accuracy
 from ..report.results import SCHEMA, TRIAL_KEYS, compare, folder_of, read_runs, summarize
 from ..tasks.baselines import bag_of_words_baselines
@@ -299,7 +300,8 @@ def _over_folds(records: list[dict]) -> dict:
 
 
 def write_results(comparison: Comparison, complete: bool) -> None:
-    """results.json, results.md and accuracy.png from every finished run in the folder."""
+    """results.json, results.md and accuracy.png from every finished run in the folder; where no more are to come
+    report.html too."""
     out = comparison.plan.output_dir
     runs = read_runs(out)
     summary = summarize(runs)
@@ -312,6 +314,8 @@ def write_results(comparison: Comparison, complete: bool) -> None:
     write_json(out / "results.json", results)
     write_text(out / "results.md", markdown(results))
     draw_accuracy(results, out / "accuracy.png")
+    if complete:
+        write_page(out)
 
 
 def _comparisons(runs: list[dict], protocol: Protocol) -> list[dict]:

@@ -48,6 +48,12 @@ def _learnt_before(first: dict) -> str:
 
 
 def _methods_table(results: dict) -> str:
+    names, rows = methods_rows(results)
+    return table(["method", *names], rows)
+
+
+def methods_rows(results: dict) -> tuple[list[str], list[list[str | None]]]:
+    """Names of the columns after the method, and a row a method, baseline and published figure (between asterisks)."""
     names = ["trained parameters", "test accuracy %", "validation %", "seconds", "sparsity %", "dead ranks %"]
     names += ["adapter / W0x", "adapters off %"]
     rows = [_row(row) for row in results["summary"]]
@@ -61,7 +67,7 @@ def _methods_table(results: dict) -> str:
         reads = [row["weight_reads"] for row in results["summary"]]
         cells = ["–" if share is None else f"{100 * share:.1f}" for share in reads]
         rows = [[*row, cell] for row, cell in zip_longest(rows, cells)]
-    return table(["method", *names], rows)
+    return names, rows
 
 
 def _comparisons_table(results: dict) -> str:

@@ -1,0 +1,128 @@
+"""report.html: one file that answers in words, in any browser, from results.json alone."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from running import environment, finished
+
+from spikegpt_lora.report.page import page, verdict
+from spikegpt_lora.report.results import compare, summarize
+
+VOID = {"meta", "br"}
+
+
+def run(method, seed, wrong, **more):
+    correct = "0" * wrong + "1" * (200 - wrong)
+    return {
+        "task": "subj", "method": method, "seed": seed, "settings": {"epochs": 2}, "trainable_parameters": 9,
+        "total_parameters": 99, "seconds": 60.0, "best_epoch": 1, "validation_accuracy": 0.9,
+        "validation_by_epoch": [0.8, 0.9], "test_accuracy": correct.count("1") / 200, "test_correct": correct,
+        "adapters": None, **more,
+    }  # fmt: skip
+
+
+GATES = {"sparsity": 0.7, "dead_ranks": 0.1, "contribution": 0.5, "accuracy_without": 0.8}
+GATES |= {"modules": {f"blocks.{block}.att.key": {"sparsity": 0.6 + 0.2 * block} for block in (0, 1)}}
+CURVES = {"loss_by_epoch": [0.5, 0.2], "validation_loss_by_epoch": [0.4, 0.3], "train_accuracy": 0.99}
+
+
+def results(seeds=3, **more):
+    runs = [run("full", seed, 10 + seed, **CURVES) for seed in range(seeds)]
+    gated = CURVES | {"adapters": GATES, "trainable_parameters": 3}
+    runs += [run("spikelora", seed, 12 - seed, **gated) for seed in range(seeds)]
+    runs += [run("head", seed, 60 + seed, trainable_parameters=1) for seed in range(seeds)]
+    bag = {"method": "naive Bayes", "accuracy_test": 0.9, "accuracy_validation": 0.9, "seconds": 1.0, "parameters": 5}
+    return {
+        "task": "subj", "model": "<mine>", "complete": True, "runs": runs, "summary": summarize(runs),
+        "comparisons": compare(runs), "baselines": [bag], "published": [], "data": {"train": 700, "test": 200},
+        "options": {"seed": 0}, "versions": {"torch": "2"}, "precision": "float32",
+    } | more  # fmt: skip
+
+
+class Checked(HTMLParser):
+    """Fails on a tag that closes another one; keeps the text and every address."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.addresses = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+        if tag not in VOID | {"th", "td", "tr"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data.strip())
+
+
+def command(folder):
+    return finished([sys.executable, "-m", "spikegpt_lora.report", folder], environment())
+
+
+def read(html):
+    parser = Checked()
+    parser.feed(html)
+    assert not parser.open
+    return parser
+
+
+def test_the_answer_says_which_is_best_what_is_not_told_apart_and_what_it_costs():
+    said = " ".join(verdict(results()))
+    assert "full fine-tuning has the highest test accuracy, 94.50 ± 0.50 % (3 seeds)." in said
+    assert "It is better than head only (frozen model)." in said
+    assert "It is not told apart from SpikeLoRA (+0.00 points, no measurable difference at 3 seeds;" in said
+    assert "Of these SpikeLoRA trains the fewest parameters, 3, in 60 seconds." in said
+    assert "A bag of words reaches 90.00 % (naive Bayes)." in said
+
+
+def test_of_one_seed_nothing_is_called_better():
+    said = " ".join(verdict(results(seeds=1)))
+    assert "With one seed no difference can be called found" in said and "better than" not in said
+
+
+def test_the_page_is_one_well_formed_file_that_asks_no_network():
+    found = read(page(results()))
+    assert all(address.startswith(("#", "data:image/png")) for address in found.addresses)
+    assert not re.search(r"url\((?!#)", page(results())) and "@import" not in page(results())
+    for heading in ("Methods", "Paired differences", "Accuracy against what it costs", "Learning curves", "Settings"):
+        assert heading in found.text
+    assert "Sparsity by module" in found.text and "80" in found.text  # block 1
+
+
+def test_names_are_text_not_html():
+    assert "subj: <mine>" in read(page(results())).text
+
+
+def test_an_older_results_json_is_read_too():
+    old = results(comparisons=[{"a": "full", "b": "head", "difference": 0.1, "low": 0, "high": 1, "is_noise": False}])
+    for record in old["runs"]:
+        for key in CURVES:
+            record.pop(key, None)
+    found = read(page(old))
+    assert "Learning curves" in found.text and "full fine-tuning is better" in found.text
+    published = old | {"runs": [], "comparisons": []}
+    assert "Paired differences" not in read(page(published)).text
+
+
+def test_the_command_writes_it_beside_the_results(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results()), encoding="utf-8")
+    done = command(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page(results())
+
+
+@pytest.mark.parametrize("text, message", [(None, "must hold the results.json"), ("{}", "results.json")])
+def test_a_folder_without_results_is_one_sentence(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    done = command(tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
