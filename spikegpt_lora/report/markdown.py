@@ -15,7 +15,7 @@ def markdown(results: dict) -> str:
         + ("The epoch was picked on validation, the" if "validation" in data else "The last epoch counts; the")
         + " test split was read once a run."
         + (f" Trained and tested in {results['precision']}." if "precision" in results else "")  # since 0.3.0
-        + _learnt_before(results.get("first") or {}),
+        + "".join(f"\n\n{text}" for text in learnt_before(results)),
         _methods_table(results),
         f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.\n{_LEGEND}{_READS * _has_reads(results)}",
     ]
@@ -24,24 +24,25 @@ def markdown(results: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _learnt_before(first: dict) -> str:
-    """What methods learn from beside the task's own sentences; nothing where it is a language model alone."""
-    said = ""
+def learnt_before(results: dict) -> list[str]:
+    """What methods learn from beside the task's own sentences, a paragraph each; none where it is a language model
+    alone."""
+    first, said = results.get("first") or {}, []
     if task := first.get("intermediate"):
-        said += (
-            f"\n\n**Every method was trained on the intermediate task {task['task']} first** ({task['sentences']:,} "
+        said.append(
+            f"**Every method was trained on the intermediate task {task['task']} first** ({task['sentences']:,} "
             f"sentences, without {task['left_out']:,} that share 8 words in a row with a sentence of this task)."
         )
         if task["task"] == "film":
-            said += (
+            said[0] += (
                 " Its labels, critic's snippet or plot, are what Subj's own labels are made of: the same question on "
                 "other sentences. Compare these figures with those of models that were taught it too."
             )
     if teacher := first.get("teacher"):
         accuracy = teacher["validation_accuracy"]  # None: it was not judged
         judged = "" if accuracy is None else f" (validation {100 * accuracy:.2f} %)"
-        said += (
-            f"\n\n**And from the answers of a teacher**, {teacher['name']}, fine-tuned on the same training sentences"
+        said.append(
+            f"**And from the answers of a teacher**, {teacher['name']}, fine-tuned on the same training sentences"
             f"{judged}."
         )
     return said

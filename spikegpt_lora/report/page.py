@@ -18,7 +18,7 @@ import numpy as np
 
 from ..utils.errors import read_json
 from ..utils.files import write_text
-from .markdown import methods_rows
+from .markdown import learnt_before, methods_rows
 from .results import compare, summarize, title_of, titles
 
 if TYPE_CHECKING:
@@ -130,7 +130,13 @@ def _verdict(results: dict) -> str:
     counts = " / ".join(f"{data[split]:,} {split}" for split in ("train", "validation", "test") if split in data)
     state = "" if results.get("complete", True) else " <strong>Incomplete: runs are missing.</strong>"
     asked = f"Which way to fine-tune {results['model']} is best on {results['task']} ({counts} sentences)?"
-    return f"<p>{escape(asked)}{state}</p>\n<p class=answer>{escape(' '.join(verdict(results)))}</p>"
+    before = "".join(f"<p>{_emphasised(text, 2, 'strong')}</p>\n" for text in learnt_before(results))
+    return f"<p>{escape(asked)}{state}</p>\n{before}<p class=answer>{escape(' '.join(verdict(results)))}</p>"
+
+
+def _emphasised(text: str, stars: int, tag: str) -> str:
+    """`text` as HTML; what stands between so many asterisks in a `tag`."""
+    return re.sub(rf"\*{{{stars}}}(.+?)\*{{{stars}}}", rf"<{tag}>\1</{tag}>", escape(text))
 
 
 def _methods(results: dict) -> str:
@@ -142,7 +148,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str | None]], text: tup
     """Columns `text` to the left; what stands between asterisks is emphasised."""
 
     def cells(tag, row):
-        shown = (re.sub(r"\*(.+)\*", r"<em>\1</em>", escape(cell or "")) for cell in row)
+        shown = (_emphasised(cell or "", 1, "em") for cell in row)
         return "<tr>" + "".join(f"<{tag}{' class=t' * (n in text)}>{cell}" for n, cell in enumerate(shown))
 
     lines = [cells("th", names), *(cells("td", row) for row in rows)]
