@@ -2,11 +2,12 @@
 
 from itertools import zip_longest
 
-from .results import title_of, titles
+from .results import of_today, title_of, titles
 
 
 def markdown(results: dict) -> str:
-    """The tables of results.json as Markdown; the task's and the model's name stand on top."""
+    """The tables of results.json, of any schema, as Markdown; the task's and the model's name stand on top."""
+    results = of_today(results)
     data = results["data"]
     counts = " / ".join(f"{data[split]:,} {split}" for split in ("train", "validation", "test") if split in data)
     parts = [
@@ -19,7 +20,7 @@ def markdown(results: dict) -> str:
         _methods_table(results),
         f"Mean ± standard deviation over seeds {_seeds(results['summary'])}.\n{_LEGEND}{_READS * _has_reads(results)}",
     ]
-    if results["comparisons"] and "words" in results["comparisons"][0]:  # since schema 3
+    if results["comparisons"]:
         parts.append(_comparisons_table(results))
     return "\n\n".join(parts) + "\n"
 

@@ -19,7 +19,7 @@ import numpy as np
 from ..utils.errors import read_json
 from ..utils.files import write_text
 from .markdown import learnt_before, methods_rows
-from .results import compare, summarize, title_of, titles
+from .results import of_today, title_of, titles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,11 +44,7 @@ def write_page(folder: Path) -> Path:
 
 def page(results: dict) -> str:
     """HTML of `results`, of any schema (see results.py); older ones have fewer sections."""
-    runs = results["runs"]
-    if runs:  # so that an older file's are of today's kind
-        results = results | {"summary": summarize(runs)}
-        if results["comparisons"] and "words" not in results["comparisons"][0]:
-            results = results | {"comparisons": compare(runs)}
+    results = of_today(results)
     sections = [
         ("", _verdict(results)),
         ("Methods", _methods(results)),
@@ -157,7 +153,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str | None]], text: tup
 
 def _differences(results: dict) -> str:
     rows, title = results["comparisons"][::-1], titles(results["summary"])
-    if not rows or "words" not in rows[0]:
+    if not rows:
         return ""
 
     def draw(axis: "Axes"):

@@ -131,6 +131,15 @@ def compare(runs: list[dict], disjoint: bool = False) -> list[dict]:
     return comparisons
 
 
+def of_today(results: dict) -> dict:
+    """`results` of any schema, with comparisons of this one: an older file's are made again from its runs, and where it
+    has none there are none."""
+    comparisons = results["comparisons"]
+    return (
+        results if all("words" in row for row in comparisons) else results | {"comparisons": compare(results["runs"])}
+    )
+
+
 def not_found(difference: PairedDifference, rows: str = "seeds") -> str:
     """What a difference that is not found says, in words; `rows`: what it is over."""
     if difference.detectable is None:
