@@ -59,7 +59,7 @@ from spikegpt_lora.finetune.trainer import PairedTrainer, Progress, training_arg
 from spikegpt_lora.ops.backend import use_extension
 from spikegpt_lora.ops.dropout import set_dropout
 from spikegpt_lora.pretrain.corpus import read_documents
-from spikegpt_lora.report.markdown import interval, table
+from spikegpt_lora.report.markdown import intervals, table
 from spikegpt_lora.report.paired import paired_difference
 from spikegpt_lora.report.plots import draw_frontier
 from spikegpt_lora.report.results import folder_of, read_runs
@@ -410,10 +410,7 @@ def difference(row: dict, other: dict | None) -> str:
         return f"{np.mean(by_seed):+.4f} ({min(by_seed):+.4f} … {max(by_seed):+.4f})"
     correct = [[list(map(int, one["runs"][seed]["test_correct"])) for seed in seeds] for one in (row, other)]
     found = paired_difference(*correct)
-    over = "; ".join(
-        f"{name} {interval(ends)}" for name, ends in (("seeds", found.seeds), ("sentences", found.sentences))
-    )
-    return f"{100 * found.difference:+.2f} ({over})"
+    return f"{100 * found.difference:+.2f} ({intervals(found)})"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
-from spikegpt_lora.report.markdown import interval, table
+from spikegpt_lora.report.markdown import intervals, table
 from spikegpt_lora.report.plots import draw_reads
 from spikegpt_lora.report.results import accuracy_and_reads
 from spikegpt_lora.utils import command_line
@@ -69,10 +69,7 @@ def row(point: dict) -> list[str]:
     if of_test is None:
         differences = ["–", "–"]
     else:
-        over = [
-            f"{name} {interval(ends)}" for name, ends in (("seeds", of_test.seeds), ("sentences", of_test.sentences))
-        ]
-        differences = [percent(of_validation, "+"), f"{percent(of_test.difference, '+')} ({'; '.join(over)})"]
+        differences = [percent(of_validation, "+"), f"{percent(of_test.difference, '+')} ({intervals(of_test)})"]
     accuracy = [percent(point[f"{split}_accuracy"]) for split in ("validation", "test")]
     return [name, str(point["seeds"]), accuracy[0], differences[0], accuracy[1], differences[1], reads]
 

@@ -2,6 +2,7 @@
 
 from itertools import zip_longest
 
+from .paired import PairedDifference
 from .results import of_today, title_of, titles
 
 
@@ -80,6 +81,11 @@ def _comparisons_table(results: dict) -> str:
         rows.append([f"{title[row['a']]} − {title[row['b']]}", difference, *intervals, row["words"]])
     names = ["paired difference on the test split, points", "mean", "95 % over seeds", "95 % over sentences", None]
     return f"{table(names, rows, text=(0, 4))}\n\n{_NOISE}"
+
+
+def intervals(difference: PairedDifference) -> str:
+    """Both, named."""
+    return f"seeds {interval(difference.seeds)}; sentences {interval(difference.sentences)}"
 
 
 def interval(ends: tuple[float, float] | None) -> str:

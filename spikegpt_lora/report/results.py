@@ -134,10 +134,10 @@ def compare(runs: list[dict], disjoint: bool = False) -> list[dict]:
 def of_today(results: dict) -> dict:
     """`results` of any schema, with comparisons of this one: an older file's are made again from its runs, and where it
     has none there are none."""
-    comparisons = results["comparisons"]
-    return (
-        results if all("words" in row for row in comparisons) else results | {"comparisons": compare(results["runs"])}
-    )
+    if all("words" in row for row in results["comparisons"]):
+        return results
+    folds = results.get("options", {}).get("folds") is not None
+    return results | {"comparisons": compare(results["runs"], disjoint=folds)}
 
 
 def not_found(difference: PairedDifference, rows: str = "seeds") -> str:

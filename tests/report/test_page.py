@@ -101,9 +101,7 @@ def test_the_page_is_one_well_formed_file_that_asks_no_network():
 def test_what_methods_were_taught_before_stands_above_the_answer():
     task = {"task": "film", "sentences": 9, "left_out": 1}
     found = read(page(results(first={"intermediate": task, "teacher": None}))).text
-    (before,) = [
-        n for n, text in enumerate(found) if text == "Every method was trained on the intermediate task film first"
-    ]
+    before = found.index("Every method was trained on the intermediate task film first")
     assert before < next(n for n, text in enumerate(found) if "has the highest test accuracy" in text)
 
 

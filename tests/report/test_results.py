@@ -7,7 +7,7 @@ from spikegpt_lora import SpikeTrace
 from spikegpt_lora.report.cards import model_card
 from spikegpt_lora.report.markdown import markdown, trials_table
 from spikegpt_lora.report.plots import draw_accuracy, draw_raster
-from spikegpt_lora.report.results import accuracy_and_reads, compare, summarize
+from spikegpt_lora.report.results import accuracy_and_reads, compare, of_today, summarize
 from spikegpt_lora.tasks.registry import TASKS
 
 GATE = {"sparsity": 0.75, "dead_ranks": 0.125, "contribution": 0.5, "modules": {}, "accuracy_without": 0.25}
@@ -219,6 +219,13 @@ def test_of_folds_each_sentence_counts_once():
     (found,) = compare(folds, disjoint=True)
     assert (found["a"], found["b"], len(found["per_seed"])) == ("full", "lora", 2)
     assert found["difference"] == pytest.approx(2 / 6)
+
+
+def test_an_older_files_folds_are_compared_as_folds():
+    folds = [run("full", 0, "1110"), run("full", 1, "11"), run("lora", 0, "1010"), run("lora", 1, "01")]
+    old = {"a": "full", "b": "lora", "difference": 0.3, "low": 0.0, "high": 0.6, "per_seed": [0.3], "is_noise": True}
+    found = of_today({"runs": folds, "comparisons": [old], "options": {"folds": 2}})
+    assert found["comparisons"] == compare(folds, disjoint=True)
 
 
 def test_what_methods_were_taught_before_stands_above_the_table():
