@@ -7,8 +7,9 @@ a_j >= tau (V_theta - v_reset). "token": the equations as they stand, along the 
 token, and a masked step does not exist.
 
 "graded" gates pass spike times activation to B, "binary" ones the spike. "integer" ones pass how often the unit fires,
-k = floor(u + 1/2) in 0 ... 3, u = a / (2 tau (V_theta - v_reset)): its first spike is where the others have theirs.
-Backward, the surrogate's times k, and straight through the rounding.
+k = floor(a / w + 1/2) in 0 ... 3, w = 2 tau (V_theta - v_reset): its first spike is where the others have theirs, and
+B diag(w) reads k, so that w k stands for a wherever the threshold is. Backward, the surrogate's times k, and straight
+through the rounding.
 """
 
 import math
@@ -53,6 +54,7 @@ class SpikeGate(LIF):
     ):
         super().__init__(settings, **changes)
         self.units, self.adapter, self.kind, self.time = units, adapter, kind, time
+        self.worth_in_b = False  # whether B holds w already: a bundle's does, and one that was saved before w was read
         size = units if per_rank else 1
         # softplus keeps a threshold above the reset value and a tau above 1, whatever the optimizer does.
         above = self.v_threshold - (self.v_reset or 0.0)
@@ -140,37 +142,45 @@ class SpikeGate(LIF):
     def node(self) -> dict:
         if self.kind != "integer":
             return super().node()
-        scales = torch.as_tensor(self._scale()).detach().double().expand(self.units).tolist()
+        scales = torch.as_tensor(self._worth()).detach().double().expand(self.units).tolist()
         settings = {"scale": scales, "most": [MOST] * self.units, "signed": False, "squared": False}
         return settings | {"levels": list(self.levels)}
 
-    def _scale(self) -> float | Tensor:
-        """What one spike of an integer gate stands for, a number, `(1,)` or `(r,)`."""
+    def outwards(self, b: Tensor) -> Tensor:
+        """What multiplies the spikes, `(outputs, r)`: of an integer gate B diag(w), of others B."""
+        return b if self.kind != "integer" or self.worth_in_b else b * self._worth()
+
+    def _worth(self) -> float | Tensor:
+        """What one spike of an integer gate stands for, w: a number, `(1,)` or `(r,)`."""
         return 2 * self.tau_now() * (self.threshold_now() - (self.v_reset or 0.0))
 
     def _count(self, a: Tensor) -> Tensor:
         """How often units that fire do so, 1 ... MOST."""
-        u = torch.clamp(a.to(torch.promote_types(a.dtype, torch.float32)) / self._scale(), max=MOST + 0.5)
+        u = torch.clamp(a.to(torch.promote_types(a.dtype, torch.float32)) / self._worth(), max=MOST + 0.5)
         count = torch.clamp(torch.floor(u.detach() + 0.5), 1, MOST)
         return (u + (count - u.detach())).to(a.dtype)
 
     def get_extra_state(self) -> Tensor:
-        """V_theta, saved with the adapter: a controller or a calibration may have moved it."""
-        return torch.tensor(self.v_threshold, dtype=torch.float64)
+        """V_theta, saved with the adapter: a controller or a calibration may have moved it. Of an integer gate also
+        whether B holds w."""
+        state = [self.v_threshold, float(self.worth_in_b)] if self.kind == "integer" else self.v_threshold
+        return torch.tensor(state, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor):
-        """Take V_theta from a file.
+        """Take from a file what `get_extra_state` gives; an integer gate's V_theta alone is of a file that was written
+        before B was multiplied by w.
 
         Raises:
             ValueError: it is none that a configuration could have.
         """
-        rest, number = self.v_reset or 0.0, isinstance(state, Tensor) and state.numel() == 1
-        if not number or not rest <= float(state) < math.inf:
+        rest, sizes = self.v_reset or 0.0, (1, 2) if self.kind == "integer" else (1,)
+        saved = state.flatten().tolist() if isinstance(state, Tensor) else [state]
+        if not isinstance(state, Tensor) or len(saved) not in sizes or not rest <= saved[0] < math.inf:
             raise ValueError(
                 f"the saved threshold of a gate of adapter {self.adapter!r} must be one finite number >= {rest:g}, got "
-                f"{float(state) if number else state}: the adapter's file is damaged"
+                f"{', '.join(map(str, saved))}: the adapter's file is damaged"
             )
-        self.v_threshold = float(state)
+        self.v_threshold, self.worth_in_b = saved[0], self.kind == "integer" and saved[1:] != [0.0]
 
     def _first_step(self, a: Tensor) -> Tensor:
         settings, wide = self.settings, a.to(torch.promote_types(a.dtype, torch.float32))

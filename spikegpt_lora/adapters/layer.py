@@ -1,4 +1,5 @@
-"""The linear layer with a SpikeLoRA adapter: h = W0 x + s B (SN(A x) * A x); binary: h = W0 x + s B SN(A x).
+"""The linear layer with a SpikeLoRA adapter: h = W0 x + s B (SN(A x) * A x); binary: h = W0 x + s B SN(A x); integer:
+h = W0 x + s B diag(w) k(A x).
 
 SN(A x) are the spikes of the gate (gate.py): only where unit j fires is (A x)_j, or a 1, passed to B (SpikeLoRA, eq.
 5). The gate depends on the input, so no fixed weight equals the adapter: it cannot be merged.
@@ -16,6 +17,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.backend import in_dtype, product_dtype, untouched, use_extension
@@ -63,11 +65,12 @@ class SpikeLoraVariant(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         a = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        passed, b = module.lora_gate[active_adapter].passed(a), module.lora_B[active_adapter]
+        gate, b = module.lora_gate[active_adapter], module.lora_B[active_adapter]
+        passed, weight = gate.passed(a), gate.outwards(b.weight)
         if not _adds_nothing_else(b) or not result.dtype == passed.dtype == b.weight.dtype:
-            return result + b(passed) * module.scaling[active_adapter]
+            return result + functional_call(b, {"weight": weight}, passed) * module.scaling[active_adapter]
         rows, units = result.flatten(0, -2), passed.flatten(0, -2)  # as the fused layer adds it, to the bit
-        return torch.addmm(rows, units, b.weight.t(), alpha=module.scaling[active_adapter]).view(result.shape)
+        return torch.addmm(rows, units, weight.t(), alpha=module.scaling[active_adapter]).view(result.shape)
 
     @staticmethod
     def merge_safe(module, active_adapter, orig_weight):
@@ -108,7 +111,7 @@ class FusedLinear(LoraLinear):
         passed = self._passed(
             nn.functional.linear(dropped, in_dtype(self.lora_A[adapter].weight, dropped.dtype)), adapter
         )
-        return self.base_layer, passed, self.lora_B[adapter].weight, self.scaling[adapter]
+        return self.base_layer, passed, self._outwards(adapter), self.scaling[adapter]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """As peft's.
@@ -142,7 +145,7 @@ class FusedLinear(LoraLinear):
 
     def _fused(self, x: Tensor, adapter: str, scale: Tensor | None = None) -> Tensor:
         base, dtype = self.base_layer, product_dtype(x)
-        a, b = (in_dtype(part[adapter].weight, dtype) for part in (self.lora_A, self.lora_B))
+        a, b = in_dtype(self.lora_A[adapter].weight, dtype), in_dtype(self._outwards(adapter), dtype)
         bias = None if base.bias is None else in_dtype(base.bias, dtype)
         dropped = in_dtype(self.lora_dropout[adapter](x), dtype)
         passed, read = torch.ops.spikegpt_lora.adapter_in(dropped, a)
@@ -155,6 +158,9 @@ class FusedLinear(LoraLinear):
 
     def _passed(self, a: Tensor, adapter: str) -> Tensor:
         return a
+
+    def _outwards(self, adapter: str) -> Tensor:
+        return self.lora_B[adapter].weight
 
     def _frozen(self, dtype: torch.dtype) -> Tensor:
         """W0 in the dtype that it is multiplied in: cast once, and again where it has been changed."""
@@ -209,3 +215,6 @@ class SpikeLoraLinear(SpikingLayer, FusedLinear):
 
     def _passed(self, a: Tensor, adapter: str) -> Tensor:
         return self.lora_gate[adapter].passed(a)
+
+    def _outwards(self, adapter: str) -> Tensor:
+        return self.lora_gate[adapter].outwards(self.lora_B[adapter].weight)

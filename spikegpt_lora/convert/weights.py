@@ -41,8 +41,11 @@ def quantized_copy(model: nn.Module, weights: str = "float32") -> nn.Module:
         for module in model.modules():
             if isinstance(module, LoraLayer) and isinstance(module.lora_B, nn.ModuleDict):  # AdaLoRA's is none
                 for adapter, b in module.lora_B.items():
-                    b.get_parameter("weight").mul_(module.scaling[adapter])
+                    weight = b.get_parameter("weight").mul_(module.scaling[adapter])
                     module.scaling[adapter] = 1.0
+                    if adapter in (gates := getattr(module, "lora_gate", {})):
+                        weight.copy_(gates[adapter].outwards(weight))
+                        gates[adapter].worth_in_b = True
         fold_scales(model)
         for module in model.modules():
             if isinstance(module, nn.Linear) and type(module) in MATRICES and weights == "int8":

@@ -298,9 +298,11 @@ def _linear(graph: Graph, name: str, linear: nn.Module, x: str) -> str:
             raise ValueError(f"{name}: adapter {adapter!r} is no plain pair of linear layers")
         of = {part: f"{name}.{part}.{adapter}" for part in ("lora_A", "lora_gate", "lora_B", "adapted")}
         passed = graph.add(of["lora_A"], "linear", [x], weight=graph.weight(of["lora_A"], a.weight))
+        out = b.weight
         if adapter in getattr(linear, "lora_gate", {}):
-            passed = _gate(graph, of["lora_gate"], linear.lora_gate[adapter], passed)
-        added = graph.weight(of["lora_B"], b.weight * linear.scaling[adapter])  # the scale once, in the weight
+            gate = linear.lora_gate[adapter]
+            passed, out = _gate(graph, of["lora_gate"], gate, passed), gate.outwards(out)
+        added = graph.weight(of["lora_B"], out * linear.scaling[adapter])  # the scale once, in the weight
         y = graph.add(of["adapted"], "add", [y, graph.add(of["lora_B"], "linear", [passed], weight=added)])
     return y
 

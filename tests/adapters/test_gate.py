@@ -132,6 +132,16 @@ def test_a_saved_threshold_that_no_configuration_could_have_is_refused(saved):
     assert gate.v_threshold == 0.1
 
 
+@pytest.mark.parametrize("saved, holds", [(0.2, True), ([0.2], True), ([0.2, 0.0], False), ([0.2, 1.0], True)])
+def test_an_integer_gate_takes_from_a_file_whether_b_holds_a_spikes_worth_and_older_ones_do(saved, holds):
+    gate = SpikeGate(3, kind="integer")
+    gate.load_state_dict({"_extra_state": torch.tensor(saved)})
+    assert (round(gate.v_threshold, 6), gate.worth_in_b) == (0.2, holds)
+    other = SpikeGate(3, kind="integer")
+    other.load_state_dict(gate.state_dict())
+    assert other.worth_in_b == holds
+
+
 def test_a_gate_in_token_time_says_that_it_needs_its_models_forward():
     with pytest.raises(RuntimeError, match="only inside its model's forward"):
         SpikeGate(3, time="token")(torch.zeros(1, 2, 3))
@@ -167,3 +177,27 @@ def test_an_integer_gates_gradient_is_the_spikes_own_times_the_count_and_one_spi
     (surrogate,) = torch.autograd.grad(binary(a).sum(), a)
     counts, passes = torch.tensor([[1.0], [1], [2], [3]]), torch.tensor([[0.0], [1], [1], [0]])
     assert torch.allclose(found, surrogate * counts + passes / 2.6)
+
+
+@pytest.mark.parametrize("kind, worth", [("graded", 1.0), ("binary", 1.0), ("integer", 2 * 3.0 * (0.7 - 0.2))])
+def test_b_is_multiplied_by_what_an_integer_spike_stands_for(kind, worth):
+    b = torch.randn(5, 3, dtype=torch.float64)
+    gate = SpikeGate(3, kind=kind, v_threshold=0.7, tau=3.0, v_reset=0.2)
+    assert torch.allclose(gate.outwards(b), worth * b, rtol=1e-12)
+    gate.worth_in_b = True
+    assert torch.equal(gate.outwards(b), b)
+
+
+@pytest.mark.parametrize("v_threshold", [0.05, 0.65, 2.0])
+def test_what_an_integer_gate_adds_differs_from_the_activation_by_half_a_spikes_worth_at_most(v_threshold):
+    gate, b = SpikeGate(1, kind="integer", v_threshold=v_threshold), torch.ones(1, 1, dtype=torch.float64)
+    a = torch.linspace(0, 14 * v_threshold, 100, dtype=torch.float64)[:, None]
+    assert ((gate(a) @ gate.outwards(b).t() - a).abs() <= 2 * v_threshold + 1e-9).all()
+
+
+def test_learned_thresholds_of_an_integer_gate_get_a_gradient_through_b_too():
+    gate = SpikeGate(2, kind="integer", v_threshold=0.5, learn="threshold", per_rank=True)
+    b = torch.ones(1, 2, dtype=torch.float64)
+    (found,) = torch.autograd.grad((gate.outwards(b) * torch.tensor([1.0, 3.0])).sum(), gate.raw_threshold)
+    share = 1 - torch.exp(-torch.tensor(0.5))  # softplus'(raw) where softplus(raw) is 0.5
+    assert torch.allclose(found, (4 * torch.tensor([1.0, 3.0]) * share))
