@@ -129,6 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seeds", nargs="+", type=command_line.seed, metavar="SEED", help="one run a method and seed (default: 0)")
     add("--folds", type=positive, metavar="N", help="test each sentence once in N folds, whose numbers are the seeds")
     add("--intermediate", metavar="TASK", help="film, or a file of label, tab and sentence: trained on first")
+    add("--intermediate-sentences", type=positive, metavar="N", help="of them, drawn by a fixed seed (default: all)")
     add("--teacher", help="folder or package of an encoder, whose answers are learned from too; or its answers.npz")
     add("--trace-sentences", type=positive, default=32, help="test sentences whose spikes are recorded")
     add("--tune", type=positive, metavar="N", help="N trials a method instead, on the validation split")
@@ -174,6 +175,8 @@ def require_consistent(args: argparse.Namespace) -> None:
         raise ValueError("--tune searches for settings and --parity fixes them: give one of the two")
     if args.teacher and (args.folds or args.parity == "library"):
         raise ValueError("--teacher reads the training sentences of the fixed split: no --folds or --parity library")
+    if args.intermediate_sentences and not args.intermediate:
+        raise ValueError("--intermediate-sentences counts those of --intermediate: give it too")
     if args.tune and (args.intermediate or args.teacher):
         raise ValueError("--tune searches for settings without --intermediate and --teacher")
     if args.folds and (args.parity == "library" or args.folds < 2):
@@ -222,6 +225,8 @@ def source_of(args: argparse.Namespace, task: str, data: DatasetDict) -> Source 
         return None
     text = load_labelled(args.intermediate, TASKS[task].labels, args.data_dir)
     source = without_shared(Path(args.intermediate).stem, text, data)
+    if args.intermediate_sentences:
+        source = source.drawn(args.intermediate_sentences)
     say(
         f"{source.name}: {len(source.text):,} sentences, without {source.left_out:,} that share 8 words in a row with "
         f"one of {task}"

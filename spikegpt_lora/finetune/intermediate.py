@@ -30,6 +30,10 @@ class Source:
     text: Dataset
     left_out: int
 
+    def drawn(self, most: int) -> "Source":
+        """`most` of its sentences, or all if it has no more; the same ones whenever it is asked."""
+        return replace(self, text=self.text.shuffle(seed=0).select(range(min(most, len(self.text)))))
+
 
 def without_shared(name: str, text: Dataset, data: DatasetDict) -> Source:
     """`text` without what shares 8 words in a row with a sentence of `data`, of any split."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, load_task
-from spikegpt_lora.finetune.intermediate import options_of_source, train_first, without_shared
+from spikegpt_lora.finetune.intermediate import Source, options_of_source, train_first, without_shared
 from spikegpt_lora.finetune.options import FinetuneOptions
 from spikegpt_lora.finetune.run import adapt, tokenize, trained
 from spikegpt_lora.finetune.teacher import encoder_folder, load_answers, teach
@@ -82,6 +82,14 @@ def test_sentences_that_share_eight_words_with_the_task_are_left_out(text):
     source = Dataset.from_dict({"text": [f"so {quoted}", "nothing of the kind is said here or there"], "label": [0, 1]})
     found = without_shared("own", source, text)
     assert (found.name, found.left_out, found.text["text"]) == ("own", 1, source["text"][1:])
+
+
+def test_so_many_sentences_are_drawn_and_always_the_same_ones():
+    source = Source("own", Dataset.from_dict({"text": [f"sentence {n}" for n in range(50)], "label": [0, 1] * 25}), 3)
+    drawn = source.drawn(20)
+    assert len(set(drawn.text["text"])) == 20 and set(drawn.text["text"]) < set(source.text["text"])
+    assert drawn.text["text"] == source.drawn(20).text["text"] != source.text["text"][:20] and drawn.left_out == 3
+    assert sorted(source.drawn(99).text["text"]) == sorted(source.text["text"])
 
 
 def test_options_of_the_first_task_are_one_pass_in_larger_batches():
