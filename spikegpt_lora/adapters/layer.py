@@ -11,6 +11,8 @@ not a plain frozen one, or without the compiled kernels, it is peft's own forwar
 Rests on peft's LoRA variants (`lora_variants`, new in 0.20), which peft calls private: setup.py pins the version.
 """
 
+from collections import defaultdict
+
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -21,6 +23,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.backend import in_dtype, product_dtype, untouched, use_extension
+from ..ops.folded import Folded
 from ..ops.spike_linear import SpikeLinear
 from . import sequence
 from .gate import SpikeGate
@@ -95,6 +98,7 @@ class FusedLinear(LoraLinear):
         if not plain_linear(base):
             raise ValueError(f"a fused adapter needs a layer with one real weight, got {type(base).__name__}")
         super().__init__(base_layer, *args, **kwargs)
+        self.casts = defaultdict(Folded)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x `(..., inputs)` -> `(..., outputs)`; of a `SpikeLinear` integers, and their `scale` where it takes one."""
@@ -165,15 +169,7 @@ class FusedLinear(LoraLinear):
     def _frozen(self, dtype: torch.dtype) -> Tensor:
         """W0 in the dtype that it is multiplied in: cast once, and again where it has been changed."""
         weight = self.base_layer.weight
-        if weight.dtype == dtype:
-            return weight
-        if weight.is_inference():  # keeps no count of its changes
-            return weight.to(dtype)
-        state = (weight.data_ptr(), weight._version, weight.shape, dtype)
-        if self.__dict__.get("_cast", (None,))[0] != state:
-            with torch.inference_mode(False):  # else nothing could be trained with it later
-                self._cast = state, weight.detach().to(dtype), weight  # held, so that its memory is not another's
-        return self._cast[1]
+        return weight if weight.dtype == dtype else self.casts[dtype](lambda: weight.detach().to(dtype), weight)
 
 
 class SpikingLayer:

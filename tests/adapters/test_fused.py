@@ -172,7 +172,7 @@ def test_frozen_weights_are_cast_once_and_again_where_they_change():
     with torch.no_grad():
         layer.base_layer.weight.add_(1)
     assert torch.equal(layer._frozen(torch.bfloat16), layer.base_layer.weight.to(torch.bfloat16))
-    assert not any("_cast" in name for name in model.state_dict())
+    assert not any("casts" in name for name in model.state_dict())
 
 
 def test_a_weight_where_another_one_lay_in_memory_is_cast_anew():
