@@ -84,7 +84,7 @@ class PairedTrainer(Trainer):
         value = float(loss)
         _require_finite("loss", value, self.state.global_step + 1)
         for losses in (one for one in self.callback_handler.callbacks if isinstance(one, Losses)):
-            losses.by_step.append(value)
+            losses.by_step.append(value if self.args.world_size == 1 else float(reduce(loss, "mean")))
         return loss
 
     def log(self, logs, *args, **kwargs):
@@ -95,7 +95,8 @@ class PairedTrainer(Trainer):
         if not self.group_by_length:
             return SeededSampler(len(self.train_dataset), self.args.data_seed)
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        return SeededLengthSampler(self.args.train_batch_size, lengths=lengths, seed=self.args.data_seed)
+        together = self.args.train_batch_size * self.args.world_size  # sentences of one step
+        return SeededLengthSampler(together, lengths=lengths, seed=self.args.data_seed)
 
 
 class SeededLengthSampler(LengthGroupedSampler):
@@ -152,7 +153,7 @@ class Stopwatch(TrainerCallback, ExportableState):
 
 
 class Losses(TrainerCallback, ExportableState):
-    """The training loss of every step, over all the stretches of an interrupted run; on several devices the first's."""
+    """The training loss of every step, over all the stretches of an interrupted run; of all devices, their mean."""
 
     def __init__(self):
         self.by_step: list[float] = []
