@@ -21,6 +21,9 @@ TOKEN_SHIFTS = ("channels", "rows")
 SPIKING = ("matrix_spikes", "spike_levels", "token_shift", "wkv_powers_of_two")  # what differs from the published model
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+# What a saved model's folder holds for processes that have not imported this package: see `SpikeGPTConfig.auto_map`.
+REMOTE_CODE = Path(__file__).parent / "assets" / "spikegpt-film" / "modeling_spikegpt.py"
+
 # What transformers itself passes to a config beside its fields (saved by older versions, or set by `from_pretrained`).
 _KNOWN_TO_TRANSFORMERS = {
     "model_type",
@@ -56,14 +59,24 @@ class SpikeGPTConfig(PretrainedConfig):
         pooling: what the classifier reads: "last" real token, "mean" over real tokens, or both ("last_mean").
         use_cache: return the state by default when not training (language model only).
 
+    `auto_map` is no setting. In config.json it names the classes of modeling_spikegpt.py, which is written beside it
+    and imports this package: with `trust_remote_code=True` the Auto classes load a saved model in a process that has
+    not imported it. Where it is imported, that file is never read.
+
     Raises:
-        ValueError: an unknown key, a value of another type or out of range; one message lists every problem.
+        ValueError: an unknown key, a value of another type or out of range, code of somebody else in `auto_map`; one
+            message lists every problem.
     """
 
     model_type = "spikegpt"
     attribute_map = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "intermediate_size": "n_ffn"}
     keys_to_ignore_at_inference = ["state"]
-    auto_map = dict[str, str]()  # trl reads it of every configuration that it loads from a folder
+    auto_map = {
+        "AutoConfig": f"{REMOTE_CODE.stem}.SpikeGPTConfig",
+        "AutoModel": f"{REMOTE_CODE.stem}.SpikeGPTModel",
+        "AutoModelForCausalLM": f"{REMOTE_CODE.stem}.SpikeGPTForCausalLM",
+        "AutoModelForSequenceClassification": f"{REMOTE_CODE.stem}.SpikeGPTForSequenceClassification",
+    }
 
     vocab_size: int = 50277
     n_embd: int = 768
@@ -95,22 +108,38 @@ class SpikeGPTConfig(PretrainedConfig):
             setattr(self, key, kwargs.pop(key, getattr(self, key)))
         if self.n_ffn is None:
             self.n_ffn = 4 * self.n_embd
-        problems = self._unknown_keys(kwargs) + self._bad_values()
+        problems = self._foreign_code(kwargs.pop("auto_map", {})) + self._unknown_keys(kwargs) + self._bad_values()
         if problems:
             raise ValueError("SpikeGPTConfig: " + "; ".join(problems))
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict:
         """As in transformers; what makes a model spiking is left out of one that is as published."""
-        said = super().to_dict()
+        said = super().to_dict() | {"auto_map": dict(self.auto_map)}
         if all(getattr(self, name) == getattr(type(self), name) for name in SPIKING):
             return {name: value for name, value in said.items() if name not in SPIKING}
         return said
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """As in transformers; the module that `auto_map` names is written beside the file."""
+        super().to_json_file(json_file_path, use_diff)
+        Path(json_file_path).with_name(REMOTE_CODE.name).write_bytes(REMOTE_CODE.read_bytes())
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
+        """Nothing: asked for by transformers after it loaded a model with `trust_remote_code=True`, it would copy this
+        package's source into whatever folder is saved next."""
 
     @property
     def neuron(self) -> NeuronParameters:
         """The settings of the blocks' neurons: every field lif_..."""
         return NeuronParameters(**{one.name: getattr(self, f"lif_{one.name}") for one in fields(NeuronParameters)})
+
+    def _foreign_code(self, given) -> list[str]:
+        """What is wrong with the auto_map of a file."""
+        if isinstance(given, dict) and given.items() <= self.auto_map.items():
+            return []
+        return [f"auto_map must name classes of {REMOTE_CODE.name}, or be left out, got {given!r}"]
 
     @staticmethod
     def _unknown_keys(kwargs: dict) -> list[str]:

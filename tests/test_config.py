@@ -34,6 +34,16 @@ def test_a_saved_config_comes_back_equal(tmp_path):
     assert loaded.to_diff_dict() | {"_name_or_path": ""} == config.to_diff_dict() | {"_name_or_path": ""}
 
 
+@pytest.mark.parametrize("given", [{"AutoModel": "evil.SpikeGPTModel"}, {"AutoTokenizer": None}, ["AutoModel"], None])
+def test_code_of_somebody_else_is_refused(given):
+    with pytest.raises(ValueError, match="auto_map must name classes of modeling_spikegpt.py, or be left out, got"):
+        SpikeGPTConfig(auto_map=given)
+
+
+def test_a_file_may_name_our_code_or_none():
+    assert SpikeGPTConfig(auto_map={}) == SpikeGPTConfig(auto_map=SpikeGPTConfig.auto_map) == SpikeGPTConfig()
+
+
 def test_hidden_width_defaults_to_four_times_the_width():
     assert SpikeGPTConfig(n_embd=6).n_ffn == 24
 

@@ -244,6 +244,12 @@ SEAMS = [
     Seam("transformers PretrainedConfig.__post_init__", "config.py", "gets the unknown keys, after attribute_map",
          lambda: "kwargs" in inspect.signature(PretrainedConfig.__post_init__).parameters
          and isinstance(PretrainedConfig.attribute_map, dict)),
+    Seam("transformers PretrainedConfig.to_json_file", "config.py", "writes config.json wherever one is saved",
+         lambda: takes(PretrainedConfig.to_json_file, "json_file_path", "use_diff")
+         and says(PretrainedConfig.save_pretrained, "self.to_json_file(output_config_file, use_diff=True)")
+         and says(PreTrainedModel.save_pretrained, "config.save_pretrained(save_directory)")),
+    Seam("transformers register_for_auto_class", "config.py", "asked of a configuration that auto_map named",
+         lambda: says(transformers.AutoConfig.from_pretrained, "config_class.register_for_auto_class()")),
     Seam("transformers Cache.get_seq_length", "adapters/sequence.py", "0 of an empty cache",
          lambda: transformers.DynamicCache().get_seq_length() == 0 and issubclass(transformers.DynamicCache, Cache)),
     Seam("transformers Conv1D", MODEL, "a transposed linear with .weight (inputs, outputs)",

@@ -1,15 +1,14 @@
 """trl's trainers on SpikeGPT (skipped where trl is not installed): they train, what they save comes back, and rows of
 several texts are refused."""
 
-import json
 import math
-from pathlib import Path
+import sys
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM
+from running import environment, finished
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeLoraConfig
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
@@ -91,10 +90,27 @@ def test_the_whole_model_is_trained_given_as_a_model_or_as_its_folder(base, tmp_
     assert losses[0] == losses[1] and math.isfinite(losses[0])
 
 
-def test_what_trl_reads_of_a_configuration_is_not_in_its_file(base):
-    config = AutoConfig.from_pretrained(base)
-    assert config.auto_map == {} and "auto_map" not in json.loads((Path(base) / "config.json").read_text())
-    assert type(AutoModelForCausalLM.from_config(config)) is SpikeGPTForCausalLM
+BY_ITS_PATH = """
+import sys
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+base, out = sys.argv[1:]
+assert "spikegpt_lora" not in sys.modules
+trusted = {"trust_remote_code": True}
+args = SFTConfig(out, model_init_kwargs=trusted, max_steps=2, max_length=32, use_cpu=True, bf16=False, report_to="none")
+trainer = SFTTrainer(base, args, train_dataset=Dataset.from_dict({"text": ["a great film", "the plot is dull"] * 8}))
+trainer.train()
+print(type(trainer.model), trainer.state.global_step, trainer.state.log_history[-1]["train_loss"])
+"""
+
+
+def test_a_model_is_trained_by_its_path_where_the_package_was_not_imported(base, tmp_path):
+    env = environment(HF_MODULES_CACHE=str(tmp_path / "modules"))
+    done = finished([sys.executable, "-c", BY_ITS_PATH, base, tmp_path / "run"], env)
+    assert done.returncode == 0, done.stderr
+    kind, steps, loss = done.stdout.strip().splitlines()[-1].rsplit(maxsplit=2)
+    assert "spikegpt_lora.model.SpikeGPTForCausalLM" in kind and steps == "2" and math.isfinite(float(loss))
 
 
 @pytest.mark.parametrize("changes", [{"packing": True}, {"padding_free": True, "max_length": None}])

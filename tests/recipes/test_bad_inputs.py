@@ -176,7 +176,7 @@ MODELS = [
     ("M28", tensors(lambda t: t | {"spikegpt.ln_out.bias": torch.ones(3)}), r"ln_out.bias must be \(8,\), got \(3,\)"),
     ("S79", content("tokenizer.json", "{}"), "no tokenizer at '.*model', or a damaged one"),
     ("V10", with_code, "pytorch_model.bin was refused: .* nothing in it was executed"),
-    ("V11", said(auto_map={"AutoModel": "evil.Model"}), "unknown key 'auto_map'"),
+    ("V11", said(auto_map={"AutoModel": "evil.Model"}), "auto_map must name classes of modeling_spikegpt.py"),
 ]
 
 
