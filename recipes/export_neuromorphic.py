@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from spikegpt_lora import SpikeGPTForSequenceClassification, load_task
-from spikegpt_lora.checkpoint import load_adapter, load_model, load_tokenizer
+from spikegpt_lora.checkpoint import load_adapted, load_model, load_tokenizer
 from spikegpt_lora.export import (
     WEIGHTS,
     Bundle,
@@ -43,7 +43,7 @@ from spikegpt_lora.export import (
 )
 from spikegpt_lora.observe.traces import GATE
 from spikegpt_lora.report.markdown import table
-from spikegpt_lora.utils import command_line, errors, files
+from spikegpt_lora.utils import command_line, files
 
 STOPPED = "stopped; the same command goes on from here."
 
@@ -123,20 +123,12 @@ def bar(rounds: list, text: str):
 
 def load(folder: Path):
     """The classifier, with its adapter if `folder` holds one, and its tokenizer."""
-    adapter = folder / "adapter_config.json"
-    if not adapter.is_file():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
+    if (folder / "adapter_config.json").is_file():
+        model = load_adapted(SpikeGPTForSequenceClassification, folder)
+    elif (folder / "config.json").is_file():
         model = load_model(SpikeGPTForSequenceClassification, folder)
     else:
-        base = errors.read_json(adapter, keys=("base_model_name_or_path",))["base_model_name_or_path"]
-        if not isinstance(base, str):
-            raise ValueError(f"{adapter} must name its base model as base_model_name_or_path, got {base!r}")
-        try:
-            model = load_model(SpikeGPTForSequenceClassification, base, new_head=True)
-        except ValueError as error:
-            raise ValueError(f"{error}; this is the base model that {adapter} names") from error
-        model = load_adapter(model, folder)
+        raise ValueError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
     return model.eval(), load_tokenizer(folder)
 
 

@@ -5,6 +5,7 @@ lm = load_upstream_checkpoint("ridger/SpikeGPT-OpenWebText-216M")  # tensors' na
 classifier = SpikeGPTForSequenceClassification.from_language_model(lm, num_labels=2)
 """
 
+import logging
 import os
 import re
 import warnings
@@ -25,6 +26,8 @@ from .utils.errors import DamagedFile, first_line, read_json, sentence
 from .utils.files import whole_file
 from .utils.hub import fetch, require_reachable
 from .utils.saved import read_torch_file, some
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent / "assets" / "spikegpt-film"
 
@@ -109,10 +112,7 @@ def load_adapter(model: SpikeGPTPreTrainedModel, folder: str | os.PathLike) -> P
         FileNotFoundError: there is none.
         DamagedFile: it cannot be read, is of a method that is not known here, or is none for `model`.
     """
-    file = Path(folder) / "adapter_config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter_config.json: give the folder of an adapter")
-    kind = read_json(file, keys=("peft_type",))["peft_type"]
+    kind = read_json(_adapter_file(folder), keys=("peft_type",))["peft_type"]
     if kind not in list(PeftType):
         raise DamagedFile(
             f"{folder} holds no adapter of a method known here: peft_type must be SPIKELORA or one of peft's own, got "
@@ -128,6 +128,55 @@ def load_adapter(model: SpikeGPTPreTrainedModel, folder: str | os.PathLike) -> P
     if missing := [str(warning.message) for warning in said if "missing adapter keys" in str(warning.message)]:
         raise DamagedFile(f"{folder} holds only a part of its adapter ({missing[0].splitlines()[0]})")
     return adapted
+
+
+def load_adapted(model_class: type[SpikeGPTPreTrainedModel], folder: str | os.PathLike) -> PeftModel:
+    """The base model of the adapter in `folder`, in float32, with the adapter; `base_of` says where it is looked for.
+
+    The configuration that comes with it names the place where the base was found, so after a move
+    `model.peft_config["default"].save_pretrained(folder)` lets peft's own Auto classes find it again.
+
+    Raises:
+        FileNotFoundError, DamagedFile: as `load_adapter`.
+        ValueError: as `load_model`, of the base.
+    """
+    base, file = base_of(folder), _adapter_file(folder)
+    brings_head = bool(read_json(file).get("modules_to_save"))
+    try:
+        model = load_model(model_class, base, new_head=brings_head)
+    except ValueError as error:
+        raise ValueError(f"{error}; this is the base model that {file} names") from error
+    adapted = load_adapter(model, folder)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
+
+
+def base_of(folder: str | os.PathLike) -> str:
+    """Where the base model of the adapter in `folder` is: the folder or hub id that its adapter_config.json names.
+
+    Where that folder is gone, it is looked for in two places: a relative path is tried from `folder` on; and of any
+    path the last two parts from the folder above its parent on, so that OUT/lora/seed0 finds OUT/base/seed0 after OUT
+    was moved. A warning says so. Whether the weights there are those that the adapter was trained on is checked of
+    SpikeLoRA (`adapters.fingerprint`); of LoRA, whose files hold nothing of its base, only sizes are.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: it names no base model.
+    """
+    file = _adapter_file(folder)
+    named = read_json(file, keys=("base_model_name_or_path",))["base_model_name_or_path"]
+    if not isinstance(named, str):
+        raise ValueError(f"{file} must name its base model as base_model_name_or_path, got {named!r}")
+    if Path(named).exists():
+        return named
+    here = file.resolve().parent
+    for place in (here / named, here.parent.parent.joinpath(*Path(named).parts[-2:])):
+        if (place / "config.json").is_file():
+            logger.warning(
+                "the base model of the adapter in %s was moved from %s to %s", folder, named, place.resolve()
+            )
+            return str(place.resolve())
+    return named
 
 
 def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
@@ -206,6 +255,13 @@ def save_upstream_checkpoint(model: SpikeGPTForCausalLM, path: str | os.PathLike
     tensors = {key.removeprefix("spikegpt."): t.detach().cpu().contiguous() for key, t in model.state_dict().items()}
     with whole_file(path) as temporary, temporary.open("wb") as file:
         torch.save(tensors, file)
+
+
+def _adapter_file(folder: str | os.PathLike) -> Path:
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter_config.json: give the folder of an adapter")
+    return file
 
 
 def _find(source: str | os.PathLike) -> Path:

@@ -1,4 +1,4 @@
-"""An adapter's files: what is refused of them, and which base model they belong to."""
+"""An adapter's files: what is refused of them, which base model they belong to, and where it is found."""
 
 import json
 import math
@@ -7,10 +7,11 @@ import warnings
 
 import pytest
 import torch
-from helpers import SIZES, fresh_classifier, lively, trained_classifier
+from helpers import SIZES, adapted, fresh_classifier, lively, trained_classifier
 from peft import (
     AutoPeftModelForSequenceClassification,
     KasaConfig,
+    LoraConfig,
     PeftModel,
     get_peft_model,
     set_peft_model_state_dict,
@@ -19,8 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, SpikeLoraConfig
 from spikegpt_lora.adapters import SpikeLoraLinear
-from spikegpt_lora.checkpoint import load_adapter
+from spikegpt_lora.checkpoint import base_of, load_adapted, load_adapter
 from spikegpt_lora.utils.errors import DamagedFile
+
+IDS = torch.tensor([[1, 2, 3]])
 
 
 def spoil(folder, **changes):
@@ -76,6 +79,47 @@ def test_a_wrong_setting_in_a_file_is_said_with_its_folder(tmp_path):
         ValueError, match=f"the adapter in {re.escape(str(tmp_path))}: SpikeLoraConfig: r must.*tau must"
     ):
         PeftModel.from_pretrained(fresh_classifier(), tmp_path)
+
+
+@pytest.fixture(params=[SpikeLoraConfig, LoraConfig], ids=["spikelora", "lora"])
+def moved(request, tmp_path):
+    """What recipes/subj_finetune.py leaves, moved as a whole: the adapter's folder, and its logits."""
+    out = tmp_path / "out"
+    fresh_classifier().float().save_pretrained(out / "base" / "seed0")
+    base = SpikeGPTForSequenceClassification.from_pretrained(out / "base" / "seed0")
+    model = adapted(base, request.param(task_type="SEQ_CLS", r=2), "lora_", dtype=torch.float32)
+    model.save_pretrained(out / "adapter" / "seed0")
+    return out.rename(tmp_path / "elsewhere") / "adapter" / "seed0", model(IDS).logits
+
+
+def test_an_adapter_that_was_moved_with_its_base_is_loaded_and_saved_for_peft(moved, caplog):
+    folder, logits = moved
+    model = load_adapted(SpikeGPTForSequenceClassification, folder).eval()
+    place = folder.parents[1] / "base" / "seed0"
+    assert torch.equal(model(IDS).logits, logits) and f"was moved from {folder.parents[2]}/out" in caplog.text
+    assert model.peft_config["default"].base_model_name_or_path == base_of(folder) == str(place)
+    model.peft_config["default"].save_pretrained(folder)
+    assert torch.equal(AutoPeftModelForSequenceClassification.from_pretrained(folder)(IDS).logits, logits)
+
+
+def test_a_relative_base_is_one_from_the_adapters_folder(moved, tmp_path, monkeypatch):
+    set_in_config(moved[0], base_model_name_or_path="../../kept")
+    (moved[0].parents[1] / "base" / "seed0").rename(moved[0].parents[1] / "kept")
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(load_adapted(SpikeGPTForSequenceClassification, moved[0])(IDS).logits, moved[1])
+
+
+@pytest.mark.parametrize("moved", [SpikeLoraConfig], indirect=True)
+def test_another_base_in_the_moved_ones_place_is_refused(moved):
+    other_classifier().float().save_pretrained(moved[0].parents[1] / "base" / "seed0")
+    with pytest.raises(DamagedFile, match="belongs to another base model .*32 of 32 weights"):
+        load_adapted(SpikeGPTForSequenceClassification, moved[0])
+
+
+def test_a_base_that_is_nowhere_is_said_with_the_adapter_that_names_it(moved):
+    (moved[0].parents[1] / "base").rename(moved[0].parents[1] / "lost")
+    with pytest.raises(ValueError, match="no SpikeGPT classifier at .*out/base/seed0.*the base model that .*adapter_c"):
+        load_adapted(SpikeGPTForSequenceClassification, moved[0])
 
 
 def test_an_adapter_of_a_method_that_is_gone_is_refused_by_name(tmp_path):
