@@ -34,6 +34,7 @@ from spikegpt_lora.pretrain.corpus import Corpus, add_left_out, evaluation_sente
 from spikegpt_lora.pretrain.loop import Pretraining, PretrainOptions, bf16_of
 from spikegpt_lora.pretrain.perplexity import STREAMS, token_losses
 from spikegpt_lora.pretrain.progress import STOPPED, bar, train
+from spikegpt_lora.report.cards import USE, language_model_head
 from spikegpt_lora.report.markdown import table
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.errors import read_json
@@ -214,10 +215,12 @@ def card(record: dict) -> str:
     of_ffn = made["ffn_levels"] or made["spike_levels"]
     salient = f"; {made['share']:.0%} of the channels have {made['factor']} times as many, by {made['saliency']}"
     sections = [
+        language_model_head(record["started_from"]),
         f"# SpikeGPT whose matrices read integer spikes, made of {record['started_from']}",
         f"{record['parameters'] / 1e6:.2f} M parameters, {record['binary_neurons']:,} binary neurons: spikes of "
         f"{levels} before every matrix, squares of 0 ... {of_ffn} before ffn.value{salient * bool(made['saliency'])}. "
         f"Made by recipes/convert.py; scales fitted on {made['tokens']:,} tokens. All figures are in convert.json.",
+        USE,
         f"Nats a token above the float model's {record['float']:.4f}, on the same {made['measured']:,} validation "
         f"tokens (standard error over {STREAMS} streams of text):",
         table(["what spikes", "nats", "standard error"], [_row(one) for one in [*rows, *_trained(record)]]),
@@ -229,7 +232,7 @@ def card(record: dict) -> str:
         done, options = record["training"], record["training"]["options"]
         towards = "towards the float model" if done["teacher"] else "on the text"
         sections.insert(
-            2,
+            3,
             f"Trained {towards} with spikes on: {options['steps']:,} steps of {options['batch_size']} x "
             f"{options['length']} tokens, rate {options['learning_rate']:g}, in {done['precision']}, "
             f"{done['hours']:.2f} hours.",

@@ -50,6 +50,7 @@ from spikegpt_lora.report.cards import language_model_card
 from spikegpt_lora.report.plots import draw_loss
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
+from spikegpt_lora.utils.hub import hub_id
 from spikegpt_lora.utils.precision import name_of, resolve
 
 SIZES = {"n_layer": (4, "blocks"), "n_embd": (256, "width"), "vocab_size": (8192, "tokens of the BPE")}
@@ -259,6 +260,7 @@ def measured(run: Pretraining, rounded: SpikeGPTForCausalLM, read: Read, args) -
         "precision": name_of(run.options.bf16),  # of the training; what follows was measured in float32
         "config": {key: getattr(rounded.config, key) for key in ("vocab_size", "n_layer", "n_embd", *SPIKING)},
         "started_from": args.model,
+        "datasets": [source for source, _ in streams_of(args.text).values() if hub_id(source)],
         "teacher": args.teacher,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "tokens": run.step * run.options.batch_size * run.options.length,

@@ -24,7 +24,7 @@ from .config import SpikeGPTConfig, read_config
 from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTPreTrainedModel
 from .utils.errors import DamagedFile, first_line, read_json, sentence
 from .utils.files import whole_file
-from .utils.hub import fetch, require_reachable
+from .utils.hub import fetch, hub_id, require_reachable
 from .utils.saved import read_torch_file, some
 
 logger = logging.getLogger(__name__)
@@ -270,7 +270,7 @@ def _find(source: str | os.PathLike) -> Path:
         return path
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the .pth file in it (or use from_pretrained on a saved model)")
-    if path.suffix == ".pth" or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if hub_id(str(source)) is None:
         raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
         return _from_hub(str(source))

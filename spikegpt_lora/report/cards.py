@@ -1,10 +1,28 @@
 """The README.md of a language model, and of a fine-tuned model or adapter, in the hub's format."""
 
 import json
+from collections.abc import Sequence
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from ..observe.matrix_inputs import HEAD, MatrixInput, cells
+from ..tasks.registry import TASKS
+from ..utils.hub import hub_id
 from .markdown import table
 from .results import title_of
+
+
+def _head(started_from: str | None, datasets: Sequence[str], tags: Sequence[str] = (), **facts) -> str:
+    """What a hub reads of a card; it knows models and data by their ids alone."""
+    data = ModelCardData(
+        language="en",
+        license="bsd-2-clause",
+        base_model=hub_id(started_from),
+        datasets=list(datasets) or None,
+        tags=["spikegpt", "spiking", *tags],
+        **facts,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def model_card(results: dict, record: dict) -> str:
@@ -12,9 +30,10 @@ def model_card(results: dict, record: dict) -> str:
     adapter = record["adapters"] or {}
     activity = [f"- {key.replace('_', ' ')}: {value:.4f}" for key, value in adapter.items() if isinstance(value, float)]
     versions = [f"{name} {version}" for name, version in results["versions"].items()]
+    spiking = adapter.get("sparsity") is not None
     return _CARD.format(
-        library="peft" if adapter else "transformers",
-        auto="AutoPeftModelForSequenceClassification" if adapter else "AutoModelForSequenceClassification",
+        head=_model_head(results, record),
+        loading=_WHOLE if not adapter else _ADAPTER.format(known=_SPIKELORA if spiking else _LORA),
         task=results["task"],
         name=title_of(record),
         start=record.get("start", "starts from"),
@@ -23,9 +42,30 @@ def model_card(results: dict, record: dict) -> str:
         precision=results["precision"],
         validation=_validation(record),
         details="\n".join([*activity, "- " + ", ".join(versions)]),
-        options=json.dumps(results["options"], indent=1),
+        options=json.dumps(results["options"] | {"settings": record["settings"]}, indent=1),
         test_accuracy=100 * record["test_accuracy"],
         **{key: record[key] for key in ("seed", "trainable_parameters", "total_parameters")},
+    )
+
+
+def _model_head(results: dict, record: dict) -> str:
+    task, method = results["task"], record["method"]
+    on_hub, kind = TASKS[task].hub_id, "text-classification"
+    accuracy = EvalResult(
+        task_type=kind,
+        dataset_type=on_hub or task,
+        dataset_name=f"{task}, {results['data']['test']:,} sentences kept for the test",  # no split of the hub's
+        metric_type="accuracy",
+        metric_value=round(record["test_accuracy"], 4),
+    )
+    return _head(
+        results["model"],
+        [on_hub] if on_hub else [],
+        [method],
+        library_name="peft" if record["adapters"] else "transformers",
+        pipeline_tag=kind,
+        model_name=f"spikegpt-{task}-{method}-seed{record['seed']}",
+        eval_results=[accuracy],
     )
 
 
@@ -36,10 +76,7 @@ def _validation(record: dict) -> str:
     return f"validation accuracy {100 * record['validation_accuracy']:.2f} % ({epoch}, picked there)"
 
 
-_CARD = """---
-library_name: {library}
-pipeline_tag: text-classification
----
+_CARD = """{head}
 
 # SpikeGPT on {task}: {name}, seed {seed}
 
@@ -50,11 +87,7 @@ pipeline_tag: text-classification
 - trained and tested in {precision}
 {details}
 
-```python
-import spikegpt_lora
-from {library} import {auto}
-model = {auto}.from_pretrained("FOLDER")
-```
+{loading}
 
 Made by recipes/subj_finetune.py with these settings:
 
@@ -64,6 +97,45 @@ Made by recipes/subj_finetune.py with these settings:
 
 Trained on English film sentences alone: not meant for other text. One seed says little; see results.md.
 """
+
+_WHOLE = """```python
+from transformers import AutoModelForSequenceClassification
+
+# trust_remote_code imports spikegpt_lora, which must be installed
+model = AutoModelForSequenceClassification.from_pretrained("FOLDER", trust_remote_code=True)
+```"""
+
+_ADAPTER = """```python
+import spikegpt_lora
+from peft import AutoPeftModelForSequenceClassification
+
+model = AutoPeftModelForSequenceClassification.from_pretrained("FOLDER")
+```
+
+{known}
+adapter_config.json names the folder of its base model as it was then; after both were moved together,
+`spikegpt_lora.checkpoint.load_adapted(spikegpt_lora.SpikeGPTForSequenceClassification, "FOLDER")` finds it."""
+
+_SPIKELORA = "peft can read an adapter_config.json of peft_type SPIKELORA only after `import spikegpt_lora`."
+_LORA = "Instead of `import spikegpt_lora`, `trust_remote_code=True` will do where it is installed."
+
+
+USE = """```python
+from transformers import pipeline
+
+# trust_remote_code imports spikegpt_lora, which must be installed
+write = pipeline("text-generation", model="FOLDER", trust_remote_code=True)
+```"""
+
+
+def language_model_head(started_from: str | None = None, datasets: Sequence[str] = ()) -> str:
+    """The head of a language model's README.md.
+
+    Args:
+        started_from: the model that it was trained from; named where it is a hub id.
+        datasets: hub ids of what it was trained on.
+    """
+    return _head(started_from, datasets, library_name="transformers", pipeline_tag="text-generation")
 
 
 def language_model_card(record: dict) -> str:
@@ -75,11 +147,12 @@ def language_model_card(record: dict) -> str:
     pairs = f"; beside it, each step tells {options['pairs']} pairs of neighbouring sentences from one another"
     more = taught + pairs * bool(options["pairs"])
     sections = [
-        "---\nlanguage: en\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [spikegpt, spiking]\n---",
+        language_model_head(record["started_from"], record.get("datasets", [])),
         f"# SpikeGPT language model, {record['parameters'] / 1e6:.1f} M parameters",
         f"{config['n_layer']} layers, width {config['n_embd']}, {config['vocab_size']:,} tokens (lower-case BPE); "
         f"tau 2, threshold 1, reset to 0; its matrices read {read}; weights in bfloat16. Made by recipes/pretrain.py: "
         "settings and measures are in pretraining.json, the loss of every 50 steps is in loss.csv.",
+        USE,
         "\n".join(map(_text, texts.items()))
         + f"\n- training{started}: {options['steps']:,} steps of {options['batch_size']} x {options['length']} tokens "
         f"({record['tokens'] / 1e6:.1f} M) in {record['hours']:.2f} hours; AdamW, rate {options['learning_rate']:g}, "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .splits import Row, digest_of, hash_split
-from .subj import LABELS, PUBLISHED, SUBJ_FINGERPRINT, read_mini, read_subj
+from .subj import HUB_ID, LABELS, PUBLISHED, SUBJ_FINGERPRINT, read_mini, read_subj
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -26,6 +26,7 @@ class Task(NamedTuple):
     per_class: sentences of each class.
     fingerprint: sha256 of its sorted digests, None where no text was released.
     published: [{method, accuracy}], figures of papers in percent, for the table of results.
+    hub_id: of the same sentences on the Hugging Face hub, for the cards of models.
     """
 
     read: Callable[[str | Path | None], Iterable[Row]]
@@ -33,10 +34,11 @@ class Task(NamedTuple):
     per_class: int
     fingerprint: str | None = None
     published: Sequence[dict] = ()
+    hub_id: str | None = None
 
 
 TASKS = {
-    "subj": Task(read_subj, LABELS, 5000, SUBJ_FINGERPRINT, PUBLISHED),
+    "subj": Task(read_subj, LABELS, 5000, SUBJ_FINGERPRINT, PUBLISHED, HUB_ID),
     "subj-mini": Task(read_mini, LABELS, 300),
 }
 

@@ -1,12 +1,19 @@
 """Files from the Hugging Face hub; fails within seconds where it cannot be reached."""
 
 import logging
+import re
 import threading
 from pathlib import Path
 
 PROBE_SECONDS = 3.0
 
 logger = logging.getLogger(__name__)
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` where it can only be a repository on the hub: OWNER/NAME, with no such file or folder here; else None."""
+    found = name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".pth") and not Path(name).exists()
+    return name if found else None
 
 
 def fetch(filenames: list[str], repo_id: str, repo_type: str = "model", revision: str | None = None) -> list[Path]:

@@ -13,6 +13,7 @@ from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, load_task
 from spikegpt_lora.checkpoint import load_language_model, save_upstream_checkpoint
 from spikegpt_lora.pretrain.loop import Pretraining
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
+from spikegpt_lora.report.cards import language_model_head
 
 SMALL = ["--decontaminate", "none", "--precision", "float32", "--tokens", "4096", "--measure-tokens", "256"]
 TRAINED = ["--batch-size", "2", "--length", "8", "--steps", "6"]
@@ -72,6 +73,7 @@ def test_its_report_says_what_each_part_costs_and_the_card_says_the_same(convert
     for one in record["costs"]:
         assert f"| {one['part']} | {one['nats']:+.4f} | {one['error']:.4f} |" in card
     assert 0 < record["reads"] < 1 and record["nonzero"].keys() >= {"head", "blocks.0.att.key", "blocks.1.ffn.value"}
+    assert card.startswith(language_model_head()) and "trust_remote_code=True" in card
     assert card in converted[1].stdout and "Warning" not in converted[1].stderr
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import running
 import torch
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -135,6 +136,15 @@ def test_the_saved_model_gives_the_recorded_test_accuracy(finished, method):
     correct = "".join(str(int(p == label)) for p, label in zip(predicted, test["label"]))
     recorded = next(r for r in results_in(out)["runs"] if (r["method"], r["seed"]) == (method, 0))["test_correct"]
     assert sum(a != b for a, b in zip(correct, recorded)) <= 1  # alone and in float32, a spike may flip
+
+
+def test_every_runs_card_has_its_own_score_and_settings(finished):
+    out, _ = finished
+    for run in results_in(out)["runs"]:
+        card = ModelCard.load(out / folder_of(run) / "README.md")
+        assert card.data.eval_results[0].metric_value == round(run["test_accuracy"], 4)
+        shown = json.loads(card.text.partition("```json\n")[2].partition("```")[0])
+        assert shown["settings"] == run["settings"] and shown["task"] == "subj-mini"
 
 
 def test_traces_of_test_sentences_are_saved_with_a_picture(finished):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from spikegpt_lora import SpikeTrace
-from spikegpt_lora.report.cards import model_card
 from spikegpt_lora.report.markdown import markdown, trials_table
 from spikegpt_lora.report.plots import draw_accuracy, draw_raster
 from spikegpt_lora.report.results import accuracy_and_reads, compare, of_today, summarize
@@ -130,32 +129,16 @@ def test_methods_with_other_seeds_are_said():
     assert "over seeds 0, 1." in markdown(results())
 
 
-def test_the_model_card_says_what_it_is_and_how_to_load_it():
-    card = model_card(results() | {"options": {"rank": 3}, "versions": {"torch": "1"}}, RUNS[0])
-    for text in (
-        "subj: SpikeLoRA, seed 0",
-        "75.00 %",
-        "AutoPeftModel",
-        "sparsity: 0.7500",
-        '"rank": 3',
-        "library_name: peft",
-        "trained and tested in float32",
-    ):
-        assert text in card
-
-
 def test_the_precision_stands_in_the_table_of_results_that_have_it():
     old = {key: value for key, value in results().items() if key != "precision"}
     assert "Trained and tested in float32." in markdown(results())
     assert "rained" not in markdown(old).split("\n\n")[1]
 
 
-def test_where_no_epoch_was_picked_the_table_and_the_card_say_so():
+def test_where_no_epoch_was_picked_the_table_says_so():
     record = RUNS[0] | {"validation_accuracy": None, "validation_by_epoch": []}
     split = results([record]) | {"data": {"train": 9000, "test": 4}}
     assert "9,000 train / 4 test. The last epoch counts" in markdown(split)
-    card = model_card(split | {"options": {}, "versions": {}}, record)
-    assert "epoch 1 of 5: nothing was picked" in card
 
 
 def test_trials_are_listed_best_first():
