@@ -30,6 +30,8 @@ ORDER = [room for row in ROWS for room in row]
 
 def modules():
     for file in PACKAGE.rglob("*.py"):
+        if file.relative_to(PACKAGE).parts[0] == "assets":  # a saved model's own code
+            continue
         yield ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."), file
 
 
