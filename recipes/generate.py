@@ -1,6 +1,6 @@
-"""Write text with a SpikeGPT language model on the CPU, a token at a time.
+"""Write text with a SpikeGPT language model, or with an adapter on any language model, on the CPU, a token at a time.
 
-The model reads the prompt once and carries its state on, so each further token costs the same, however long the text.
+A SpikeGPT reads the prompt once and carries its state on, so each further token costs the same, however long the text.
 """
 
 import argparse
@@ -10,9 +10,9 @@ import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see "A busy machine" in README.md
 
-from transformers import TextStreamer, set_seed
+from transformers import BatchEncoding, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from spikegpt_lora.checkpoint import load_language_model
+from spikegpt_lora.checkpoint import load_with_adapter
 from spikegpt_lora.convert.generation import WEIGHTS, pack_weights
 from spikegpt_lora.utils import command_line
 
@@ -20,10 +20,10 @@ from spikegpt_lora.utils import command_line
 def main() -> int:
     args = parse_arguments()
     command_line.set_up()
-    model, tokenizer = load_language_model(args.model)
+    model, tokenizer = load_with_adapter(args.model)
     if args.weights != "float32":
         pack_weights(model, args.weights)
-    prompt = tokenizer(args.prompt, return_tensors="pt")
+    prompt = asked(tokenizer, args.prompt, args.chat)
     if prompt["input_ids"].shape[1] == 0:
         prompt = tokenizer(tokenizer.eos_token, return_tensors="pt")  # what stands before a text's first word
     set_seed(args.seed)
@@ -32,12 +32,28 @@ def main() -> int:
     ids = model.generate(
         **prompt,
         max_new_tokens=args.max_new_tokens,
-        streamer=FromTheStart(tokenizer, skip_special_tokens=True),
+        streamer=FromTheStart(tokenizer, skip_prompt=args.chat, skip_special_tokens=True),
         **sampling if args.temperature else {"do_sample": False},
     )
     made = ids.shape[1] - prompt["input_ids"].shape[1]
     print(f"[{made} tokens, {made / (time.perf_counter() - started):.0f} a second]", file=sys.stderr)
     return 0
+
+
+def asked(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> BatchEncoding:
+    """The tokens of `text`; with `chat`, of a conversation that begins with it, up to where its answer would stand.
+
+    Raises:
+        ValueError: `chat`, and the tokenizer has no chat template.
+    """
+    if not chat:
+        return tokenizer(text, return_tensors="pt")
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "--chat needs a tokenizer with a chat template, as instruct_finetune.py saves one: leave it out"
+        )
+    question = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
 class FromTheStart(TextStreamer):
@@ -53,7 +69,7 @@ class FromTheStart(TextStreamer):
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     add = parser.add_argument
-    add("--model", default="embedded", help="embedded, the folder of a saved language model, or a hub id")
+    add("--model", default="embedded", help="embedded, the folder of a saved language model or adapter, or a hub id")
     add(
         "--weights",
         default="float32",
@@ -61,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         help="how matrices are held: fewer bytes are read faster",
     )
     add("--prompt", default="this film is", type=command_line.utf8, help="the text begins with it")
+    add("--chat", action="store_true", help="the prompt is a question: it is asked as the model's chat template asks")
     add("--max-new-tokens", default=100, type=command_line.positive, help="it ends there, or where the text ends")
     add(
         "--temperature",

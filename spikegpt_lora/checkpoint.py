@@ -18,7 +18,7 @@ from huggingface_hub import constants, list_repo_files
 from peft import PeftModel, PeftType
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import SpikeGPTConfig, read_config
 from .model import SpikeGPTForCausalLM, SpikeGPTForSequenceClassification, SpikeGPTPreTrainedModel
@@ -61,19 +61,65 @@ def embedded_checkpoint() -> str:
     return str(EMBEDDED)
 
 
-def load_language_model(source: str) -> tuple[SpikeGPTForCausalLM, PreTrainedTokenizerBase]:
+def load_language_model(source: str, **settings) -> tuple[SpikeGPTForCausalLM, PreTrainedTokenizerBase]:
     """A language model in float32 and evaluation mode, and its tokenizer.
 
     Args:
         source: "embedded", the folder of a saved model, or a hub id.
+        settings: of `from_pretrained`.
 
     Raises:
         ValueError: nothing to be read there, or another kind of model.
     """
     source = str(EMBEDDED) if source == "embedded" else source
-    model, tokenizer = load_model(SpikeGPTForCausalLM, source), load_tokenizer(source)
+    model, tokenizer = load_model(SpikeGPTForCausalLM, source, **settings), load_tokenizer(source)
     require_same_tokens(tokenizer, model.config, source)
     return model.eval(), tokenizer
+
+
+def load_causal_model(source: str, **settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A language model of any architecture that transformers has, in float32 and evaluation mode, and its tokenizer.
+
+    Args:
+        source: "embedded", the folder of a saved model, or a hub id.
+        settings: of `from_pretrained`.
+
+    Raises:
+        ValueError: nothing to be read there, no language model, or one without some of its weights.
+    """
+    file = Path(source) / "config.json"
+    if (Path(source) / "adapter_config.json").is_file():
+        raise ValueError(f"{source} holds an adapter, which is no whole language model: give its base model")
+    if source == "embedded" or (file.is_file() and read_json(file).get("model_type") == SpikeGPTConfig.model_type):
+        return load_language_model(source, **settings)
+    try:
+        settings = {"output_loading_info": True, "dtype": torch.float32} | settings
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **settings)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"no language model at {source!r}: {first_line(error)}") from error
+    model, info = loaded
+    if missing := set(info["missing_keys"]):
+        raise ValueError(f"{source} is no whole language model: it has no {some(missing)}")
+    return model.eval(), load_tokenizer(source)
+
+
+def load_with_adapter(source: str) -> tuple[SpikeGPTForCausalLM | PeftModel, PreTrainedTokenizerBase]:
+    """As `load_language_model`; or of the folder of an adapter, saved with its tokenizer, its base model with it.
+
+    Raises:
+        ValueError: nothing to be read there, or the adapter is none for its base model.
+    """
+    file = Path(source) / "adapter_config.json"
+    if not file.is_file():
+        return load_language_model(source)
+    base = str(read_json(file, keys=("base_model_name_or_path",))["base_model_name_or_path"])
+    try:
+        model, _ = load_causal_model(base)
+    except ValueError as error:
+        raise ValueError(f"the base model of the adapter in {source} is not to be had: {error}") from error
+    if read_json(file).get("spikelora_time") == "token" and not isinstance(model, SpikeGPTForCausalLM):
+        model.generation_config.use_cache = False  # membranes are not in other models' caches
+    return load_adapter(model, source).eval(), load_tokenizer(source)
 
 
 def load_model(
@@ -105,7 +151,7 @@ def load_model(
     return model
 
 
-def load_adapter(model: SpikeGPTPreTrainedModel, folder: str | os.PathLike) -> PeftModel:
+def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> PeftModel:
     """`model` with the adapter of peft that lies in `folder`, all of whose weights come from there.
 
     Raises:
