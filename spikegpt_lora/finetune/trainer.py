@@ -162,6 +162,14 @@ class Losses(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"by_step": self.by_step}}
 
 
+class Finite(TrainerCallback):
+    """Ends where what is logged is not finite; for trainers that do not look at each step as `PairedTrainer` does."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "grad_norm", "eval_loss"):
+            _require_finite(name, float((logs or {}).get(name, 0.0)), state.global_step)
+
+
 class Resumption(TrainerCallback):
     """Saves after the step in which a stop was asked for, and ends there; tells whoever goes on where things are."""
 
@@ -193,12 +201,12 @@ class Resumption(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """One bar a run with the remaining time, the training loss and the newest validation accuracy; no raw log lines.
-    Where stderr is no terminal, one line when it begins and one when it ends."""
+    """One bar a run with the remaining time, the training loss and the newest of what is `judged` in validation; no raw
+    log lines. Where stderr is no terminal, one line when it begins and one when it ends."""
 
-    def __init__(self, description: str = ""):
+    def __init__(self, description: str = "", judged: str = "eval_accuracy"):
         super().__init__()
-        self.description, self.shown = description, {}
+        self.description, self.judged, self.shown = description, judged, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.current_step = state.global_step
@@ -211,7 +219,7 @@ class Progress(ProgressCallback):
         pass  # a bar for a second or two of validation would only flicker
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        names = {"loss": "loss", "eval_accuracy": "val. accuracy"}
+        names = {"loss": "loss", self.judged: f"val. {self.judged.removeprefix('eval_')}"}
         self.shown |= {names[key]: f"{float(value):.3f}" for key, value in (logs or {}).items() if key in names}
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.shown)

@@ -138,6 +138,54 @@ def language_model_head(started_from: str | None = None, datasets: Sequence[str]
     return _head(started_from, datasets, library_name="transformers", pipeline_tag="text-generation")
 
 
+def instructed_card(record: dict) -> str:
+    """The README.md of an adapter that recipes/instruct_finetune.py trained, from what its run.json holds."""
+    rows, measured = (
+        record["rows"],
+        [f"- {name}: {record[name]:.4f}" for name in _MEASURED if record.get(name) is not None],
+    )
+    return _INSTRUCTED.format(
+        base=record["model"],
+        data=record["task"],
+        method="SpikeLoRA" if record["options"]["use_spikelora"] else "LoRA",
+        rows=", ".join(f"{number:,} {what}" for what, number in rows.items()),
+        measured="\n".join(measured),
+        details=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        options=json.dumps(record["options"], indent=1),
+        **{key: record[key] for key in ("steps", "precision", "trainable_parameters", "total_parameters")},
+    )
+
+
+_MEASURED = ("validation_loss", "validation_perplexity", "sparsity")
+
+_INSTRUCTED = """---
+library_name: peft
+pipeline_tag: text-generation
+---
+
+# {method} on {base}: answers learned from {data}
+
+- rows: {rows}; {steps:,} steps in {precision}
+- trained parameters: {trainable_parameters:,} of {total_parameters:,}
+{measured}
+- {details}
+
+```python
+import spikegpt_lora
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")
+```
+
+Made by recipes/instruct_finetune.py with these settings:
+
+```json
+{options}
+```
+
+Losses are in nats a token that is learned.
+"""
+
+
 def language_model_card(record: dict) -> str:
     """The README.md of a pre-trained model, from what its pretraining.json holds."""
     options, config, texts = record["options"], record["config"], record["texts"]
