@@ -112,9 +112,8 @@ def load_with_adapter(source: str) -> tuple[SpikeGPTForCausalLM | PeftModel, Pre
     file = Path(source) / "adapter_config.json"
     if not file.is_file():
         return load_language_model(source)
-    base = str(read_json(file, keys=("base_model_name_or_path",))["base_model_name_or_path"])
     try:
-        model, _ = load_causal_model(base)
+        model, _ = load_causal_model(base_of(source))
     except ValueError as error:
         raise ValueError(f"the base model of the adapter in {source} is not to be had: {error}") from error
     if read_json(file).get("spikelora_time") == "token" and not isinstance(model, SpikeGPTForCausalLM):
