@@ -29,8 +29,9 @@ from . import sequence
 from .gate import SpikeGate
 
 MERGE_REFUSED = (
-    "SpikeLoRA adapter {!r} cannot be merged: its gate SN(A x) depends on the input x, so no fixed weight equals it. "
-    "Keep the adapter unmerged (model.unload() drops it; a plain LoRA adapter can be merged)."
+    "SpikeLoRA adapter {!r} cannot be merged: its gate SN(A x) depends on the input x, so no fixed weight equals it "
+    "(of an embedding in pointwise time a table would, but none is written). Keep the adapter unmerged (model.unload() "
+    "drops it; a plain LoRA adapter can be merged)."
 )
 
 
@@ -173,9 +174,14 @@ class FusedLinear(LoraLinear):
 
 
 class SpikingLayer:
-    """What every kind of linear with SpikeLoRA adapters has beside peft's own layer for that kind."""
+    """What every kind of layer with SpikeLoRA adapters has beside peft's own layer for that kind."""
 
-    adapter_layer_names = LoraLinear.adapter_layer_names + ("lora_gate",)
+    adapter_layer_names = LoraLayer.adapter_layer_names + ("lora_gate",)
+    variant: type[LoraVariant] = SpikeLoraVariant
+
+    @property
+    def lora_variants(self):
+        return {**super().lora_variants, ("use_spikelora",): self.variant}
 
     def update_layer(self, *args, **kwargs):
         if not hasattr(self, "lora_gate"):
@@ -201,10 +207,6 @@ class SpikingLayer:
 class SpikeLoraLinear(SpikingLayer, FusedLinear):
     """peft's LoRA Linear, of nn.Linear and of GPT-2's Conv1D, whose adapters may spike; adapters with
     `use_spikelora=False` are plain LoRA, in peft's own forward."""
-
-    @property
-    def lora_variants(self):
-        return {**super().lora_variants, ("use_spikelora",): SpikeLoraVariant}
 
     def _fuses(self, adapter: str) -> bool:
         return type(self.lora_variant.get(adapter)) is SpikeLoraVariant
