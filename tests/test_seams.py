@@ -20,7 +20,7 @@ import torch
 import transformers
 from helpers import SIZES
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Conv1d, Embedding, Linear, LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, PeftType, register_peft_method
 from peft.utils import save_and_load as peft_files
@@ -136,6 +136,7 @@ def hooks_are_seen() -> bool:
 
 
 LAYER, MODEL, CONFIG = "adapters/layer.py", "adapters/model.py", "adapters/config.py"
+CONVOLUTION, EMBEDDING = "adapters/convolution.py", "adapters/embedding.py"
 OWN_MODEL, TRAINING = "model.py", "finetune/trainer.py"
 
 SEAMS = [
@@ -165,6 +166,23 @@ SEAMS = [
          lambda: all("default" in getattr(adapted(peft.LoraConfig), name)
                      for name in ("r", "scaling", "lora_A", "lora_B", "lora_dropout", "active_adapters"))
          and (adapted(peft.LoraConfig).merged, adapted(peft.LoraConfig).disable_adapters) == (False, False)),
+    Seam("peft Conv1d (_ConvNd).update_layer", CONVOLUTION,
+         "A a convolution to r channels, B one of size 1 with the groups; of the dilation and padding_mode of W0 A has "
+         "neither (issue 3697): once it has, require_same_places need not refuse them",
+         lambda: says(Conv1d.update_layer, "conv_layer(self.in_features, r, kernel_size, stride, padding, bias=False)",
+                      "r, self.out_features, out_kernel, out_stride, groups=base_layer.groups, bias=lora_bias")),
+    Seam("peft Conv1d.lora_variants, Embedding.lora_variants", LAYER, "as Linear's",
+         lambda: all(says(vars(kind)["lora_variants"].fget, '("use_dora",)') for kind in (Conv1d, Embedding))),
+    Seam("peft Embedding._embed, _get_embed_scale", EMBEDDING, "(tokens, table), A[x]; what W0's output is times",
+         lambda: takes(Embedding._embed, "input", "weight") and takes(Embedding._get_embed_scale)),
+    Seam("peft Embedding.update_layer", EMBEDDING, "lora_embedding_A (r, tokens), lora_embedding_B (outputs, r)",
+         lambda: says(Embedding.update_layer, "torch.randn((r, self.in_features))",
+                      "torch.randn((self.out_features, r))", "lora_variant[adapter_name].init(")),
+    Seam("peft Embedding._mixed_batch_forward", EMBEDDING, "asks no variant, so that the gated rows are ours",
+         lambda: has(Embedding._mixed_batch_forward, "x", "adapter_names")
+         and "lora_variant" not in inspect.getsource(Embedding._mixed_batch_forward)),
+    Seam("peft LoraConfig.target_modules_to_tie", MODEL, "the layers that share the embedding's adapter",
+         lambda: says(LoraModel._create_and_replace, "target_name in (getattr(lora_config, \"target_modules_to_tie\"")),
     Seam("peft LoraConfig._register_custom_module", LAYER, "a layer's class for a type of linear, asked for first",
          lambda: type(adapted(lambda **kwargs: fused(peft.LoraConfig(**kwargs)))) is FusedLinear),
     Seam("peft.tuners.lora.bnb Linear4bit, Linear8bitLt", "adapters/quantized.py", "LoRA layers", quantised_layers),

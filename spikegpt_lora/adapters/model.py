@@ -8,18 +8,26 @@ from transformers.pytorch_utils import Conv1D
 
 from ..utils.inputs import require_finite
 from . import sequence
+from .convolution import CONVOLUTIONS, require_same_places
+from .embedding import SpikeLoraEmbedding
 from .fingerprint import fingerprint, require_base
 from .layer import MERGE_REFUSED, SpikeLoraLinear, plain_linear
 from .quantized import spiking_quantized
+
+OTHER_LAYERS = {**CONVOLUTIONS, nn.Embedding: SpikeLoraEmbedding}  # beside linears
 
 
 class SpikeLoraModel(LoraModel):
     """Injects SpikeLoRA adapters; used through `peft.get_peft_model(model, SpikeLoraConfig(...))`."""
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if config.use_spikelora and config.spikelora_time == "token":
-            _refuse_two_calls(parent, target_name, current_key)
-            sequence.follow(self.model)
+        if config.use_spikelora:
+            _refuse_tied_gates(config, target_name, current_key)
+            if isinstance(base := _base(target), tuple(CONVOLUTIONS)):
+                require_same_places(current_key, base, config.spikelora_time)
+            if config.spikelora_time == "token":
+                _refuse_two_calls(parent, target_name, current_key)
+                sequence.follow(self.model)
         super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key, **kwargs)
 
     def _spikes(self, adapter_name: str) -> bool:
@@ -64,21 +72,39 @@ class SpikeLoraModel(LoraModel):
 
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        base = _base(target)
         if plain_linear(base):
             lora_config.fan_in_fan_out = transposed = isinstance(base, Conv1D)
             return SpikeLoraLinear(
                 target, adapter_name, config=lora_config, is_target_conv_1d_layer=transposed, **kwargs
             )
-        if kind := spiking_quantized(base):
+        if kind := spiking_quantized(base) or _other_layer(base):
             return kind(target, adapter_name, config=lora_config, **kwargs)
         if lora_config.use_spikelora:
             raise ValueError(
-                f"SpikeLoRA adapts torch.nn.Linear, transformers' Conv1D and bitsandbytes' 4- and 8-bit linears, got "
-                f"{type(base).__name__} (it would silently become plain LoRA): leave it out of target_modules, or set "
-                "use_spikelora=False"
+                "SpikeLoRA adapts torch.nn.Linear, Conv1d, Conv2d, Conv3d and Embedding, transformers' Conv1D and "
+                f"bitsandbytes' 4- and 8-bit linears, got {type(base).__name__} (it would silently become plain LoRA): "
+                "leave it out of target_modules, or set use_spikelora=False"
             )
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+
+def _base(target: nn.Module) -> nn.Module:
+    return target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+
+
+def _other_layer(base: nn.Module) -> type | None:
+    if type(getattr(base, "weight", None)) is not nn.Parameter:  # packed
+        return None
+    return next((kind for plain, kind in OTHER_LAYERS.items() if isinstance(base, plain)), None)
+
+
+def _refuse_tied_gates(config, target_name: str, current_key: str):
+    if target_name in (getattr(config, "target_modules_to_tie", None) or ()):
+        raise ValueError(
+            f"{current_key} is to share the embedding's adapter, but with gates the two are no transposes of each "
+            "other: set ensure_weight_tying=False"
+        )
 
 
 def _refuse_two_calls(parent: nn.Module, target_name: str, current_key: str):

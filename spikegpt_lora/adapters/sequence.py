@@ -134,7 +134,10 @@ def _after(model: nn.Module, args, output):
     if state is None or not sequence.gates:
         return
     if sequence.after.keys() != set(sequence.gates):
-        raise ValueError("a batch of several adapters in token time keeps no state: give use_cache=False")
+        raise ValueError(
+            "a batch of several adapters in token time, or of inputs_embeds beside an embedding with one, keeps no "
+            "state: give use_cache=False"
+        )
     state["adapters"] = torch.cat([sequence.after[gate] for gate in sequence.gates], dim=1)
 
 

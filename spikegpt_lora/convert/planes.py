@@ -64,14 +64,16 @@ def as_planes(model: nn.Module) -> tuple[nn.Module, list[str]]:
         the copy; and the names of the matrices that go on multiplying real numbers: B behind a graded gate or none.
 
     Raises:
-        ValueError: the matrices of `model` read no integer spikes, or a linear layer is none that can be called with
-            planes: the message names it.
+        ValueError: the matrices of `model` read no integer spikes, its embedding has an adapter, or a linear layer is
+            none that can be called with planes: the message names it.
     """
     inside = next((m for m in model.modules() if isinstance(m, SpikeGPTModel)), None)
     if inside is None or inside.config.matrix_spikes != "integer":
         raise ValueError("bit planes are of a SpikeGPT with matrix_spikes='integer': convert the model first")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     real = []
+    if adapted := next((n for n, m in model.named_modules() if getattr(m, "lora_embedding_A", None)), None):
+        raise ValueError(f"{adapted} has an adapter, whose B is no linear layer that could read planes: leave it out")
     for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
         if ".lora_B." in name:
             if not _binary(model, name):

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..adapters.convolution import CONVOLUTIONS, channels_last
 from ..adapters.gate import SpikeGate, gates_of, mean
 from ..forward import RealTokens, hooked
 
@@ -30,7 +31,9 @@ class AdapterActivity:
     real tokens; None where W0 x is 0.
     modules: by module name the same three, threshold and tau (their mean where they were learned by rank), membrane
         (mean after each token) and firing, the spikes a token (sum of their sizes) of each rank unit.
-    left_out: modules whose input is no row of tokens (a pooler's, say), which were not counted.
+    left_out: modules whose input is no row of tokens (a pooler's, say), which were not counted. A place of a
+        convolution counts as a token: in a model that is given no tokens all do, in one that is, only those of a
+        convolution that gives a place for each token.
     """
 
     sparsity: float | None
@@ -63,14 +66,17 @@ class AdapterObserver:
 
     def _frozen(self, name, module, inputs, output):
         self.before.pop(name, None)
-        if self.tokens.first(name) and (real := self.tokens.real(output)) is not None:
+        if self.tokens.first(name) and (real := self._real(output, module)) is not None:
             self.before[name] = real
 
     def _adapted(self, name, module, inputs, output):
         before = self.before.pop(name, None)
         if before is not None:
-            added = (self.tokens.real(output) - before).square().sum()
+            added = (self._real(output, module.get_base_layer()) - before).square().sum()
             self._add(name, added=added, frozen=before.square().sum())
+
+    def _real(self, output, base):
+        return self.tokens.real(channels_last(output, base) if isinstance(base, tuple(CONVOLUTIONS)) else output)
 
     def _gate(self, name, gate, inputs, output):
         if self.tokens.first(name) and (real := self.tokens.real(output)) is not None:

@@ -86,8 +86,8 @@ class Operations:
         "blocks.0.att.key.lora_gate.default".
     connection_sparsity: share of zero weights in all nn.Linear of the model; None without any.
     footprint: bytes of all parameters and buffers, as they are in memory.
-    left_out: modules with weight matrices that are not counted (convolutions, recurrent layers, AdaLoRA's adapters):
-        where it is not empty, the totals are too small.
+    left_out: modules with weight matrices that are not counted (convolutions, recurrent layers, AdaLoRA's and
+        embeddings' adapters): where it is not empty, the totals are too small.
     real_valued: of a SpikeGPT whose matrices read integer spikes, what is done beside them (`energy.real_valued`).
     """
 
