@@ -29,6 +29,7 @@ from ..utils.hub import require_reachable
 from .tokenizer import train_tokenizer
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+KEPT_APART = ["subj", "subj-mini"]  # whose sentences no model of ours was trained on
 SEQUENCE = 8  # words in a row that two texts must not share
 VALIDATION = 0.01  # share of the documents
 SHORTEST = 128  # tokens that can be measured
@@ -93,12 +94,12 @@ def add_left_out(add: Callable) -> None:
     """The arguments of `evaluation_sentences` for a command line; `add` is its parser's add_argument."""
     add(
         "--decontaminate",
-        default=list(TASKS),
+        default=KEPT_APART,
         nargs="+",
         metavar="TASK",
         help="tasks, or files of sentences (tabs part them), whose quotations are left out; none: leave out nothing",
     )
-    add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the hub")
+    add("--data-dir", type=Path, help="folder with the tasks; else SPIKEGPT_LORA_DATA, else the hub")
 
 
 def evaluation_sentences(names: list[str], data_dir: Path | None) -> list[str]:
@@ -106,7 +107,7 @@ def evaluation_sentences(names: list[str], data_dir: Path | None) -> list[str]:
 
     Args:
         names: of tasks, or files of sentences that tabs part.
-        data_dir: a folder with Subj.
+        data_dir: a folder with the tasks.
 
     Raises:
         ValueError: neither a task nor a file. FileNotFoundError: a task's data are not to be had.
@@ -114,7 +115,7 @@ def evaluation_sentences(names: list[str], data_dir: Path | None) -> list[str]:
     sentences = []
     for name in [name for name in names if name != "none"]:
         if name in TASKS:
-            task = load_task(name, data_dir if name == "subj" else None)
+            task = load_task(name, None if name == "subj-mini" else data_dir)
             sentences += [text for split in task.values() for text in split["text"]]
         elif Path(name).is_file():
             lines = read_documents(name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .splits import Row, lines_of
+from .subj import LABELS as SUBJ_LABELS
 from .text import to_ascii
 
 if TYPE_CHECKING:
@@ -29,9 +30,16 @@ def load_labelled(name: str, labels: Sequence[str], data_dir: str | Path | None 
         data_dir: where film/sentences.tsv.xz is; None: the folder in SPIKEGPT_LORA_DATA.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: a line that is none of its kind, or a class without a sentence.
+        FileNotFoundError: no such file. ValueError: a line that is none of its kind, or a class without a sentence, or
+            film for other classes than Subj's.
     """
     from datasets import Dataset
+
+    if name == "film" and list(labels) != SUBJ_LABELS:
+        raise ValueError(
+            f"the intermediate task film tells {' from '.join(SUBJ_LABELS)}, and this task's classes are "
+            f"{', '.join(labels)}: give a file of label, tab and sentence with these"
+        )
 
     rows = list(_film(data_dir) if name == "film" else _file(Path(name), labels))
     missing = [label for number, label in enumerate(labels) if all(row.label != number for row in rows)]

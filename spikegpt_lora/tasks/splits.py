@@ -2,9 +2,13 @@
 
 u = sha256(ASCII letters and digits of the sentence as read, lower-cased) / 2^256
 train: u < 0.7, validation: 0.7 <= u < 0.8, test: 0.8 <= u; inside a split sentences are ordered by u
+
+Data that have a test split of their own keep it. Where they have no validation split, it is the sentences of train with
+0.7 <= u < 0.8.
 """
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +19,10 @@ from .text import to_ascii
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+
+logger = logging.getLogger(__name__)
+
+PAIR = " -- "  # between the texts of a pair, as between the parts of a sentence: a line's end is lost in `to_ascii`
 
 
 class Row(NamedTuple):
@@ -33,15 +41,51 @@ def digest_of(row: Row) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def split_of(digest: str) -> str:
+    u = int(digest, 16) / 2**256
+    return "train" if u < 0.7 else "validation" if u < 0.8 else "test"
+
+
 def hash_split(rows: list[tuple[str, Row]], labels: list[str]) -> "DatasetDict":
+    """All `rows`, each after its digest, split by it."""
+    parts: dict[str, list] = {"train": [], "validation": [], "test": []}
+    for digest, row in rows:
+        parts[split_of(digest)].append((digest, row))
+    return _as_data(parts, labels)
+
+
+def own_split(parts: dict[str, list[tuple[str, Row]]], labels: list[str]) -> "DatasetDict":
+    """The splits of data that have train and test, or train and validation, which then is the test split."""
+    train, validation = parts["train"], parts.get("validation")
+    if test := parts.get("test"):
+        if validation is None:
+            logger.info(
+                "note: there is no validation split: a tenth of train, by the hash of its sentences, is taken for it"
+            )
+    else:
+        logger.info(
+            "note: there is no test split with labels: validation is tested, and a tenth of train is validation"
+        )
+        test, validation = validation, None
+    if validation is None:
+        validation = [row for row in train if split_of(row[0]) == "validation"]
+        train = [row for row in train if split_of(row[0]) != "validation"]
+    read = {digest for digest, _ in [*train, *validation]}
+    if known := sum(digest in read for digest, _ in test):
+        logger.warning("note: %d test sentences stand in train or validation too", known)
+    return _as_data({"train": train, "validation": validation, "test": test}, labels)
+
+
+def _as_data(parts: dict[str, list[tuple[str, Row]]], labels: list[str]) -> "DatasetDict":
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-    parts = {"train": [], "validation": [], "test": []}
-    for digest, text, label in sorted((digest, to_ascii(row.text), row.label) for digest, row in rows):
-        u = int(digest, 16) / 2**256
-        parts["train" if u < 0.7 else "validation" if u < 0.8 else "test"].append({"text": text, "label": label})
     features = Features({"text": Value("string"), "label": ClassLabel(names=labels)})
-    return DatasetDict({name: Dataset.from_list(part, features=features) for name, part in parts.items()})
+    data = DatasetDict()
+    for name, rows in parts.items():
+        ordered = sorted((digest, to_ascii(row.text), row.label) for digest, row in rows)
+        columns = [{"text": text, "label": label} for _, text, label in ordered]
+        data[name] = Dataset.from_list(columns, features=features)
+    return data
 
 
 def resplit(data: "DatasetDict", seed: int) -> "DatasetDict":

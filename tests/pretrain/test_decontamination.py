@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spikegpt_lora.pretrain.corpus import word_sequences
-from spikegpt_lora.tasks.registry import TASKS, load_task
+from spikegpt_lora.pretrain.corpus import KEPT_APART, word_sequences
+from spikegpt_lora.tasks.registry import load_task
 
 DATA = os.environ.get("SPIKEGPT_LORA_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="needs film/ and subj/: set SPIKEGPT_LORA_DATA to their folder")
@@ -37,7 +37,7 @@ def test_they_hold_subj_mini(committed):
 
 @needs_data
 def test_they_are_those_of_all_tasks(committed):
-    assert set().union(*(hashes(of_task(name)) for name in TASKS)) == committed
+    assert set().union(*(hashes(of_task(name)) for name in KEPT_APART)) == committed
 
 
 @needs_data

@@ -125,7 +125,7 @@ def test_text_that_is_no_utf8_is_named(here, tmp_path):
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_bytes(b"src\t1\t\tfin\xe9 .\n")
     done = recipe(here, tmp_path / "out", "--data-dir", tmp_path)
-    assert done.returncode == 2 and "train.tsv must be UTF-8 text" in done.stderr
+    assert done.returncode == 2 and "train.tsv line 1 must be utf-8 text" in done.stderr
 
 
 def test_a_damaged_file_is_named_with_its_line(here, tmp_path):

@@ -48,6 +48,11 @@ def test_other_lines_are_refused(tmp_path, text, rule):
         load_labelled(str(path), LABELS)
 
 
+def test_film_is_refused_for_other_classes_than_subjs(tmp_path):
+    with pytest.raises(ValueError, match="tells objective from subjective, and this task's classes are bad, good, so"):
+        load_labelled("film", ["bad", "good", "so"], film(tmp_path, ["a\tx", "rt_reviews\ty"]))
+
+
 def test_where_there_is_none_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("SPIKEGPT_LORA_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="must name a folder with film/sentences.tsv.xz .* got None"):

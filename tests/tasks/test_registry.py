@@ -214,7 +214,7 @@ def test_given_folder_without_the_files_never_falls_through(origin, tmp_path, mo
 
 
 def test_unknown_task_is_told_the_names():
-    with pytest.raises(ValueError, match="name must be one of subj, subj-mini, got 'subjj'"):
+    with pytest.raises(ValueError, match="must be subj, subj-mini, cola, rte, a file or folder .* it is 'subjj'"):
         load_task("subjj")
 
 
