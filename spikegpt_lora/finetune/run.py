@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from scipy.special import softmax
+from sklearn.metrics import matthews_corrcoef
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, set_seed
@@ -216,10 +217,11 @@ def _weight_reads(trainer: Trainer, rows: Dataset) -> float | None:
 
 
 def _test(trainer: Trainer, rows: Dataset) -> dict:
-    """Accuracy on `rows`, and what the adapters do there: the only time that the test labels are read."""
+    """Accuracy and MCC on `rows`, and what the adapters do there: the only time that the test labels are read."""
     probabilities, correct, adapters = _with_adapters(trainer, rows)
     return {
         "test_accuracy": float(correct.mean()),
+        "test_mcc": float(matthews_corrcoef(list(rows["labels"]), probabilities.argmax(axis=-1))),
         "test_correct": "".join(str(int(right)) for right in correct),
         "test_probabilities": probabilities.round(4).tolist(),
         "adapters": adapters,

@@ -65,10 +65,15 @@ def methods_rows(results: dict) -> tuple[list[str], list[list[str | None]]]:
         rows.append([row["method"], f"{row['parameters']:,}", *accuracy, f"{row['seconds']:.1f}", *["–"] * 4])
     for row in results["published"]:
         rows.append([f"*published, 216M model: {row['method']}*", None, f"*{row['accuracy']:.2f}*", *[None] * 6])
+    more = {}
+    if results.get("metric") == "MCC":
+        more["MCC x 100"] = [_percent(row, "test_mcc") for row in results["summary"]]
+        more["MCC x 100"] += [_percent(row, "mcc_test") for row in results["baselines"]]
     if _has_reads(results):
-        names.append("weight reads %")
         reads = [row["weight_reads"] for row in results["summary"]]
-        cells = ["–" if share is None else f"{100 * share:.1f}" for share in reads]
+        more["weight reads %"] = ["–" if share is None else f"{100 * share:.1f}" for share in reads]
+    for name, cells in more.items():
+        names.append(name)
         rows = [[*row, cell] for row, cell in zip_longest(rows, cells)]
     return names, rows
 
@@ -144,13 +149,15 @@ def _seeds(summary: list[dict]) -> str:
 
 
 def _row(row: dict) -> list[str]:
-    def percent(key):
-        if row[key] is None:
-            return "–"
-        spread = row.get(f"{key}_spread")
-        return f"{100 * row[key]:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
-
-    accuracy = [percent("test_accuracy"), percent("validation_accuracy"), f"{row['seconds']:.0f}"]
+    accuracy = [_percent(row, "test_accuracy"), _percent(row, "validation_accuracy"), f"{row['seconds']:.0f}"]
     contribution = "–" if row["contribution"] is None else f"{row['contribution']:.3f}"
-    gates = [percent("sparsity"), percent("dead_ranks"), contribution, percent("accuracy_without")]
+    gates = [_percent(row, "sparsity"), _percent(row, "dead_ranks"), contribution, _percent(row, "accuracy_without")]
     return [title_of(row), f"{row['trainable_parameters']:,}", *accuracy, *gates]
+
+
+def _percent(row: dict, key: str) -> str:
+    """A fraction of 1 in the summary's `row`, with its spread; a dash where there is none."""
+    if row.get(key) is None:
+        return "–"
+    spread = row.get(f"{key}_spread")
+    return f"{100 * row[key]:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")

@@ -4,8 +4,11 @@ results.json, schema "spikegpt_lora/finetune/3" (2 had of comparisons difference
     schema, task, model, complete   complete is false while runs are missing, or methods have different seeds
     precision                       float32 or bfloat16 (mixed): of training, validation, test and traces; since 0.3.0
     options, versions, data         settings; package versions; sentences per split and how many were cut short
-    baselines                       [{method, accuracy_validation, accuracy_test, seconds, parameters}]
+    baselines                       [{method, accuracy_validation, accuracy_test, mcc_test (since 0.3.0), seconds,
+                                    parameters}]
     published                       [{method, accuracy}]: figures of the papers, in percent, with a 216M model
+    metric                          "MCC" where papers give it of this task, and tables show it; else "accuracy"; since
+                                    0.3.0
     first                           what methods learn from beside the task, {intermediate: null or {task, sentences,
                                     left_out}, teacher: null or {name, sentences, validation_accuracy, seconds}}; since
                                     0.3.0
@@ -14,7 +17,8 @@ results.json, schema "spikegpt_lora/finetune/3" (2 had of comparisons difference
         total_parameters, seconds (training and validation), best_epoch, validation_accuracy (null where no epoch was
         picked), validation_by_epoch, sparsity_by_epoch (on validation, of gates), sparsity_by_step (of training
         batches, where a target is held), weight_reads (share of the blocks' weights that a token of the validation
-        split reads; null where matrices read real numbers), test_accuracy, test_correct ("0110...", one a sentence),
+        split reads; null where matrices read real numbers), test_accuracy, test_mcc (Matthews' correlation, -1 ... 1;
+        since 0.3.0), test_correct ("0110...", one a sentence),
         adapters: null or {sparsity, dead_ranks, contribution, modules (see `observe.adapters.AdapterActivity`),
         accuracy_without: with adapters turned off};
         since 0.3.0 loss_by_epoch (of training, its steps' mean), validation_loss_by_epoch, train_accuracy (in the end,
@@ -95,8 +99,8 @@ def summarize(runs: list[dict]) -> list[dict]:
         of_method = [run for run in runs if run["method"] == method]
         row = {"method": method, "title": title, "seeds": sorted(run["seed"] for run in of_method)}
         row["trainable_parameters"] = of_method[0]["trainable_parameters"]
-        for key in ("validation_accuracy", "test_accuracy", "seconds"):
-            row[key], row[f"{key}_spread"] = _mean_and_spread([run[key] for run in of_method])
+        for key in ("validation_accuracy", "test_accuracy", "test_mcc", "seconds"):
+            row[key], row[f"{key}_spread"] = _mean_and_spread([run.get(key) for run in of_method])
         for key in ("sparsity", "dead_ranks", "contribution", "accuracy_without"):
             values = [run["adapters"][key] for run in of_method if run["adapters"]]
             row[key] = float(np.mean(values)) if values and None not in values else None

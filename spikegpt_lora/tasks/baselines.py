@@ -18,7 +18,8 @@ WORDS = {"ngram_range": (1, 2), "token_pattern": r"\S+", "lowercase": True}  # t
 
 
 def bag_of_words_baselines(dataset: "DatasetDict", more: "Mapping[str, Dataset] | None" = None) -> list[dict]:
-    """One dict a method: method, accuracy_validation, accuracy_test (fractions of 1), seconds, parameters.
+    """One dict a method: method, accuracy_validation, accuracy_test (fractions of 1), mcc_test (Matthews' correlation),
+    seconds, parameters.
 
     `dataset` has splits train, validation and test with columns text and label. `seconds` is the wall-clock time of
     fitting and predicting, `parameters` the number of fitted coefficients that prediction uses. The test split is
@@ -58,25 +59,24 @@ def _rows(rows: "Dataset") -> list[list]:
 
 
 def _evaluate(method: str, pipeline: "Pipeline", train: list[list], dataset: "DatasetDict") -> dict:
+    from sklearn.metrics import accuracy_score, matthews_corrcoef
+
     start = perf_counter()
     pipeline.fit(*train)
-    accuracy = {name: _accuracy(pipeline, *_rows(dataset[name])) for name in ("validation", "test")}
+    judged = {name: _rows(dataset[name]) for name in ("validation", "test")}
+    predicted = {name: (labels, pipeline.predict(text)) for name, (text, labels) in judged.items()}
     return {
         "method": method,
-        "accuracy_validation": accuracy["validation"],
-        "accuracy_test": accuracy["test"],
+        **{f"accuracy_{name}": float(accuracy_score(*pair)) for name, pair in predicted.items()},
+        "mcc_test": float(matthews_corrcoef(*predicted["test"])),
         "seconds": perf_counter() - start,
         "parameters": _parameters(pipeline),
     }
 
 
-def _accuracy(pipeline: "Pipeline", text: list[str], labels: list[int]) -> float:
-    predictions = pipeline.predict(text).tolist()
-    return sum(p == label for p, label in zip(predictions, labels, strict=True)) / len(predictions)
-
-
 def _parameters(pipeline: "Pipeline") -> int:
-    """V features: naive Bayes 2 V + 2 (log P(i | c), log P(c)); logistic regression 2 V + 1 (idf, weights, bias)."""
+    """V features, C classes: naive Bayes C (V + 1) (log P(i | c), log P(c)); logistic regression V + C (V + 1) (idf;
+    weights, bias), with two classes 2 V + 1."""
     vectorizer, classifier = pipeline[0], pipeline[-1]
     if hasattr(classifier, "feature_log_prob_"):
         return classifier.feature_log_prob_.size + classifier.class_log_prior_.size

@@ -108,9 +108,17 @@ def test_parameters_count_the_coefficients_of_the_formula(dataset):
     assert [result["parameters"] for result in results] == [2 * features + 2, 2 * features + 1]
 
 
+def test_parameters_of_five_classes_are_five_rows_of_coefficients():
+    rows = split([(f"word{label} the {n}", label) for label in range(5) for n in range(4)])
+    features = len(set().union(*(counts(text) for text in rows["text"])))
+    results = bag_of_words_baselines(DatasetDict(train=rows, validation=rows, test=rows))
+    assert [result["parameters"] for result in results] == [5 * features + 5, 6 * features + 5]
+    assert [result["mcc_test"] for result in results] == [1, 1]
+
+
 def test_each_result_has_the_agreed_keys(dataset):
     for result in bag_of_words_baselines(dataset):
-        assert list(result) == ["method", "accuracy_validation", "accuracy_test", "seconds", "parameters"]
+        assert list(result) == ["method", "accuracy_validation", "accuracy_test", "mcc_test", "seconds", "parameters"]
 
 
 def test_seconds_are_measured(dataset):
