@@ -1,6 +1,13 @@
-"""Full fine-tuning vs LoRA vs SpikeLoRA (and `score` alone) on Subj, and the spike traces of the result.
+"""Full fine-tuning vs LoRA vs SpikeLoRA (and `score` alone) on Subj, or on any text with classes, and spike traces.
 
     python recipes/subj_finetune.py --data-dir FOLDER_WITH_SUBJ
+    python recipes/subj_finetune.py --task reviews.csv
+
+--task takes a name (subj, subj-mini, cola, rte), a .csv, .tsv, .json, .jsonl or .parquet file, a folder with such files
+called train, validation (or dev) and test, or a data set of the Hugging Face hub (owner/name, owner/name:config); with
+two or more classes, and columns that are found or named. A test split of the data's own is kept; else 20 % of the
+sentences are tested and 10 % judge epochs, by a hash of their letters. Two texts, of rte or of several text columns,
+are joined by " -- ".
 
 All methods start from the SpikeGPT that comes with the package, or from --model. It leaves in --output-dir:
 
@@ -16,10 +23,10 @@ Ctrl-C and SIGTERM save the step that is being trained (a second one stops at on
 readable; the same command goes on from there, to the same numbers. One run works in a folder at a time. Adding methods
 or seeds to a finished comparison runs only what is new. --tune N runs N trials a method instead, on the first seed and
 judged on the validation split (with --folds on folds of train and validation), and leaves trials.md. --intermediate
-film trains each method on another task first (is it of a critic or of a plot? which is what Subj's labels are made of),
---teacher adds the answers of an encoder; results.md says so on top. --parity gives adapters the SpikeLoRA authors'
-settings: "library", as in their code (20 epochs, padding read as text, another 90/10 split for each seed, the last
-epoch tested), or "paper", as far as it says.
+film trains each method on another task before Subj (is it of a critic or of a plot? Subj's labels are made of that); a
+file does so for any task. --teacher adds the answers of an encoder; results.md says so on top. --parity gives adapters
+the SpikeLoRA authors' settings: "library", as in their code (20 epochs, padding read as text, another 90/10 split for
+each seed, the last epoch tested), or "paper", as far as it says.
 """
 
 import argparse
@@ -58,6 +65,7 @@ from spikegpt_lora.finetune.experiment import (
     counted,
     run_missing,
     run_trials,
+    sha256_of_labels,
     sha256_of_text,
     sha256_of_weights,
     take_up,
@@ -75,7 +83,7 @@ from spikegpt_lora.report.plots import draw_raster
 from spikegpt_lora.report.predictions import write_predictions
 from spikegpt_lora.report.results import folder_of, read_runs
 from spikegpt_lora.tasks.labelled import load_labelled
-from spikegpt_lora.tasks.registry import TASKS
+from spikegpt_lora.tasks.registry import MAX_LENGTH, TASKS, labels_of, title_of
 from spikegpt_lora.tasks.splits import BY_SEED, ONE_SPLIT, folds
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
@@ -98,6 +106,7 @@ ADJUSTABLE = {
     "spike_penalty": (float, "price of what matrices read, where they read integer spikes"),
 }
 CALIBRATION, ROW = 16384, 64  # tokens of training sentences that integer spikes are fitted on; tokens a row of them
+PROTOCOLS = ["holdout", "cv10", "authors"]
 COMPARED = ["full", "lora", "spikelora", "head"]
 RANDOM_SIZES = {"n_layer": 2, "n_embd": 128, "vocab_size": 4096}
 STOPPED = "stopped. What is finished stands in results.md; the same command goes on from here."
@@ -122,12 +131,19 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.parser(__doc__)
     add, positive = parser.add_argument, command_line.positive
-    add("--task", choices=TASKS, help="default: subj, or the built-in subj-mini where it is not found")
-    add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub")
+    named = f"{', '.join(TASKS)}, a file, a folder or a hub id (default: subj, or the built-in subj-mini without it)"
+    add("--task", type=command_line.utf8, help=named)
+    add("--text-column", nargs="+", metavar="NAME", default=[], help="of a task of your own, where it is not found")
+    add("--label-column", metavar="NAME", help="of a task of your own, where it is not found")
+    add("--data-dir", type=Path, help="folder with Subj, CoLA or RTE; else SPIKEGPT_LORA_DATA, else the hub")
     add("--output-dir", type=Path, help="results go here (default: runs/ and the task's name)")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=COMPARED, help="which to compare")
     add("--seeds", nargs="+", type=command_line.seed, metavar="SEED", help="one run a method and seed (default: 0)")
-    add("--folds", type=positive, metavar="N", help="test each sentence once in N folds, whose numbers are the seeds")
+    add_either = parser.add_mutually_exclusive_group().add_argument
+    words = "cv10: the same as --folds 10; authors: another 90/10 split a seed, as the SpikeLoRA authors have it"
+    add_either("--protocol", choices=PROTOCOLS, help=f"holdout: one test split (default); {words}")
+    text = "test each sentence once in N folds, whose numbers are the seeds"
+    add_either("--folds", type=positive, metavar="N", help=text)
     add("--intermediate", metavar="TASK", help="film, or a file of label, tab and sentence: trained on first")
     add("--intermediate-sentences", type=positive, metavar="N", help="of them, drawn by a fixed seed (default: all)")
     add("--teacher", help="folder or package of an encoder, whose answers are learned from too; or its answers.npz")
@@ -149,12 +165,15 @@ def parse_arguments() -> argparse.Namespace:
     for name, (kind, help) in ADJUSTABLE.items():
         add(f"--{name.replace('_', '-')}", nargs="+", metavar="VALUE", type=per_method(kind), help=help + usual(name))
     add("--parity", choices=list(PARITY), help="the SpikeLoRA authors' settings")
-    add("--max-length", type=positive, default=128, help="tokens a sentence")
+    add(
+        "--max-length", type=positive, help=f"tokens a sentence (default: {MAX_LENGTH}; rte: {TASKS['rte'].max_length})"
+    )
     add("--max-train-samples", type=positive, help="use only so many training sentences (a quick try)")
     command_line.add_precision(add)
     args = parser.parse_args()
-    args.seeds = args.seeds or (list(range(args.folds)) if args.folds else [0])
     try:
+        settle_protocol(args)
+        args.seeds = args.seeds or (list(range(args.folds)) if args.folds else [0])
         require_consistent(args)
         settings_of(args)
     except ValueError as error:
@@ -169,24 +188,39 @@ def usual(name: str) -> str:
     return f" (default, embedded model: {' '.join(shown)})"
 
 
+def settle_protocol(args: argparse.Namespace) -> None:
+    """Say in `args.folds` and `args.protocol` what --protocol and --parity stand for; ValueError where they differ."""
+    if args.protocol == "cv10":
+        args.folds = 10
+    if args.parity == "library":
+        if args.protocol not in (None, "authors"):
+            raise ValueError(f"--parity library splits as its authors do: leave --protocol {args.protocol} out")
+        args.protocol = "authors"
+
+
 def require_consistent(args: argparse.Namespace) -> None:
     """Raise ValueError for arguments that exclude each other."""
     if args.tune and args.parity:
         raise ValueError("--tune searches for settings and --parity fixes them: give one of the two")
-    if args.teacher and (args.folds or args.parity == "library"):
-        raise ValueError("--teacher reads the training sentences of the fixed split: no --folds or --parity library")
+    by_seed = args.protocol == "authors"
+    if args.teacher and (args.folds or by_seed):
+        raise ValueError("--teacher reads the training sentences of the fixed split: no --folds or --protocol authors")
+    if args.folds and (by_seed or args.folds < 2):
+        raise ValueError("--folds must be 2 or more, and not with --parity library, which splits in its own way")
+    if args.tune and by_seed:
+        raise ValueError("--tune judges on validation, which --protocol authors has not: leave one of them out")
     if args.intermediate_sentences and not args.intermediate:
         raise ValueError("--intermediate-sentences counts those of --intermediate: give it too")
     if args.tune and (args.intermediate or args.teacher):
         raise ValueError("--tune searches for settings without --intermediate and --teacher")
-    if args.folds and (args.parity == "library" or args.folds < 2):
-        raise ValueError("--folds must be 2 or more, and not with --parity library, which splits in its own way")
     if args.spike_levels and not args.matrix_spikes:
         raise ValueError("--spike-levels is for --matrix-spikes integer: a model that has integer spikes has its own")
     if args.spike_penalty and not reads_spikes(args):
         raise ValueError("--spike-penalty is a price of integer spikes: give --matrix-spikes integer too")
-    if args.parity == "library" and (args.max_train_samples or args.pooling):
-        raise ValueError("--parity library fixes --pooling (last) and takes no --max-train-samples")
+    if args.parity == "library" and args.pooling:
+        raise ValueError("--parity library fixes --pooling (last)")
+    if by_seed and args.max_train_samples:
+        raise ValueError("--protocol authors, and so --parity library, splits all sentences: no --max-train-samples")
     sizes = [name for name in RANDOM_SIZES if getattr(args, name) is not None]
     if sizes and args.model != "random":
         raise ValueError(f"--{sizes[0].replace('_', '-')} is for --model random; {args.model} has its own")
@@ -199,7 +233,7 @@ def settings_of(args: argparse.Namespace, bf16: bool = False) -> dict[str, Finet
     if reads_spikes(args) and not changes["gate"]:
         changes["gate"] = [{"spikelora": "integer"}]  # so that B reads spikes too
     settings = resolve_options(kind, args.parity, bf16, changes, intermediate=args.intermediate is not None)
-    if args.folds:  # there is no validation split to pick an epoch on
+    if args.folds or args.protocol == "authors":  # there is no validation split to pick an epoch on
         settings = {name: replace(options, keep="last") for name, options in settings.items()}
     for name, method in METHODS.items():
         if method.adapter is not None:
@@ -223,7 +257,7 @@ def source_of(args: argparse.Namespace, task: str, data: DatasetDict) -> Source 
     """The sentences of the intermediate task, where one is asked for."""
     if args.intermediate is None:
         return None
-    text = load_labelled(args.intermediate, TASKS[task].labels, args.data_dir)
+    text = load_labelled(args.intermediate, labels_of(data), args.data_dir)
     source = without_shared(Path(args.intermediate).stem, text, data)
     if args.intermediate_sentences:
         source = source.drawn(args.intermediate_sentences)
@@ -237,18 +271,21 @@ def source_of(args: argparse.Namespace, task: str, data: DatasetDict) -> Source 
 def plan_of(
     args: argparse.Namespace, task: str, data: DatasetDict, source: Source | None, out: Path, bf16: bool
 ) -> Plan:
-    by_seed = args.parity == "library"
+    by_seed = args.protocol == "authors"
     protocol = folds(args.folds, with_test=True) if args.folds else BY_SEED if by_seed else ONE_SPLIT
     started = place_of(args.model)
-    same = ("model", "tokenizer", "parity", "max_length", "max_train_samples", "methods", "trace_sentences")
+    same = ("model", "tokenizer", "parity", "max_train_samples", "methods", "trace_sentences")
     same += ("matrix_spikes", "spike_levels", "folds", "intermediate", "teacher")
     return Plan(
         task=task,
-        pooling=args.pooling or ("last" if by_seed else "last_mean"),
+        pooling=args.pooling or ("last" if args.parity == "library" else "last_mean"),
         settings=settings_of(args, bf16),
         model_sha256=sha256_of_weights(Path(started)),
         text_sha256=sha256_of_text(data),
+        labels_sha256=None if task in TASKS else sha256_of_labels(data),
+        by_seed=True if by_seed and args.parity != "library" else None,
         intermediate_sha256=None if source is None else sha256_of_text(DatasetDict(train=source.text)),
+        max_length=args.max_length or (TASKS[task].max_length if task in TASKS else MAX_LENGTH),
         source=started,
         output_dir=out,
         seeds=list(dict.fromkeys(args.seeds)),
@@ -290,15 +327,17 @@ def prepare(plan: Plan, data: DatasetDict, source: Source | None, baselines: boo
     cut = sizes.pop("cut_short")
     say(f"{plan.task}: " + ", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " sentences")
     if cut:
-        say(f"note: {cut} sentences are cut to --max-length {plan.max_length} tokens")
+        say(f"note: {cut} sentences lose their end, after --max-length {plan.max_length} tokens")
     return comparison
 
 
 def load_data(args) -> tuple[str, DatasetDict]:
     """The task's name and its sentences, of the training ones as many as are asked for."""
-    task = args.task or ("subj" if args.data_dir is not None else None)
-    if task is not None:
-        data = load_task(task, args.data_dir)
+    asked = args.task or ("subj" if args.data_dir is not None or args.text_column or args.label_column else None)
+    if asked is not None:
+        pooled = args.folds is not None and not args.tune  # which never shows a trial a test sentence
+        data = load_task(asked, args.data_dir, args.text_column, args.label_column, pooled)
+        task = title_of(asked)
     else:
         try:
             task, data = "subj", load_task("subj")
@@ -310,7 +349,7 @@ def load_data(args) -> tuple[str, DatasetDict]:
     if args.max_train_samples:
         data["train"] = data["train"].select(range(min(args.max_train_samples, len(data["train"]))))
         if len(set(data["train"]["label"])) < 2:
-            raise ValueError(f"--max-train-samples must leave sentences of both classes, got {args.max_train_samples}")
+            raise ValueError(f"--max-train-samples must leave two classes or more, got {args.max_train_samples}")
     return task, data
 
 
@@ -333,8 +372,8 @@ def get_tokenizer(plan: Plan, data: DatasetDict) -> PreTrainedTokenizerBase:
 def get_teacher(plan: Plan, data: DatasetDict, source: Source | None) -> Teacher | None:
     if plan.teacher is None:
         return None
-    text, labels = None if source is None else source.text, len(TASKS[plan.task].labels)
-    return teach(plan.teacher, text, data, plan.output_dir / "teacher", plan.bf16, labels)
+    text, classes = None if source is None else source.text, len(labels_of(data))
+    return teach(plan.teacher, text, data, plan.output_dir / "teacher", plan.bf16, classes)
 
 
 def tune(comparison: Comparison, trials: int) -> int:
@@ -377,7 +416,7 @@ def train(comparison: Comparison, run: dict, description: str) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         probabilities = record.pop("test_probabilities")
-        rows, labels = data["test"], TASKS[plan.task].labels
+        rows, labels = data["test"], labels_of(data)
         write_predictions(temporary / "predictions.tsv", rows["text"], rows["label"], probabilities, labels)
         write_text(temporary / "README.md", model_card(comparison.results, record))
         write_json(temporary / "run.json", record)
@@ -396,7 +435,7 @@ def get_base(comparison: Comparison, seed: int) -> SpikeGPTForSequenceClassifica
 def make_base(comparison: Comparison, seed: int, folder: Path) -> None:
     plan, source, tokenizer = comparison.plan, comparison.plan.source, comparison.tokenizer
     set_seed(seed)
-    labels = TASKS[plan.task].labels
+    labels = labels_of(comparison.data)
     changes = {"pooling": plan.pooling, "id2label": dict(enumerate(labels))}
     changes |= {"label2id": {name: i for i, name in enumerate(labels)}}
     changes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -435,7 +474,7 @@ def record_traces(comparison: Comparison, model, test: Dataset, name: str) -> No
     trace = record_spikes(model, batch, tokenizer, note=f"{title}, first test sentences")
     folder.mkdir(exist_ok=True)
     trace.save(folder / f"{name}.npz")
-    label = TASKS[plan.task].labels[trace.labels[0]]
+    label = labels_of(comparison.data)[trace.labels[0]]
     draw_raster(trace, folder / f"{name}.png", title=f"{title}, first test sentence ({label})")
 
 

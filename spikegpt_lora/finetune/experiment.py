@@ -7,6 +7,7 @@ FOLDER/results.json, results.md    of every finished run (schema: report/results
 
 import hashlib
 import importlib.metadata
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -23,7 +24,7 @@ from ..report.page import write_page
 from ..report.plots import draw_accuracy
 from ..report.results import SCHEMA, TRIAL_KEYS, compare, folder_of, read_runs, summarize
 from ..tasks.baselines import bag_of_words_baselines
-from ..tasks.registry import TASKS
+from ..tasks.registry import TASKS, labels_of
 from ..tasks.splits import ONE_SPLIT, Protocol, folds
 from ..utils.errors import read_json
 from ..utils.files import write_json, write_text
@@ -71,13 +72,15 @@ class Plan:
     methods: list[str] = aside()
     seeds: list[int] = aside()
     trace_sentences: int = aside(32)
-    protocol: Protocol = aside(ONE_SPLIT)  # `parity` says which
+    protocol: Protocol = aside(ONE_SPLIT)  # `parity`, `folds` and `by_seed` say which
     matrix_spikes: str | None = None  # None: as the model has it
     spike_levels: int | None = None
     folds: int | None = None
     intermediate: str | None = None  # a task that is trained on first
     intermediate_sha256: str | None = None
     teacher: str | None = None
+    by_seed: bool | None = None  # split as by parity "library", without its settings
+    labels_sha256: str | None = None  # of a task of one's own
 
     @property
     def bf16(self) -> bool:
@@ -131,13 +134,15 @@ def begin(
     tokens, cut = tokenize(data, tokenizer, plan.max_length)
     sizes = {split: len(rows) for split, rows in plan.protocol.split(data, plan.seeds[0]).items()}
     more = {} if source is None else {source.name: source.text}
+    known = TASKS.get(plan.task)  # no task of one's own is called as one of these
     results = {
         **header(SCHEMA, plan.task, plan.model, plan.bf16, counted(plan)),
         "data": sizes | {"cut_short": cut},
         # Where each seed tests other sentences there is no one row for these.
         "baselines": bag_of_words_baselines(data, more) if baselines and plan.protocol.one_split else [],
         "first": _first(source, teacher),
-        "published": list(TASKS[plan.task].published),
+        "published": list(known.published) if known else [],
+        "metric": known.metric if known else "accuracy",
     }
     return Comparison(plan, data, tokens, tokenizer, results, source, teacher)
 
@@ -157,6 +162,11 @@ def header(schema: str, task: str, model: str, bf16: bool, options: dict) -> dic
 def sha256_of_text(data: DatasetDict) -> str:
     texts = "\n".join(text for split in data.values() for text in split["text"])
     return hashlib.sha256(texts.encode()).hexdigest()
+
+
+def sha256_of_labels(data: DatasetDict) -> str:
+    said = [labels_of(data), *(list(split["label"]) for split in data.values())]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def sha256_of_weights(source: Path) -> str | None:

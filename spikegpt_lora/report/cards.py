@@ -95,7 +95,7 @@ Made by recipes/subj_finetune.py with these settings:
 {options}
 ```
 
-Trained on English film sentences alone: not meant for other text. One seed says little; see results.md.
+Fine-tuned on the sentences of {task} alone: not meant for other text. One seed says little; see results.md.
 """
 
 _WHOLE = """```python
