@@ -133,8 +133,8 @@ def parse_arguments() -> argparse.Namespace:
     add, positive = parser.add_argument, command_line.positive
     named = f"{', '.join(TASKS)}, a file, a folder or a hub id (default: subj, or the built-in subj-mini without it)"
     add("--task", type=command_line.utf8, help=named)
-    add("--text-column", nargs="+", metavar="NAME", default=[], help="of a task of your own, where it is not found")
-    add("--label-column", metavar="NAME", help="of a task of your own, where it is not found")
+    add("--text-column", nargs="+", metavar="NAME", help="of your own task, if it is not found; of a pair, both")
+    add("--label-column", metavar="NAME", help="of your own task, if it is not found")
     add("--data-dir", type=Path, help="folder with Subj, CoLA or RTE; else SPIKEGPT_LORA_DATA, else the hub")
     add("--output-dir", type=Path, help="results go here (default: runs/ and the task's name)")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=COMPARED, help="which to compare")
@@ -336,7 +336,7 @@ def load_data(args) -> tuple[str, DatasetDict]:
     asked = args.task or ("subj" if args.data_dir is not None or args.text_column or args.label_column else None)
     if asked is not None:
         pooled = args.folds is not None and not args.tune  # which never shows a trial a test sentence
-        data = load_task(asked, args.data_dir, args.text_column, args.label_column, pooled)
+        data = load_task(asked, args.data_dir, args.text_column or (), args.label_column, pooled)
         task = title_of(asked)
     else:
         try:

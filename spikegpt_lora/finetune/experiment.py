@@ -138,6 +138,7 @@ def begin(
     results = {
         **header(SCHEMA, plan.task, plan.model, plan.bf16, counted(plan)),
         "data": sizes | {"cut_short": cut},
+        "split": data["test"].info.description if plan.protocol.one_split else "",
         # Where each seed tests other sentences there is no one row for these.
         "baselines": bag_of_words_baselines(data, more) if baselines and plan.protocol.one_split else [],
         "first": _first(source, teacher),

@@ -14,6 +14,7 @@ def markdown(results: dict) -> str:
     parts = [
         f"# {results['task']}: {results['model']}" + ("" if results["complete"] else " (incomplete: runs are missing)"),
         f"Sentences: {counts}. "
+        + (f"{split} " if (split := results.get("split")) else "")  # since 0.3.0
         + ("The epoch was picked on validation, the" if "validation" in data else "The last epoch counts; the")
         + " test split was read once a run."
         + (f" Trained and tested in {results['precision']}." if "precision" in results else "")  # since 0.3.0

@@ -127,6 +127,7 @@ def _verdict(results: dict) -> str:
     state = "" if results.get("complete", True) else " <strong>Incomplete: runs are missing.</strong>"
     asked = f"Which way to fine-tune {results['model']} is best on {results['task']} ({counts} sentences)?"
     before = "".join(f"<p>{_emphasised(text, 2, 'strong')}</p>\n" for text in learnt_before(results))
+    asked += f" {split}" if (split := results.get("split")) else ""
     return f"<p>{escape(asked)}{state}</p>\n{before}<p class=answer>{escape(' '.join(verdict(results)))}</p>"
 
 

@@ -4,6 +4,7 @@ results.json, schema "spikegpt_lora/finetune/3" (2 had of comparisons difference
     schema, task, model, complete   complete is false while runs are missing, or methods have different seeds
     precision                       float32 or bfloat16 (mixed): of training, validation, test and traces; since 0.3.0
     options, versions, data         settings; package versions; sentences per split and how many were cut short
+    split                           where the splits are from, in a sentence; "" where all are ours; since 0.3.0
     baselines                       [{method, accuracy_validation, accuracy_test, mcc_test (since 0.3.0), seconds,
                                     parameters}]
     published                       [{method, accuracy}]: figures of the papers, in percent, with a 216M model

@@ -77,7 +77,8 @@ def _columns(table: Table, texts: Sequence[str], label: str | None) -> tuple[lis
         raise ValueError(f"{listed}, and no {', '.join(unknown)}: see --text-column and --label-column")
     distinct = {name: {str(row.get(name)) for row in table.rows} for name in columns}
     few = [name for name in columns if 2 <= len(distinct[name]) <= min(FEW, len(table.rows) // 2)]
-    label = label or _called(LABEL, columns) or _only(name for name in few if name not in texts)
+    others = [name for name in columns if name not in texts]
+    label = label or _called(LABEL, others) or _only(name for name in others if name in few)
     if label is None:
         raise ValueError(f"{listed}: which one is the label must be said, with --label-column NAME")
     words = [name for name in columns if name != label and all(isinstance(row.get(name), str) for row in table.rows)]

@@ -105,6 +105,8 @@ def load_task(
     data = own_split(rows, labels) if has_own else hash_split(everything, labels)
     if few := [split for split, part in data.items() if len(part) < 2]:
         raise ValueError(f"{name} must hold more sentences: there are {len(everything)}, and too few for {few[0]}")
+    if unseen := sorted(set(range(len(labels))) - set(data["train"]["label"])):
+        logger.warning("note: no training sentence of %s is of class %s", name, ", ".join(labels[n] for n in unseen))
     return data
 
 
@@ -123,7 +125,7 @@ def require_own(name: str, data_dir: str | Path | None) -> None:
     if not Path(name).exists() and (not HUB_ID.fullmatch(name) or Path(name).suffix.lower() in KINDS):
         raise ValueError(
             f"a task must be {', '.join(TASKS)}, a file or folder of sentences ({', '.join(KINDS)}), or a hub id "
-            f"owner/name; nothing of it is {name!r}"
+            f"owner/name; {name!r} is none of these (no such file)"
         )
     if (title := title_of(name)) in TASKS:
         raise ValueError(f"{name} is called as the task {title} is, which --task {title} reads: give it another name")

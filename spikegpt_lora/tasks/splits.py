@@ -55,28 +55,29 @@ def hash_split(rows: list[tuple[str, Row]], labels: list[str]) -> "DatasetDict":
 
 
 def own_split(parts: dict[str, list[tuple[str, Row]]], labels: list[str]) -> "DatasetDict":
-    """The splits of data that have train and test, or train and validation, which then is the test split."""
-    train, validation = parts["train"], parts.get("validation")
-    if test := parts.get("test"):
-        if validation is None:
-            logger.info(
-                "note: there is no validation split: a tenth of train, by the hash of its sentences, is taken for it"
-            )
-    else:
-        logger.info(
-            "note: there is no test split with labels: validation is tested, and a tenth of train is validation"
-        )
-        test, validation = validation, None
+    """The splits of data that have train and test, or train and validation, which then is the test split; what was done
+    is said, and stays in the `info.description` of each."""
+    train, validation, test = parts["train"], parts.get("validation"), parts.get("test")
+    note = "Train, validation and test are the data's own."
+    if test is None:
+        validation, test = None, validation
+        note = "Test is what the data call validation, as they have no test split with labels; " + _TENTH
+    elif validation is None:
+        note = "Test is the data's own; " + _TENTH
     if validation is None:
         validation = [row for row in train if split_of(row[0]) == "validation"]
         train = [row for row in train if split_of(row[0]) != "validation"]
+    logger.info("note: %s", note)
     read = {digest for digest, _ in [*train, *validation]}
     if known := sum(digest in read for digest, _ in test):
         logger.warning("note: %d test sentences stand in train or validation too", known)
-    return _as_data({"train": train, "validation": validation, "test": test}, labels)
+    return _as_data({"train": train, "validation": validation, "test": test}, labels, note)
 
 
-def _as_data(parts: dict[str, list[tuple[str, Row]]], labels: list[str]) -> "DatasetDict":
+_TENTH = "validation is a tenth of their train, by the hash of its sentences."
+
+
+def _as_data(parts: dict[str, list[tuple[str, Row]]], labels: list[str], note: str = "") -> "DatasetDict":
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
     features = Features({"text": Value("string"), "label": ClassLabel(names=labels)})
@@ -85,6 +86,7 @@ def _as_data(parts: dict[str, list[tuple[str, Row]]], labels: list[str]) -> "Dat
         ordered = sorted((digest, to_ascii(row.text), row.label) for digest, row in rows)
         columns = [{"text": text, "label": label} for _, text, label in ordered]
         data[name] = Dataset.from_list(columns, features=features)
+        data[name].info.description = note
     return data
 
 

@@ -9,6 +9,7 @@ Files are UTF-8. In .csv quotation marks enclose fields; in .tsv they are text, 
 
 import csv
 import glob
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from ..utils.hub import require_reachable
 
 if TYPE_CHECKING:
     from datasets import Features
+
+logger = logging.getLogger(__name__)
 
 _FIELDS = {"keep_default_na": False}  # "NA" and "None" are words, and may be classes
 
@@ -119,7 +122,10 @@ def _read_hub(place: str) -> dict[str, Table]:
             f"owner/name:config): {' '.join(str(error).split())[:400]}"
         ) from error
     tables = {name: Table(f"{place} {name}", list(rows), rows.features) for name, rows in data.items()}
-    return {SPLITS[name]: table for name, table in tables.items() if name in SPLITS} or tables
+    known = {SPLITS[name]: table for name, table in tables.items() if name in SPLITS}
+    if known and (more := [name for name in tables if name not in SPLITS]):
+        logger.info("note: of %s the splits %s are not used", place, ", ".join(more))
+    return known or tables
 
 
 @contextmanager

@@ -104,7 +104,8 @@ def test_cola_has_a_column_of_its_own_metric(tmp_path):
     (tmp_path / "dev.tsv").write_text("".join(lines[60:]), encoding="utf-8")
     done = recipe(tmp_path / "out", "--task", "cola", "--data-dir", tmp_path, "--methods", "head", "--seeds", "0", "1")
     assert done.returncode == 0, done.stderr
-    assert "test 20 sentences" in done.stdout
+    assert "/ 20 test. Test is what the data call validation" in done.stdout
+    assert "Test is what the data call validation" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     results = results_in(tmp_path / "out")
     mcc = [run["test_mcc"] for run in results["runs"]]
     shown = f"{100 * np.mean(mcc):.2f} ± {100 * np.std(mcc, ddof=1):.2f}"
@@ -134,7 +135,7 @@ def test_the_authors_protocol_splits_by_seed_with_the_methods_own_settings(moods
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--task", "nowhere.csv"], "nothing of it is 'nowhere.csv'"),
+        (["--task", "nowhere.csv"], "'nowhere.csv' is none of these"),
         (["--task", "owner/name"], "owner/name is no file or folder here"),
         (["--task", "MOODS", "--label-column", "feeling"], "has the columns said, mood, and no feeling"),
         (["--task", "subj-mini", "--text-column", "said"], "those of subj-mini are known"),

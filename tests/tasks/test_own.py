@@ -6,8 +6,10 @@ import logging
 import socket
 import time
 
+import datasets
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from huggingface_hub import constants
 
 from spikegpt_lora.tasks.own import name_of
 from spikegpt_lora.tasks.registry import labels_of, load_task
@@ -138,7 +140,7 @@ def test_without_validation_the_hash_takes_a_part_of_train_for_it(tmp_path, capl
     assert len(data["test"]) == 20 and len(data["train"]) + len(data["validation"]) == 80
     whole = load_task(parts(tmp_path / "whole", train=ROWS[:80]))
     assert named(data)["validation"] == named(whole)["validation"]
-    assert "a tenth of train, by the hash of its sentences" in caplog.text
+    assert data["test"].info.description in caplog.text and "Test is the data's own; " in caplog.text
 
 
 @pytest.mark.parametrize("hidden", [{"label": -1}, {"label": None}, {}])
@@ -148,7 +150,10 @@ def test_a_test_split_with_hidden_labels_is_not_used_and_validation_takes_its_pl
     test = [{"text": f"secret {n}"} | hidden for n in range(9)]
     data = load_task(parts(tmp_path, train=rows[:80], validation=rows[80:], test=test))
     assert sorted(named(data)["test"]) == sorted((row["text"], str(row["label"])) for row in rows[80:])
-    assert "test.jsonl holds no labels and is not used" in caplog.text and "validation is tested" in caplog.text
+    assert (
+        "test.jsonl holds no labels and is not used" in caplog.text
+        and "Test is what the data call validation" in caplog.text
+    )
 
 
 def test_pooled_splits_are_split_as_those_of_a_file(five, tmp_path):
@@ -167,6 +172,21 @@ def test_a_sentence_in_two_classes_is_counted_and_kept_and_in_one_split(tmp_path
 def test_test_sentences_that_were_read_before_are_counted(tmp_path, caplog):
     load_task(parts(tmp_path, train=ROWS[:80], test=ROWS[77:]))
     assert "3 test sentences stand in train or validation too" in caplog.text
+
+
+def test_a_class_without_a_training_sentence_is_named(tmp_path, caplog):
+    load_task(parts(tmp_path, train=ROWS[:80], test=[*ROWS[80:], {"text": "a rare one", "label": "awe"}]))
+    assert "no training sentence of" in caplog.text and "is of class awe" in caplog.text
+
+
+def test_other_splits_of_a_hub_data_set_are_not_used_and_named(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    splits = {"train": ROWS, "test": ROWS[:10], "unsupervised": [{"text": "x", "label": "joy"}]}
+    hub = DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *place: {("owner/name", "part"): hub}[place])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert len(sentences(load_task("owner/name:part"))) == 110
+    assert "of owner/name:part the splits unsupervised are not used" in caplog.text
 
 
 def test_letters_that_get_lost_are_counted_where_they_are_many(tmp_path, caplog):
@@ -248,8 +268,6 @@ def test_no_task_of_ones_own_is_called_as_a_registered_one_or_takes_a_folder_of_
 
 
 def test_a_hub_out_of_reach_is_one_sentence_within_five_seconds(monkeypatch, capfd):
-    from huggingface_hub import constants
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -214,7 +214,9 @@ def test_given_folder_without_the_files_never_falls_through(origin, tmp_path, mo
 
 
 def test_unknown_task_is_told_the_names():
-    with pytest.raises(ValueError, match="must be subj, subj-mini, cola, rte, a file or folder .* it is 'subjj'"):
+    with pytest.raises(
+        ValueError, match="must be subj, subj-mini, cola, rte, a file or folder .*/name; 'subjj' is none of these"
+    ):
         load_task("subjj")
 
 
