@@ -83,7 +83,7 @@ from spikegpt_lora.report.plots import draw_raster
 from spikegpt_lora.report.predictions import write_predictions
 from spikegpt_lora.report.results import folder_of, read_runs
 from spikegpt_lora.tasks.labelled import load_labelled
-from spikegpt_lora.tasks.registry import MAX_LENGTH, TASKS, labels_of, title_of
+from spikegpt_lora.tasks.registry import MAX_LENGTH, TASKS, labels_of, task_name
 from spikegpt_lora.tasks.splits import BY_SEED, ONE_SPLIT, folds
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
@@ -337,7 +337,7 @@ def load_data(args) -> tuple[str, DatasetDict]:
     if asked is not None:
         pooled = args.folds is not None and not args.tune  # which never shows a trial a test sentence
         data = load_task(asked, args.data_dir, args.text_column or (), args.label_column, pooled)
-        task = title_of(asked)
+        task = task_name(asked)
     else:
         try:
             task, data = "subj", load_task("subj")

@@ -66,7 +66,8 @@ def _read(
     given = data_dir or os.environ.get("SPIKEGPT_LORA_DATA")
     if not given:
         parts, found = read_own(f"{HUB_ID}:{name}", texts, "label")
-        return {split: [row._replace(label=labels.index(found[row.label])) for row in p] for split, p in parts.items()}
+        number = [labels.index(label) for label in found]
+        return {split: [Row(row.where, row.text, number[row.label]) for row in p] for split, p in parts.items()}
     folder = Path(given) / name if (Path(given) / name).is_dir() else Path(given)
     files = {"train": folder / "train.tsv", "validation": folder / "dev.tsv"}
     if missing := [file.name for file in files.values() if not file.is_file()]:

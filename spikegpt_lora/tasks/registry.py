@@ -7,7 +7,7 @@ gives its sentences, and a row in `TASKS`.
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,7 +32,7 @@ Digests = list[tuple[str, Row]]  # rows, each after its digest
 class Task(NamedTuple):
     """How to read a task, and what is known of it.
 
-    read: from a folder (None: wherever its sentences are found), rows by the name of their split; WHOLE is split by us.
+    read: from a folder (None: wherever they are found), its rows, which are split by us, or a dict of them by split.
     labels: names of its classes, in the order of `Row.label`.
     per_class: sentences of each class; None: not checked.
     fingerprint: sha256 of its sorted digests, None where no text was released.
@@ -42,7 +42,7 @@ class Task(NamedTuple):
     max_length: tokens of a sentence that are read if nothing else is said; the rest is cut off.
     """
 
-    read: Callable[[str | Path | None], Mapping[str, Iterable[Row]]]
+    read: Callable[[str | Path | None], Iterable[Row] | dict[str, list[Row]]]
     labels: Sequence[str]
     per_class: int | None = None
     fingerprint: str | None = None
@@ -53,10 +53,8 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "subj": Task(
-        lambda data_dir: {WHOLE: read_subj(data_dir)}, LABELS, 5000, SUBJ_FINGERPRINT, PUBLISHED, hub_id=SUBJ_ON_HUB
-    ),
-    "subj-mini": Task(lambda data_dir: {WHOLE: read_mini(data_dir)}, LABELS, 300),
+    "subj": Task(read_subj, LABELS, 5000, SUBJ_FINGERPRINT, PUBLISHED, hub_id=SUBJ_ON_HUB),
+    "subj-mini": Task(read_mini, LABELS, 300),
     "cola": Task(read_cola, COLA_LABELS, metric="MCC"),
     "rte": Task(read_rte, RTE_LABELS, max_length=256),  # with 128, one pair of five would lose its second text's end
 }
@@ -91,16 +89,17 @@ def load_task(
     if name in TASKS:
         if text_columns or label_column:
             raise ValueError(f"columns are named of a task of one's own; those of {name} are known")
-        parts, labels = TASKS[name].read(data_dir), list(TASKS[name].labels)
+        read, labels = TASKS[name].read(data_dir), list(TASKS[name].labels)
     else:
         require_own(name, data_dir)
-        parts, labels = read_own(name, text_columns, label_column)
+        read, labels = read_own(name, text_columns, label_column)
+    parts = read if isinstance(read, dict) else {WHOLE: read}
     rows = {split: [(digest_of(row), row) for row in part] for split, part in parts.items()}
     everything = list(chain(*rows.values()))
     if name in TASKS and TASKS[name].per_class:
         _check(name, TASKS[name], everything)
     else:
-        _warn_of_repeated(name, rows)
+        _warn_of_repeated(name, everything)
     has_own = "train" in rows and len(rows) > 1 and not pooled
     data = own_split(rows, labels) if has_own else hash_split(everything, labels)
     if few := [split for split, part in data.items() if len(part) < 2]:
@@ -115,7 +114,7 @@ def labels_of(data: "DatasetDict") -> list[str]:
     return data["train"].features["label"].names
 
 
-def title_of(name: str) -> str:
+def task_name(name: str) -> str:
     """What a task is called in folders and tables."""
     return name if name in TASKS else name_of(name)
 
@@ -127,8 +126,8 @@ def require_own(name: str, data_dir: str | Path | None) -> None:
             f"a task must be {', '.join(TASKS)}, a file or folder of sentences ({', '.join(KINDS)}), or a hub id "
             f"owner/name; {name!r} is none of these (no such file)"
         )
-    if (title := title_of(name)) in TASKS:
-        raise ValueError(f"{name} is called as the task {title} is, which --task {title} reads: give it another name")
+    if (known := task_name(name)) in TASKS:
+        raise ValueError(f"{name} is called as the task {known} is, which --task {known} reads: give it another name")
     if data_dir is not None:
         raise ValueError(f"data_dir is for {', '.join(TASKS)}: {name} is a task's place itself, got {str(data_dir)!r}")
 
@@ -153,9 +152,10 @@ def _check(name: str, task: Task, rows: Digests) -> None:
         logger.warning("the sentences of %s are not the released ones, so the split is not the usual one", name)
 
 
-def _warn_of_repeated(name: str, rows: Mapping[str, Digests]) -> None:
+def _warn_of_repeated(name: str, rows: Digests) -> None:
+    """Warn where sentences stand in several classes."""
     labels = defaultdict(set)
-    for digest, row in chain(*rows.values()):
+    for digest, row in rows:
         labels[digest].add(row.label)
     if differing := sum(len(given) > 1 for given in labels.values()):
         logger.warning("note: %s holds %d sentences in more than one class; they are kept", name, differing)

@@ -92,7 +92,7 @@ def _read(files: list[Path]) -> Table:
         with _quiet():  # streaming leaves no copy in the cache
             data = load_dataset(kind, data_files=places, split="train", streaming=True, **options)
             rows = list(data)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # of pandas, pyarrow or the file system
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{files[0]} must be a whole {suffix} file in UTF-8: {reason}") from error
     if not rows:

@@ -110,7 +110,7 @@ COMMANDS = [
     ("S31", ["--seeds", "-1"], r"--seeds: must be between 0 and 2\*\*32 - 1, got -1"),
     ("S32", ["--seeds", "4294967296"], r"--seeds: must be between 0 and 2\*\*32 - 1, got 4294967296"),
     ("S37", ["--max-train-samples", "0"], "must be >= 1, got 0"),
-    ("S38", ["--max-train-samples", "1"], "--max-train-samples must leave sentences of both classes, got 1"),
+    ("S38", ["--max-train-samples", "1"], "--max-train-samples must leave two classes or more, got 1"),
     ("S57", ["--data-dir", "nowhere"], "data_dir must be None for the built-in task subj-mini, got 'nowhere'"),
     ("S58", ["--bf16"], "--precision and --bf16 must ask for the same, got float32 and bfloat16: give one of the two"),
     (

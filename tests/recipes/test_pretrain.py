@@ -181,7 +181,10 @@ def test_the_models_files_are_readable_by_others(trained):
     "arguments, message",
     [
         (["nowhere.txt", *MINI], "'nowhere.txt' is no file or folder"),
-        ([RECIPES / "pretrain.py", "--decontaminate", "sst"], "--decontaminate takes subj, subj-mini, a file, or none"),
+        (
+            [RECIPES / "pretrain.py", "--decontaminate", "sst"],
+            "--decontaminate takes subj, subj-mini, cola, rte, a file, or none",
+        ),
         ([RECIPES / "pretrain.py"], "the data of task subj were not found"),
         ([RECIPES.parent / "CITATION.cff", "--decontaminate", "none"], "at least 100 documents are needed"),
         ([RECIPES / "generate.py", "--n-layer", "0", "--batch-size", "0"], "batch_size must be >= 1, got 0"),
