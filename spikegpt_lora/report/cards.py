@@ -50,7 +50,7 @@ def model_card(results: dict, record: dict) -> str:
 
 def _model_head(results: dict, record: dict) -> str:
     task, method = results["task"], record["method"]
-    on_hub, kind = TASKS[task].hub_id, "text-classification"
+    on_hub, kind = TASKS[task].hub_id if task in TASKS else None, "text-classification"
     accuracy = EvalResult(
         task_type=kind,
         dataset_type=on_hub or task,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .glue import COLA_LABELS, RTE_LABELS, read_cola, read_rte
+from .glue import HUB_ID as GLUE_ON_HUB
 from .own import name_of, read_own
 from .splits import Row, digest_of, hash_split, own_split
 from .subj import HUB_ID as SUBJ_ON_HUB
@@ -55,8 +56,9 @@ class Task(NamedTuple):
 TASKS = {
     "subj": Task(read_subj, LABELS, 5000, SUBJ_FINGERPRINT, PUBLISHED, hub_id=SUBJ_ON_HUB),
     "subj-mini": Task(read_mini, LABELS, 300),
-    "cola": Task(read_cola, COLA_LABELS, metric="MCC"),
-    "rte": Task(read_rte, RTE_LABELS, max_length=256),  # with 128, one pair of five would lose its second text's end
+    "cola": Task(read_cola, COLA_LABELS, metric="MCC", hub_id=GLUE_ON_HUB),
+    # With 128 tokens, one pair of five would lose its second text's end.
+    "rte": Task(read_rte, RTE_LABELS, max_length=256, hub_id=GLUE_ON_HUB),
 }
 
 
