@@ -19,7 +19,6 @@ import ctypes
 import importlib.metadata
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -68,6 +67,7 @@ from spikegpt_lora.pretrain.loop import Pretraining, PretrainOptions
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.errors import read_json
 from spikegpt_lora.utils.files import write_json, write_text
+from spikegpt_lora.utils.machine import processor_name
 from spikegpt_lora.utils.precision import processor
 from spikegpt_lora.utils.timing import Disagreement, Recorder, agree, compare, inside, peak_memory, table
 
@@ -638,18 +638,12 @@ def bf16_pays() -> bool:
     return processor(CPU).auto == "bfloat16"
 
 
-def processors_name(file: Path = Path("/proc/cpuinfo")) -> str:
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
 def conditions() -> dict:
     packages = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
     versions = {package: importlib.metadata.version(package) for package in packages}
     compiler = subprocess.run([*build.cpp_compiler()[0], "--version"], capture_output=True, text=True).stdout
     versions["compiler"] = compiler.splitlines()[0]
-    kind, name = processor(CPU).name, processors_name()
+    kind, name = processor(CPU).name, processor_name()
     return {"kind": kind, "processor": name, "threads": torch.get_num_threads(), "versions": versions}
 
 
