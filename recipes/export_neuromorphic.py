@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from spikegpt_lora import SpikeGPTForSequenceClassification, load_task
-from spikegpt_lora.checkpoint import load_adapted, load_model, load_tokenizer
+from spikegpt_lora import load_task
+from spikegpt_lora.checkpoint import load_classifier
 from spikegpt_lora.export import (
     WEIGHTS,
     Bundle,
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def export(args) -> int:
     out = args.output_dir or args.model / f"export-{args.weights}"
-    model, tokenizer = load(args.model)
+    model, tokenizer = load_classifier(args.model)
     texts, labels = sentences(args)
     shown = slice(0, args.sentences)
     batch = encode(tokenizer, texts[shown], labels[shown], args.max_length)
@@ -119,17 +119,6 @@ def bundle_of(args, model, batch, tokenizer, folder: Path) -> Bundle:
 
 def bar(rounds: list, text: str):
     return tqdm(rounds, desc=text, leave=False, disable=None)
-
-
-def load(folder: Path):
-    """The classifier, with its adapter if `folder` holds one, and its tokenizer."""
-    if (folder / "adapter_config.json").is_file():
-        model = load_adapted(SpikeGPTForSequenceClassification, folder)
-    elif (folder / "config.json").is_file():
-        model = load_model(SpikeGPTForSequenceClassification, folder)
-    else:
-        raise ValueError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
-    return model.eval(), load_tokenizer(folder)
 
 
 def sentences(args) -> tuple[list[str], list[int]]:

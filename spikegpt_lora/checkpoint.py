@@ -224,6 +224,19 @@ def base_of(folder: str | os.PathLike) -> str:
     return named
 
 
+def load_classifier(folder: str | os.PathLike) -> tuple[SpikeGPTPreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A fine-tuned classifier in evaluation mode, with its adapter if `folder` holds one, and its tokenizer.
+
+    Raises:
+        ValueError: neither a model nor an adapter there, or one that cannot be read.
+    """
+    if (Path(folder) / "adapter_config.json").is_file():
+        return load_adapted(SpikeGPTForSequenceClassification, folder).eval(), load_tokenizer(folder)
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
+    return load_model(SpikeGPTForSequenceClassification, folder).eval(), load_tokenizer(folder)
+
+
 def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a hub id.
 
