@@ -12,7 +12,7 @@ are joined by " -- ".
 All methods start from the SpikeGPT that comes with the package, or from --model. It leaves in --output-dir:
 
     report.html  results.md  accuracy.png      the comparison; report.html is one page with everything, for a browser
-    results.json                               its figures (schema: spikegpt_lora/report/results.py)
+    results.json  results.csv                  its figures (schema: spikegpt_lora/report/results.py); a row a run
     base/seed0/                                the model that all methods of seed 0 start from, and its tokenizer
     full/seed0/  head/seed0/  scratch/seed0/   fine-tuned models, each with its predictions.tsv of the test sentences
     lora/seed0/  spikelora/seed0/              adapters in peft's format
@@ -87,6 +87,7 @@ from spikegpt_lora.tasks.registry import MAX_LENGTH, TASKS, labels_of, task_name
 from spikegpt_lora.tasks.splits import BY_SEED, ONE_SPLIT, folds
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
+from spikegpt_lora.utils.machine import made_by
 from spikegpt_lora.utils.precision import resolve
 
 # What the command line may change, for all methods or for one.
@@ -392,8 +393,8 @@ def run_all(comparison: Comparison) -> int:
     if PartialState().is_main_process:
         print("\n" + (plan.output_dir / "results.md").read_text(encoding="utf-8"))
         print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Written to {plan.output_dir}:")
-        left = "report.html, results.md, results.json, accuracy.png; models and adapters by method and seed"
-        print(f"{left}; traces/ with a picture each.")
+        left = "report.html, results.md, results.json, results.csv, accuracy.png; models and adapters by method and"
+        print(f"{left} seed; traces/ with a picture each.")
     return 0
 
 
@@ -410,7 +411,7 @@ def train(comparison: Comparison, run: dict, description: str) -> None:
     model, record = finetune(model, method, tokens, tokenizer, folder / "training", seed, options, description)
     if not PartialState().is_main_process:
         return
-    record = {"task": plan.task, "intermediate": before, **record}
+    record = {"task": plan.task, "intermediate": before, "made": made_by(PartialState().device), **record}
     record_traces(comparison, model, data["test"], f"{method}-seed{seed}")
     with whole_files(folder, last="run.json") as temporary:
         model.save_pretrained(temporary)

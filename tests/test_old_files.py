@@ -15,6 +15,8 @@ from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequen
 from spikegpt_lora.export.check import check_bundle
 from spikegpt_lora.pretrain.loop import Pretraining, PretrainOptions
 from spikegpt_lora.report.markdown import markdown
+from spikegpt_lora.report.page import read_results, write_page
+from spikegpt_lora.report.spreadsheet import write_spreadsheet
 
 FILES = Path(__file__).parent / "files" / "0.1.0"
 RECORDED = json.loads((FILES / "recorded.json").read_text(encoding="utf-8"))
@@ -55,6 +57,13 @@ def test_a_bundle_is_still_right(unpacked):
 def test_a_comparisons_table_is_made_from_its_results(unpacked):
     results = json.loads((unpacked / "results.json").read_text(encoding="utf-8"))
     assert "SpikeLoRA − head only" in markdown(results)
+
+
+@pytest.mark.parametrize("unpacked", ["comparison"], indirect=True)
+def test_a_comparisons_page_and_spreadsheet_are_made_from_its_folder(unpacked):
+    assert "SpikeLoRA − head only" in write_page(unpacked).read_text(encoding="utf-8")
+    write_spreadsheet(read_results(unpacked)["runs"], unpacked / "results.csv")
+    assert (unpacked / "results.csv").read_text(encoding="utf-8").count("\n") == 1 + 2
 
 
 @pytest.mark.parametrize("unpacked", ["comparison"], indirect=True)

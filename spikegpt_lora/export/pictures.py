@@ -14,6 +14,7 @@ import numpy as np
 
 from ..observe.traces import GATE, SpikeTrace
 from ..report import plots
+from ..report.spikes import gate_of, readable
 from ..utils.files import whole_file
 from .bundle import Bundle, as_integers
 
@@ -55,18 +56,6 @@ def populations(bundle: Bundle) -> tuple[list[str], list[str]]:
     """Names of the layers' populations ("emb", "blocks.0.lif1") and of the adapters' gates, each in order of depth."""
     names = [population["name"] for population in bundle.manifest["populations"]]
     return [name for name in names if GATE not in name], [name for name in names if GATE in name]
-
-
-def gate_of(name: str) -> tuple[str, str]:
-    """Where a gate sits, as (block, module): ("block 0", "att.key"); the adapter's name where it is not "default"."""
-    module, _, adapter = name.partition(GATE)
-    block, module = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", module).groups()
-    return f"block {block}" if block else "", module + ("" if adapter == "default" else f" ({adapter})")
-
-
-def readable(name: str) -> str:
-    """A population's name as a label: "block 0 lif1", "block 0 att.key"."""
-    return " ".join(gate_of(name)).strip() if GATE in name else re.sub(r"^blocks\.(\d+)\.", r"block \1 ", name)
 
 
 def draw_raster(bundle: Bundle, path: str | Path, sentence: int = 0) -> None:

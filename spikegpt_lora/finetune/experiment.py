@@ -1,8 +1,8 @@
 """A comparison of methods: a plan, a folder for each run so that it can be taken up again, and the results.
 
-FOLDER/options.json                the settings that results depend on
-FOLDER/METHOD/seed0/run.json       the record of a finished run, written last
-FOLDER/results.json, results.md    of every finished run (schema: report/results.py)
+FOLDER/options.json                             the settings that results depend on
+FOLDER/METHOD/seed0/run.json                    the record of a finished run, written last
+FOLDER/results.json, results.md, results.csv    of every finished run (schema: report/results.py)
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from ..report.markdown import markdown, trials_table
 from ..report.page import write_page
 from ..report.plots import draw_accuracy
 from ..report.results import SCHEMA, TRIAL_KEYS, compare, folder_of, read_runs, summarize
+from ..report.spreadsheet import write_spreadsheet
 from ..tasks.baselines import bag_of_words_baselines
 from ..tasks.registry import TASKS, labels_of
 from ..tasks.splits import ONE_SPLIT, Protocol, folds
@@ -311,8 +312,8 @@ def _over_folds(records: list[dict]) -> dict:
 
 
 def write_results(comparison: Comparison, complete: bool) -> None:
-    """results.json, results.md and accuracy.png from every finished run in the folder; where no more are to come
-    report.html too."""
+    """results.json, results.md, results.csv and accuracy.png from every finished run in the folder; where no more are
+    to come report.html too."""
     out = comparison.plan.output_dir
     runs = read_runs(out)
     summary = summarize(runs)
@@ -324,6 +325,7 @@ def write_results(comparison: Comparison, complete: bool) -> None:
     }
     write_json(out / "results.json", results)
     write_text(out / "results.md", markdown(results))
+    write_spreadsheet(runs, out / "results.csv")
     draw_accuracy(results, out / "accuracy.png")
     if complete:
         write_page(out)

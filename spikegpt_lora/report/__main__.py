@@ -1,22 +1,29 @@
-"""python -m spikegpt_lora.report FOLDER: report.html of a comparison's results.json, in that folder."""
+"""python -m spikegpt_lora.report FOLDER: report.html and results.csv of a comparison's results.json, in that folder."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from ..utils.command_line import run
-from .page import write_page
+from ..utils.command_line import run, set_up, utf8
+from .page import read_results, write_page
+from .spreadsheet import write_spreadsheet
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m spikegpt_lora.report", description=__doc__.partition(": ")[2])
     parser.add_argument("folder", type=Path, help="what subj_finetune.py left in its --output-dir")
+    parser.add_argument(
+        "--trace-text", type=utf8, metavar="TEXT", help="a sentence of your own, for a raster: a saved model reads it"
+    )
     args = parser.parse_args()
-    return run(lambda: _write(args.folder))
+    return run(lambda: _write(args.folder, args.trace_text))
 
 
-def _write(folder: Path) -> int:
-    print(f"Written to {write_page(folder)}.")
+def _write(folder: Path, text: str | None) -> int:
+    set_up()
+    page, sheet = write_page(folder, text), folder / "results.csv"
+    write_spreadsheet(read_results(folder)["runs"], sheet)
+    print(f"Written to {page} and {sheet}.")
     return 0
 
 

@@ -1,64 +1,71 @@
-"""report.html: a comparison on one page, made of its results.json alone.
+"""report.html: a comparison on one page, made of its results.json, and of what else its folder holds.
 
-One file without a request to any network, for light and dark screens, wide and narrow ones: the answer in words, the
-table, paired differences with both intervals, accuracy against what it costs, learning curves, sparsity by module,
-settings.
+The answer in words, the table, paired differences with both intervals, accuracy against what it costs, learning curves,
+sparsity by module, settings; of predictions what was confused, of traces a sentence's raster and firing by depth.
 """
 
-import io
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..observe.traces import SpikeTrace
+from ..tasks.registry import TASKS
 from ..utils.errors import read_json
 from ..utils.files import write_text
+from . import charts
 from .markdown import learnt_before, methods_rows
-from .results import of_today, title_of, titles
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-INK = "#010203"  # what pictures are drawn in; the page's own colour in its place
-FONT = 9
+from .markup import document, emphasised, folded, picture, side_by_side, table
+from .predictions import Prediction, confusion, read_predictions, worst
+from .results import folder_of, of_today, title_of, titles
+from .spikes import draw_sentence, firing_by_block, record_text, shown_sentences, size_of, trace_of
 
 
-def write_page(folder: Path) -> Path:
-    """Write `folder`/report.html, of the results.json there.
+def read_results(folder: Path) -> dict:
+    """The results.json of a comparison's folder.
 
     Raises:
-        ValueError: no results.json, or one of another kind.
+        ValueError: there is none, or one of another kind.
     """
     file = folder / "results.json"
     if not file.is_file():
         raise ValueError(f"{folder} must hold the results.json of a comparison by subj_finetune.py, it does not")
-    results = read_json(file, keys=("task", "model", "runs", "summary", "baselines", "published", "data"))
-    write_text(folder / "report.html", page(results))
+    return read_json(file, keys=("task", "model", "runs", "summary", "baselines", "published", "data"))
+
+
+def write_page(folder: Path, text: str | None = None) -> Path:
+    """Write `folder`/report.html, of the results.json there; `text`: a sentence of one's own that its model reads, for
+    a raster beside those of test sentences.
+
+    Raises:
+        ValueError: no results.json, or one of another kind; damaged predictions or traces; for `text`, no model.
+    """
+    write_text(folder / "report.html", page(read_results(folder), folder, text))
     return folder / "report.html"
 
 
-def page(results: dict) -> str:
-    """HTML of `results`, of any schema (see results.py); older ones have fewer sections."""
+def page(results: dict, folder: Path | None = None, text: str | None = None) -> str:
+    """HTML of `results`, of any schema (see results.py), and of what else `folder` holds; of what is missing there are
+    no sections. `text`: see `write_page`."""
     results = of_today(results)
     sections = [
         ("", _verdict(results)),
         ("Methods", _methods(results)),
         ("Paired differences", _differences(results)),
-        ("Accuracy against what it costs", _costs(results)),
+        ("Accuracy against what it costs", charts.costs(results)),
         ("Learning curves", _curves(results)),
-        ("Sparsity by module", _modules(results)),
-        ("Settings", _settings(results)),
+        ("Sparsity by module", charts.modules(results)),
     ]
-    body = "\n".join(
-        f"<section>{f'<h2>{title}</h2>' if title else ''}\n{text}\n</section>" for title, text in sections if text
-    )
-    title = escape(f"{results['task']}: {results['model']}")
-    return _PAGE.format(title=title, style=_STYLE, body=body)
+    if folder is not None:
+        sections += [
+            ("What is confused", _confused(results, folder)),
+            ("A sentence's spikes", _rasters(results, folder, text)),
+            ("Firing by depth", _firing(results, folder)),
+        ]
+    return document(f"{results['task']}: {results['model']}", [*sections, ("Settings", _settings(results))])
 
 
 # ---- words
@@ -126,108 +133,32 @@ def _verdict(results: dict) -> str:
     counts = " / ".join(f"{data[split]:,} {split}" for split in ("train", "validation", "test") if split in data)
     state = "" if results.get("complete", True) else " <strong>Incomplete: runs are missing.</strong>"
     asked = f"Which way to fine-tune {results['model']} is best on {results['task']} ({counts} sentences)?"
-    before = "".join(f"<p>{_emphasised(text, 2, 'strong')}</p>\n" for text in learnt_before(results))
+    before = "".join(f"<p>{emphasised(text, 2, 'strong')}</p>\n" for text in learnt_before(results))
     asked += f" {split}" if (split := results.get("split")) else ""
     return f"<p>{escape(asked)}{state}</p>\n{before}<p class=answer>{escape(' '.join(verdict(results)))}</p>"
 
 
-def _emphasised(text: str, stars: int, tag: str) -> str:
-    """`text` as HTML; what stands between so many asterisks in a `tag`."""
-    return re.sub(rf"\*{{{stars}}}(.+?)\*{{{stars}}}", rf"<{tag}>\1</{tag}>", escape(text))
-
-
 def _methods(results: dict) -> str:
     names, rows = methods_rows(results)
-    return _table(["method", *names], rows)
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[str | None]], text: tuple[int, ...] = (0,)) -> str:
-    """Columns `text` to the left; what stands between asterisks is emphasised."""
-
-    def cells(tag, row):
-        shown = (_emphasised(cell or "", 1, "em") for cell in row)
-        return "<tr>" + "".join(f"<{tag}{' class=t' * (n in text)}>{cell}" for n, cell in enumerate(shown))
-
-    lines = [cells("th", names), *(cells("td", row) for row in rows)]
-    return "<div class=wide><table>\n" + "\n".join(lines) + "\n</table></div>"
+    return table(["method", *names], rows, shown=partial(emphasised, stars=1, tag="em"))
 
 
 def _differences(results: dict) -> str:
-    rows, title = results["comparisons"][::-1], titles(results["summary"])
-    if not rows:
-        return ""
-
-    def draw(axis: "Axes"):
-        for y, row in enumerate(rows):
-            for shift, key, color in ((0.12, "seeds", "C0"), (-0.12, "sentences", "C1")):
-                if row[key] is not None:
-                    axis.plot([100 * end for end in row[key]], [y + shift] * 2, color=color, linewidth=2.5)
-            axis.plot(100 * row["difference"], y, "o", color=INK, markersize=5 if row["found"] else 3.5)
-        axis.axvline(0, color=INK, linewidth=0.8)
-        axis.set_yticks(range(len(rows)), [f"{title[row['a']]} − {title[row['b']]}" for row in rows])
-        axis.set_xlabel("points of test accuracy; blue: 95 % over seeds, orange: over sentences")
-
+    title = titles(results["summary"])
     lines = [
         [f"{title[row['a']]} − {title[row['b']]}", f"{100 * row['difference']:+.2f}", row["words"]]
         for row in results["comparisons"]
     ]
-    drawn = _picture(draw, 7.5, 0.5 + 0.33 * len(rows), "Paired differences and their intervals")
-    return drawn + _table(["difference", "points", "found"], lines, text=(0, 2))
-
-
-def _costs(results: dict) -> str:
-    runs, colors = results["runs"], _colors(results)
-    costs: dict[str, Callable[[dict], float | None]] = {
-        "minutes of training": lambda run: run["seconds"] / 60,
-        "trained parameters": lambda run: run["trainable_parameters"],
-        "silent gates, %": lambda run: (
-            100 * run["adapters"]["sparsity"] if run["adapters"] and run["adapters"]["sparsity"] is not None else None
-        ),
-    }
-    drawn = []
-    for label, cost in costs.items():
-        points = [(title_of(run), cost(run), 100 * run["test_accuracy"]) for run in runs]
-        points = [point for point in points if point[1] is not None]
-        if points:
-            drawn.append(_picture(partial(_scatter, points, label, colors), 3.6, 3.0, f"Accuracy against {label}"))
-    return f"<div class=row>{''.join(drawn)}</div>" if drawn else ""
-
-
-def _scatter(points: list[tuple], label: str, colors: dict[str, str], axis: "Axes") -> None:
-    for name, color in colors.items():
-        if of_method := [point[1:] for point in points if point[0] == name]:
-            axis.scatter(*zip(*of_method), color=color, s=16, label=name)
-    if label == "trained parameters":
-        axis.set_xscale("log")
-    axis.set_xlabel(label)
-    axis.set_ylabel("test accuracy, %")
-    axis.legend(fontsize=FONT - 2, framealpha=0)
-
-
-def _colors(results: dict) -> dict[str, str]:
-    """Of each method's title, the same in all pictures."""
-    return {title: f"C{number}" for number, title in enumerate(titles(results["summary"]).values())}
+    return charts.differences(results) + table(["difference", "points", "found"], lines, text=(0, 2)) if lines else ""
 
 
 def _curves(results: dict) -> str:
-    runs, colors = results["runs"], _colors(results)
-    kinds = {
-        "training loss": ("loss_by_epoch", 1),
-        "validation loss": ("validation_loss_by_epoch", 1),
-        "validation accuracy, %": ("validation_by_epoch", 100),
-    }
-    drawn = []
-    for label, (key, factor) in kinds.items():
-        curves = {name: [run[key] for run in runs if title_of(run) == name and run.get(key)] for name in colors}
-        if curves := {name: rows for name, rows in curves.items() if rows}:
-            drawn.append(_picture(partial(_lines, curves, factor, label, colors), 3.6, 3.0, f"{label} by epoch"))
     gap = [
         [row["title"], *(f"{100 * value:.2f}" for value in (train, row["test_accuracy"], train - row["test_accuracy"]))]
         for row in results["summary"]
-        if (train := _mean_of(runs, row["method"], "train_accuracy")) is not None
+        if (train := _mean_of(results["runs"], row["method"], "train_accuracy")) is not None
     ]
-    table = _table(["method", "training sentences %", "test %", "gap"], gap) if gap else ""
-    return (f"<div class=row>{''.join(drawn)}</div>" if drawn else "") + table
+    return charts.curves(results) + (table(["method", "training sentences %", "test %", "gap"], gap) if gap else "")
 
 
 def _mean_of(runs: list[dict], method: str, key: str) -> float | None:
@@ -235,92 +166,132 @@ def _mean_of(runs: list[dict], method: str, key: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _lines(curves: dict[str, list], factor: float, label: str, colors: dict[str, str], axis: "Axes") -> None:
-    for name, rows in curves.items():
-        for row in rows:
-            axis.plot(range(1, len(row) + 1), [factor * value for value in row], color=colors[name], alpha=0.35)
-        if len({len(row) for row in rows}) == 1:
-            mean = factor * np.mean(rows, axis=0)
-            axis.plot(range(1, len(mean) + 1), mean, "o-", color=colors[name], label=name, markersize=3)
-    axis.set_xlabel("epoch")
-    axis.set_xticks(range(1, 1 + max(len(row) for rows in curves.values() for row in rows)))
-    axis.set_ylabel(label)
-    axis.legend(fontsize=FONT - 2, framealpha=0)
+# ---- sections of predictions
 
 
-def _modules(results: dict) -> str:
-    by_name: dict[str, list[float]] = {}
+def _confused(results: dict, folder: Path) -> str:
+    answers: dict[str, list[list[Prediction]]] = {}
     for run in results["runs"]:
-        for name, module in ((run["adapters"] or {}).get("modules") or {}).items():
-            if module.get("sparsity") is not None:
-                by_name.setdefault(name, []).append(100 * module["sparsity"])
-    places = {name: re.search(r"blocks\.(\d+)\.(\w+\.\w+)", name) for name in by_name}
-    found = {(int(place[1]), place[2]): np.mean(by_name[name]) for name, place in places.items() if place}
-    if not found:
+        if (file := folder / folder_of(run) / "predictions.tsv").is_file():
+            answers.setdefault(run["method"], []).append(read_predictions(file))
+    shown = [row for row in results["summary"] if row["method"] in answers]
+    if not shown:
         return ""
-    blocks, kinds = sorted({block for block, _ in found}), sorted({kind for _, kind in found})
-    grid = np.array([[found.get((block, kind), np.nan) for kind in kinds] for block in blocks])
+    everything = [one for runs in answers.values() for run in runs for one in run]
+    labels = sorted({one.label for one in everything} | {one.prediction for one in everything})
+    tables = [f"<div><h3>{escape(title_of(row))}</h3>{_matrix(answers[row['method']], labels)}</div>" for row in shown]
+    words = "Test sentences by their class and by what a method takes them for, counted over its seeds."
+    best = max(shown, key=lambda row: row["test_accuracy"])
+    return f"<p>{words}</p>{side_by_side(tables)}{_worst(answers, best)}"
 
-    def draw(axis: "Axes"):
-        axis.imshow(grid, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-        axis.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
-        axis.set_yticks(range(len(blocks)), [f"block {block}" for block in blocks])
-        for y, x in np.ndindex(grid.shape):
-            axis.text(x, y, f"{grid[y, x]:.0f}", ha="center", va="center", color="w" if grid[y, x] < 60 else "k")
 
-    words = "Silent gate outputs, %, mean over the runs that have gates."
-    return f"<p>{words}</p>" + _picture(draw, 6.5, 0.9 + 0.4 * len(blocks), words)
+def _matrix(runs: list[list[Prediction]], labels: list[str]) -> str:
+    counts = confusion(one for run in runs for one in run)
+    rows = [[label, *(f"{counts[label, said]:,}" for said in labels)] for label in labels]
+    return table(["class", *(f"taken for {label}" for label in labels)], rows)
+
+
+def _worst(answers: dict[str, list[list[Prediction]]], row: dict) -> str:
+    mistakes = [
+        [
+            one.sentence,
+            one.label,
+            one.prediction,
+            f"{one.probability:.3f}",
+            "{} of {}".format(*one.wrong),
+            "{} of {}".format(*one.wrong_elsewhere),
+        ]
+        for one in worst(answers, row["method"])
+    ]
+    if not mistakes:
+        return ""
+    names = ["sentence", "class", "taken for", "probability", "seeds wrong", "other methods' runs wrong"]
+    return folded(
+        f"The {len(mistakes)} sentences that {title_of(row)} is most confidently wrong about (mean over its seeds)",
+        table(names, mistakes, text=(0, 1, 2)),
+    )
+
+
+# ---- sections of traces
+
+
+def _rasters(results: dict, folder: Path, text: str | None) -> str:
+    """Of the best method with gates, else of the best, a sentence of each class; before them `text`."""
+    rows = sorted(results["summary"], key=lambda row: (row["sparsity"] is None, -row["test_accuracy"]))
+    runs = (run for row in rows for run in results["runs"] if run["method"] == row["method"])
+    run, trace = next(((run, trace) for run in runs if (trace := trace_of(folder, run))), (None, None))
+    if run is None or trace is None:
+        if text is not None:
+            raise ValueError(f"{folder} must hold the traces of a run for --trace-text, it has none: run it again")
+        return ""
+    drawn = [_raster(trace, one, trace, _named(results, trace, one)) for one in shown_sentences(trace)]
+    if text is not None:
+        own, answer = record_text(folder, run, text, results["options"].get("max_length", 128))
+        drawn.insert(0, _raster(own, 0, trace, f"Your sentence: {answer}"))
+    words = f"{title_of(run)}, seed {run['seed']}. {_BANDS.format(sentences=len(trace.lengths))}"
+    return f"<p>{escape(words)}</p>{side_by_side(drawn)}"
+
+
+_BANDS = (
+    "Each band is a population, from the embedding downwards; in it, the neurons that fire most often over {sentences} "
+    "test sentences stand on top. Blue is a spike, the larger the stronger, orange one below 0. Red neurons are dead: "
+    "they fire in none of these sentences."
+)
+
+
+def _raster(trace: SpikeTrace, sentence: int, others: SpikeTrace, heading: str) -> str:
+    width, height = size_of(trace, sentence)
+    draw = partial(draw_sentence, trace, sentence, others)
+    drawn = picture(draw, width, height, f"Spikes over tokens. {heading}")
+    # A long sentence has a row of its own, and on a narrow screen it is wider than that.
+    scrolled = f'<div style="min-width:{60 * width:.0f}px">{drawn}</div>'
+    return f'<div class=wide style="flex-basis:{84 * width:.0f}px"><h3>{escape(heading)}</h3>{scrolled}</div>'
+
+
+def _named(results: dict, trace: SpikeTrace, sentence: int) -> str:
+    label = int(trace.labels[sentence])
+    known = TASKS[results["task"]].labels if results["task"] in TASKS else {label: str(label)}
+    return f"Test sentence {sentence + 1}, {known[label]}"
+
+
+def _firing(results: dict, folder: Path) -> str:
+    rates: dict[str, charts.Curves] = {}
+    for run in results["runs"]:
+        if trace := trace_of(folder, run):
+            for kind, by_block in firing_by_block(trace).items():
+                curves = rates.setdefault(kind, {}).setdefault(title_of(run), [])
+                curves.append([100 * rate for rate in by_block])
+    if not rates:
+        return ""
+    words = "Share of neurons that fire at a token, over the recorded test sentences; a line a seed, dots the mean."
+    return f"<p>{words}</p>{charts.firing(results, rates)}"
+
+
+# ---- settings
 
 
 def _settings(results: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
-    shown = escape(json.dumps(results.get("options", {}), indent=1, ensure_ascii=False))
-    precision = escape(f"{versions}; {results.get('precision', 'float32')}")
-    return f"<p>{precision}</p>\n<details><summary>options.json</summary><pre>{shown}</pre></details>"
+    options, made = results.get("options", {}), [run["made"] for run in results["runs"] if run.get("made")]
 
+    def distinct(key: str) -> str:
+        return "; ".join(dict.fromkeys(str(one[key]) for one in made if one[key] is not None))
 
-def _picture(draw: Callable[["Axes"], None], width: float, height: float, words: str) -> str:
-    """An SVG, in inches, in the page's ink."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    ink = {f"{part}.color": INK for part in ("text", "xtick", "ytick")} | {
-        "axes.labelcolor": INK,
-        "axes.edgecolor": INK,
+    facts = {
+        "processor": distinct("processor"),
+        "threads": distinct("threads"),
+        "system": distinct("system"),
+        "python": distinct("python"),
+        "packages": ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items()),
+        "commit": distinct("commit"),
+        "precision": results.get("precision", "float32"),
+        "sha256 of the sentences": options.get("text_sha256"),
+        "sha256 of the weights to start from": options.get("model_sha256"),
     }
-    style = {"svg.fonttype": "none", "svg.hashsalt": words, "font.size": FONT, "font.family": "sans-serif"}
-    with matplotlib.rc_context(ink | style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axis = figure.subplots()
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-        draw(axis)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg[svg.index("<svg") :], count=1)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace(INK, "currentColor")
-    return f'<figure role=img aria-label="{escape(words)}" style="max-width:{96 * width:.0f}px">{svg}</figure>'
-
-
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; color: #1b1b1b;
-  background: #fff; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.answer { font-size: 1.15rem; border-left: .3rem solid #1f77b4; padding-left: 1rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #8884; } th { vertical-align: bottom; }
-td { white-space: nowrap; } td.t { white-space: normal; } .t { text-align: left; }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: .5rem 0; flex: 1 1 16rem; }
-svg { width: 100%; height: auto; } pre { overflow-x: auto; font-size: .8rem; }
-@media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #161616; } }
-"""
-
-_PAGE = """<!doctype html>
-<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style></head>
-<body><h1>{title}</h1>
-{body}
-</body></html>
-"""
+    rows = [[name, value] for name, value in facts.items() if value]
+    commands = "\n".join(dict.fromkeys(one["command"] for one in made))
+    shown = f"<pre>{escape(json.dumps(options, indent=1, ensure_ascii=False))}</pre>"
+    return (
+        table(["what", "of the runs"], rows, text=(0, 1))
+        + (f"<p>Made by</p><pre class=wrap>{escape(commands)}</pre>" if commands else "")
+        + folded("options.json", shown)
+    )

@@ -1,5 +1,6 @@
 """Pictures: one sentence's spikes, a training's loss, the accuracy of methods, and what fewer reads cost of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,16 @@ def draw_raster(trace: SpikeTrace, path: Path, sentence: int = 0, title: str = "
         axis.tick_params(labelsize=7)
         axis.yaxis.label.set_fontsize(7)
     words = trace.words[sentence, :length]
-    first = [t for t in range(length) if t == 0 or words[t] != words[t - 1]]  # a word of several tokens is named once
+    first = named_once(words)
     axis.set_xticks(first, words[first], rotation=60, ha="right", fontsize=8)
     figure.suptitle(title, fontsize=9)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=240)
+
+
+def named_once(words: Sequence[str]) -> list[int]:
+    """The tokens that a time axis names: of a word of several tokens the first."""
+    return [t for t in range(len(words)) if t == 0 or words[t] != words[t - 1]]
 
 
 def draw_accuracy(results: dict, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a comparison of fine-tuning methods leaves behind: results.json, results.md and pictures.
+"""What a comparison of fine-tuning methods leaves behind: results.json, results.md, results.csv and pictures.
 
 results.json, schema "spikegpt_lora/finetune/3" (2 had of comparisons difference, low, high, per_seed and is_noise):
     schema, task, model, complete   complete is false while runs are missing, or methods have different seeds
@@ -25,6 +25,8 @@ results.json, schema "spikegpt_lora/finetune/3" (2 had of comparisons difference
         since 0.3.0 loss_by_epoch (of training, its steps' mean), validation_loss_by_epoch, train_accuracy (in the end,
         on the first 1,000 training sentences), weight_reads, and
         intermediate: null or {sentences, seconds, accuracy: on validation, without one label of the task}
+        made: {command, processor (its name), threads (of torch), python, system, commit (of the package, null where
+        nothing says it)}: each run has its own, as a comparison may go on elsewhere
     summary                         one a method: title, seeds; mean and spread (sample deviation) of what runs hold
     comparisons                     [{a, b, found, words, p_corrected (`paired.holm`), and what a `PairedDifference`
                                     holds, low and high too}]

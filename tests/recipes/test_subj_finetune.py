@@ -1,9 +1,12 @@
 """recipes/subj_finetune.py as a user runs it: the whole comparison in small, interruption, and every wrong input."""
 
+import csv
 import json
 import os
+import re
 import shutil
 import sys
+from html import escape
 
 import numpy as np
 import pytest
@@ -113,6 +116,30 @@ def test_results_follow_the_documented_schema(finished):
     assert row["lora"]["test_accuracy"] == pytest.approx(np.mean(accuracy))
     assert row["lora"]["test_accuracy_spread"] == pytest.approx(np.std(accuracy, ddof=1))
     assert row["lora"]["sparsity"] is None and 0 < row["spikelora"]["sparsity"] < 1
+
+
+def test_the_spreadsheet_and_the_page_hold_the_same_runs_and_what_made_them(finished):
+    out, runs = finished[0], results_in(finished[0])["runs"]
+    with (out / "results.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["test_accuracy"]) for row in rows] == [run["test_accuracy"] for run in runs]
+    assert [row["made.processor"] for row in rows] == [run["made"]["processor"] for run in runs]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for text in (escape(runs[0]["made"]["command"]), "What is confused", "A sentence&#x27;s spikes", "Firing by depth"):
+        assert text in page
+    assert len(page) < 3e6
+
+
+def test_a_saved_model_reads_a_sentence_of_ones_own_for_the_page(finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    command = [sys.executable, "-m", "spikegpt_lora.report", out]
+    done = running.finished([*command, "--trace-text", "a <quiet> film ."], running.environment())
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("Spikes over tokens") == 3 and re.search(r"Your sentence: (sub|ob)jective \(0\.\d\d\)", page)
+    shutil.rmtree(out / "spikelora")
+    done = running.finished([*command, "--trace-text", " "], running.environment())
+    assert done.returncode == 2 and "holds neither a model" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_methods_of_a_seed_start_from_the_same_model(finished):

@@ -5,11 +5,14 @@ import re
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from running import environment, finished
 
+from spikegpt_lora import SpikeTrace
 from spikegpt_lora.report.page import page, verdict
-from spikegpt_lora.report.results import compare, summarize
+from spikegpt_lora.report.predictions import write_predictions
+from spikegpt_lora.report.results import compare, folder_of, summarize
 
 VOID = {"meta", "br"}
 
@@ -120,11 +123,82 @@ def test_an_older_results_json_is_read_too():
     assert "Paired differences" not in read(page(published)).text
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Predictions of one sentence that all get wrong and one that none does, and traces, of every run."""
+    shares = [[0.875, 0.125], [0.75, 0.25]]
+    for run in results()["runs"]:
+        (tmp_path / folder_of(run)).mkdir(parents=True)
+        file = tmp_path / folder_of(run) / "predictions.tsv"
+        write_predictions(file, ["*<script>*", "plain"], [1, 0], shares, ["objective", "subjective"])
+    words, spikes = np.array([["a", "<film>"]] * 2), np.array([[[1, 0], [1, 0]], [[0, 0], [1, 0]]], dtype=np.int8)
+    names = ["emb", "blocks.0.lif1", "blocks.0.att.key.lora_gate.default"]
+    (tmp_path / "traces").mkdir()
+    trace = SpikeTrace(dict.fromkeys(names, spikes), {}, np.array([2, 2]), words, words, np.array([0, 1]))
+    trace.save(tmp_path / "traces" / "spikelora-seed1.npz")
+    return tmp_path
+
+
+def test_what_is_confused_is_counted_over_seeds_and_its_sentences_are_text_not_html(folder):
+    html = page(results(), folder)
+    found = read(html).text
+    at = found.index("What is confused")
+    assert [text for text in found[at : at + 14] if text][3:11] == [
+        "class", "taken for objective", "taken for subjective", "objective", "3", "0", "subjective", "3"
+    ]  # fmt: skip
+    assert "The 1 sentences that full fine-tuning is most confidently wrong about" in " ".join(found)
+    row = found[found.index("*<script>*") :]
+    assert row[:6] == ["*<script>*", "subjective", "objective", "0.875", "3 of 3", "6 of 6"]
+    assert "<script" not in html
+
+
+def test_a_raster_names_tokens_gates_and_the_dead_in_a_picture_of_the_page(folder):
+    html = page(results(), folder)
+    found = read(html)
+    assert {"Test sentence 1, objective", "Test sentence 2, subjective"} <= set(found.text)
+    assert "block 0 att.key gate, 1 dead" not in found.text  # it stands after lif1, in the same block
+    assert {"emb, 1 dead", "block 0 lif1, 1 dead", "att.key gate, 1 dead", "<film>"} <= set(found.text)
+    pictures = [address for address in found.addresses if address.startswith("data:image/png")]
+    assert len(pictures) == 2 * 3 + 1 and len(html) < 3e6  # and the gates' map
+    assert not re.search(r"url\((?!#)", html) and all(
+        one.startswith(("#", "data:image/png")) for one in found.addresses
+    )
+    assert "SpikeLoRA, seed 1." in " ".join(found.text)
+
+
+def test_firing_by_depth_is_a_chart_a_kind_of_neuron(folder):
+    found = read(page(results(), folder)).text
+    at = found.index("Firing by depth")
+    assert {"after SRWKV", "adapters' gates"} <= set(found[at:]) and "after SRFFN" not in found
+
+
+def test_a_folder_without_predictions_and_traces_lacks_their_sections(tmp_path):
+    assert page(results(), tmp_path) == page(results())
+    assert not {"What is confused", "A sentence's spikes", "Firing by depth"} & set(read(page(results())).text)
+
+
+def test_the_settings_say_where_by_what_and_of_what_the_runs_were_made():
+    made = {"processor": "Some <CPU>", "threads": 2, "system": "Linux", "python": "3.11", "commit": "abc"}
+    made |= {"command": "python a.py --model '<mine>'"}
+    runs = results()["runs"]
+    runs = [runs[0] | {"made": made}, runs[1] | {"made": made | {"threads": 4, "commit": None}}, *runs[2:]]
+    found = read(page(results(runs=runs, options={"text_sha256": "0123"}))).text
+    facts = dict(zip(found[found.index("processor") :: 2], found[found.index("processor") + 1 :: 2]))
+    assert facts["processor"] == "Some <CPU>" and facts["threads"] == "2; 4" and facts["commit"] == "abc"
+    assert facts["sha256 of the sentences"] == "0123" and "python a.py --model '<mine>'" in found
+
+
 def test_the_command_writes_it_beside_the_results(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results()), encoding="utf-8")
     done = command(tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page(results())
+    assert len((tmp_path / "results.csv").read_text(encoding="utf-8").splitlines()) == 1 + len(results()["runs"])
+
+
+def test_a_sentence_of_ones_own_needs_traces_and_says_so(tmp_path):
+    with pytest.raises(ValueError, match="must hold the traces of a run for --trace-text"):
+        page(results(), tmp_path, "a film")
 
 
 @pytest.mark.parametrize("text, message", [(None, "must hold the results.json"), ("{}", "results.json")])
