@@ -19,6 +19,8 @@ All methods start from the SpikeGPT that comes with the package, or from --model
     traces/spikelora-seed0.npz, .png           spikes of the first test sentences (spikegpt_lora/observe/traces.py)
     teacher/answers.npz                        with --teacher: what it answers to the training sentences
 
+python -m spikegpt_lora.report FOLDER makes the page again; --trace-text TEXT adds the spikes of a sentence of yours.
+
 Ctrl-C and SIGTERM save the step that is being trained (a second one stops at once) and leave what is finished
 readable; the same command goes on from there, to the same numbers. One run works in a folder at a time. Adding methods
 or seeds to a finished comparison runs only what is new. --tune N runs N trials a method instead, on the first seed and

@@ -38,7 +38,7 @@ def differences(results: dict) -> str:
 def costs(results: dict) -> str:
     """Test accuracy against what it costs, a dot a run."""
     runs, colors = results["runs"], _colors(results)
-    costs: dict[str, Callable[[dict], float | None]] = {
+    kinds: dict[str, Callable[[dict], float | None]] = {
         "minutes of training": lambda run: run["seconds"] / 60,
         "trained parameters": lambda run: run["trainable_parameters"],
         "silent gates, %": lambda run: (
@@ -46,7 +46,7 @@ def costs(results: dict) -> str:
         ),
     }
     drawn = []
-    for label, cost in costs.items():
+    for label, cost in kinds.items():
         points = [(title_of(run), cost(run), 100 * run["test_accuracy"]) for run in runs]
         points = [point for point in points if point[1] is not None]
         if points:

@@ -226,7 +226,7 @@ def _rasters(results: dict, folder: Path, text: str | None) -> str:
         return ""
     drawn = [_raster(trace, one, trace, _named(results, trace, one)) for one in shown_sentences(trace)]
     if text is not None:
-        own, answer = record_text(folder, run, text, results["options"].get("max_length", 128))
+        own, answer = record_text(folder, run, text, results.get("options", {}).get("max_length", 128))
         drawn.insert(0, _raster(own, 0, trace, f"Your sentence: {answer}"))
     words = f"{title_of(run)}, seed {run['seed']}. {_BANDS.format(sentences=len(trace.lengths))}"
     return f"<p>{escape(words)}</p>{side_by_side(drawn)}"

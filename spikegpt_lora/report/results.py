@@ -24,7 +24,7 @@ results.json, schema "spikegpt_lora/finetune/3" (2 had of comparisons difference
         accuracy_without: with adapters turned off};
         since 0.3.0 loss_by_epoch (of training, its steps' mean), validation_loss_by_epoch, train_accuracy (in the end,
         on the first 1,000 training sentences), weight_reads, and
-        intermediate: null or {sentences, seconds, accuracy: on validation, without one label of the task}
+        intermediate: null or {sentences, seconds, accuracy: on validation, without one label of the task},
         made: {command, processor (its name), threads (of torch), python, system, commit (of the package, null where
         nothing says it)}: each run has its own, as a comparison may go on elsewhere
     summary                         one a method: title, seeds; mean and spread (sample deviation) of what runs hold

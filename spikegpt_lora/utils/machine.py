@@ -17,7 +17,7 @@ def made_by(device: torch.device) -> dict[str, str | int | None]:
     """What a record keeps of the process that made it and of `device`; see report/results.py."""
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "processor": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": platform.system(),
