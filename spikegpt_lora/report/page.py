@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from ..observe.traces import SpikeTrace
-from ..tasks.registry import TASKS
 from ..utils.errors import read_json
 from ..utils.files import write_text
 from . import charts
@@ -224,7 +223,7 @@ def _rasters(results: dict, folder: Path, text: str | None) -> str:
         if text is not None:
             raise ValueError(f"{folder} must hold the traces of a run for --trace-text, it has none: run it again")
         return ""
-    drawn = [_raster(trace, one, trace, _named(results, trace, one)) for one in shown_sentences(trace)]
+    drawn = [_raster(trace, one, trace, _named(folder, run, trace, one)) for one in shown_sentences(trace)]
     if text is not None:
         own, answer = record_text(folder, run, text, results.get("options", {}).get("max_length", 128))
         drawn.insert(0, _raster(own, 0, trace, f"Your sentence: {answer}"))
@@ -248,10 +247,11 @@ def _raster(trace: SpikeTrace, sentence: int, others: SpikeTrace, heading: str) 
     return f'<div class=wide style="flex-basis:{84 * width:.0f}px"><h3>{escape(heading)}</h3>{scrolled}</div>'
 
 
-def _named(results: dict, trace: SpikeTrace, sentence: int) -> str:
-    label = int(trace.labels[sentence])
-    known = TASKS[results["task"]].labels if results["task"] in TASKS else {label: str(label)}
-    return f"Test sentence {sentence + 1}, {known[label]}"
+def _named(folder: Path, run: dict, trace: SpikeTrace, sentence: int) -> str:
+    """A recorded test sentence with its class, by name where the run left predictions."""
+    file = folder / folder_of(run) / "predictions.tsv"
+    known = read_predictions(file)[sentence].label if file.is_file() else f"class {trace.labels[sentence]}"
+    return f"Test sentence {sentence + 1}, {known}"
 
 
 def _firing(results: dict, folder: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..utils.files import write_text
 from .results import title_of
 
-OF_RUN = ("test_accuracy", "validation_accuracy", "train_accuracy", "best_epoch", "trainable_parameters")
+OF_RUN = ("test_accuracy", "test_mcc", "validation_accuracy", "train_accuracy", "best_epoch", "trainable_parameters")
 OF_RUN += ("total_parameters", "seconds", "weight_reads")
 OF_ADAPTERS = ("sparsity", "dead_ranks", "contribution", "accuracy_without")
 PARTS = {"intermediate": ("accuracy", "seconds"), "made": ("processor", "threads", "commit")}

@@ -134,7 +134,7 @@ def folder(tmp_path):
     words, spikes = np.array([["a", "<film>"]] * 2), np.array([[[1, 0], [1, 0]], [[0, 0], [1, 0]]], dtype=np.int8)
     names = ["emb", "blocks.0.lif1", "blocks.0.att.key.lora_gate.default"]
     (tmp_path / "traces").mkdir()
-    trace = SpikeTrace(dict.fromkeys(names, spikes), {}, np.array([2, 2]), words, words, np.array([0, 1]))
+    trace = SpikeTrace(dict.fromkeys(names, spikes), {}, np.array([2, 2]), words, words, np.array([1, 0]))
     trace.save(tmp_path / "traces" / "spikelora-seed1.npz")
     return tmp_path
 
@@ -155,7 +155,7 @@ def test_what_is_confused_is_counted_over_seeds_and_its_sentences_are_text_not_h
 def test_a_raster_names_tokens_gates_and_the_dead_in_a_picture_of_the_page(folder):
     html = page(results(), folder)
     found = read(html)
-    assert {"Test sentence 1, objective", "Test sentence 2, subjective"} <= set(found.text)
+    assert {"Test sentence 1, subjective", "Test sentence 2, objective"} <= set(found.text)
     assert "block 0 att.key gate, 1 dead" not in found.text  # it stands after lif1, in the same block
     assert {"emb, 1 dead", "block 0 lif1, 1 dead", "att.key gate, 1 dead", "<film>"} <= set(found.text)
     pictures = [address for address in found.addresses if address.startswith("data:image/png")]
