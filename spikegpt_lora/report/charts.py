@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .markup import FONT, INK, picture, side_by_side
-from .results import title_of, titles
+from .results import seconds_of, title_of, titles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def costs(results: dict) -> str:
     """Test accuracy against what it costs, a dot a run."""
     runs, colors = results["runs"], _colors(results)
     kinds: dict[str, Callable[[dict], float | None]] = {
-        "minutes of training": lambda run: run["seconds"] / 60,
+        "minutes of training": lambda run: seconds_of(run) / 60,
         "trained parameters": lambda run: run["trainable_parameters"],
         "silent gates, %": lambda run: (
             100 * run["adapters"]["sparsity"] if run["adapters"] and run["adapters"]["sparsity"] is not None else None

@@ -27,7 +27,8 @@ results.json, schema "spikegpt_lora/finetune/3" (2 had of comparisons difference
         intermediate: null or {sentences, seconds, accuracy: on validation, without one label of the task},
         made: {command, processor (its name), threads (of torch), python, system, commit (of the package, null where
         nothing says it)}: each run has its own, as a comparison may go on elsewhere
-    summary                         one a method: title, seeds; mean and spread (sample deviation) of what runs hold
+    summary                         one a method: title, seeds; mean and spread (sample deviation) of what runs hold;
+                                    its seconds are those of the intermediate task too
     comparisons                     [{a, b, found, words, p_corrected (`paired.holm`), and what a `PairedDifference`
                                     holds, low and high too}]
 Accuracies, sparsity and dead_ranks are fractions of 1; seconds are wall-clock.
@@ -66,6 +67,11 @@ def folder_of(run: dict) -> str:
     return f"{run['method']}{rank}/seed{run['seed']}"
 
 
+def seconds_of(run: dict) -> float:
+    """Of all that a run trained, the intermediate task included."""
+    return run["seconds"] + (run.get("intermediate") or {"seconds": 0})["seconds"]
+
+
 def read_runs(out: Path, keys: Sequence[str] = RUN_KEYS) -> list[dict]:
     """The records of the finished runs in a comparison's folder; `keys`: what each must hold.
 
@@ -102,7 +108,8 @@ def summarize(runs: list[dict]) -> list[dict]:
         of_method = [run for run in runs if run["method"] == method]
         row = {"method": method, "title": title, "seeds": sorted(run["seed"] for run in of_method)}
         row["trainable_parameters"] = of_method[0]["trainable_parameters"]
-        for key in ("validation_accuracy", "test_accuracy", "test_mcc", "seconds"):
+        row["seconds"], row["seconds_spread"] = _mean_and_spread([seconds_of(run) for run in of_method])
+        for key in ("validation_accuracy", "test_accuracy", "test_mcc"):
             row[key], row[f"{key}_spread"] = _mean_and_spread([run.get(key) for run in of_method])
         for key in ("sparsity", "dead_ranks", "contribution", "accuracy_without"):
             values = [run["adapters"][key] for run in of_method if run["adapters"]]

@@ -74,6 +74,11 @@ def test_a_method_of_ones_own_stands_last_under_its_title():
     assert "| mine | 1,234 | 100.00 |" in table and "| SpikeLoRA − mine | -25.00 |" in table
 
 
+def test_seconds_are_those_of_the_intermediate_task_too():
+    taught = run("full", 0, "11") | {"intermediate": {"sentences": 9, "seconds": 30.0, "accuracy": None}}
+    assert summarize([taught])[0]["seconds"] == 40.0
+
+
 def test_one_seed_has_no_spread():
     (row,) = summarize(RUNS[:1])
     assert row["test_accuracy_spread"] is None
