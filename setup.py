@@ -17,6 +17,7 @@ setup(
         "spikegpt_lora.cuda": "cuda"
     },  # the kernels' sources travel with the package: they are built on first use
     package_data={"spikegpt_lora": ["py.typed", "assets/*", "assets/spikegpt-film/*"], "spikegpt_lora.cuda": ["*"]},
+    entry_points={"console_scripts": ["spikegpt_lora = spikegpt_lora.__main__:main"]},
     python_requires=">=3.11",
     # Lower bounds are what .ci/run runs as the oldest versions. Upper ones stand where the package rests on private
     # seams (tests/test_seams.py names them): the newest minor version that was run.

@@ -10,9 +10,17 @@ import pytest
 import torch
 from helpers import DESIGNS, SIZES, lively, need_extension
 from matplotlib.figure import Figure
+from peft import get_peft_model
 
-from spikegpt_lora import SpikeGPTConfig, SpikeGPTForCausalLM, SpikeGPTForSequenceClassification
+from spikegpt_lora import (
+    SpikeGPTConfig,
+    SpikeGPTForCausalLM,
+    SpikeGPTForSequenceClassification,
+    SpikeLoraConfig,
+    load_task,
+)
 from spikegpt_lora.ops.backend import default_backend
+from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.utils import precision
 
 # A script's background job ignores Ctrl-C, and so does all that it starts: tests that press it would wait forever.
@@ -73,3 +81,18 @@ def classifier(design):
 @pytest.fixture
 def ids():
     return torch.randint(1, SIZES["vocab_size"], (4, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """The folder of a fine-tuning run: base/ and spikelora/."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = train_tokenizer(load_task("subj-mini")["train"]["text"], 300)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2}
+    config = SpikeGPTConfig(**sizes, pooling="last_mean", pad_token_id=tokenizer.pad_token_id, num_labels=2)
+    SpikeGPTForSequenceClassification(config).save_pretrained(folder / "base")
+    model = SpikeGPTForSequenceClassification.from_pretrained(folder / "base")
+    get_peft_model(model, SpikeLoraConfig(task_type="SEQ_CLS", r=4)).save_pretrained(folder / "spikelora")
+    for part in ("base", "spikelora"):
+        tokenizer.save_pretrained(folder / part)
+    return folder

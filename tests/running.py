@@ -1,4 +1,4 @@
-"""Recipes as a user runs them: in a process of their own, or, which takes far less time, in this one."""
+"""Recipes and commands as a user runs them: in a process of their own, or, which takes far less time, in this one."""
 
 import contextlib
 import fcntl
@@ -13,11 +13,12 @@ import termios
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 
+from spikegpt_lora import __main__ as package
 from spikegpt_lora.utils import command_line
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -78,19 +79,34 @@ def in_a_terminal(name, *arguments):
 
 def here(name, *arguments):
     """What `in_a_process` gives, without starting one."""
+
+    def recipe():
+        loaded = module(name)
+        return command_line.run(loaded.main, getattr(loaded, "STOPPED", "stopped"))
+
+    return _here(recipe, [RECIPES / name, *arguments])
+
+
+def command(*arguments, piped=None):
+    """What `spikegpt_lora ARGUMENTS` gives, without starting a process; `piped`: bytes for its stdin."""
+    stdin = TextIOWrapper(BytesIO(piped)) if piped is not None else None
+    return _here(package.main, ["spikegpt_lora", *arguments], stdin)
+
+
+def _here(main, command, stdin=None):
     with (
         pytest.MonkeyPatch.context() as patch,
         redirect_stdout(StringIO()) as stdout,
         redirect_stderr(StringIO()) as err,
     ):
-        patch.setattr(sys, "argv", [str(RECIPES / name), *map(str, arguments)])
+        patch.setattr(sys, "argv", list(map(str, command)))
+        patch.setattr(sys, "stdin", stdin)
         patch.delenv("SPIKEGPT_LORA_DATA", raising=False)
         try:
-            recipe = module(name)
-            code = command_line.run(recipe.main, getattr(recipe, "STOPPED", "stopped"))
+            code = main()
         except SystemExit as leave:  # argparse
             code = leave.code
-    return subprocess.CompletedProcess(sys.argv, code, stdout.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(command, code, stdout.getvalue(), err.getvalue())
 
 
 @cache

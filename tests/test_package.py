@@ -23,6 +23,8 @@ ROWS = [
     ["report"],
     ["finetune", "export"],
     [""],
+    ["commands"],
+    ["__main__"],
     ["recipes"],
 ]
 ORDER = [room for row in ROWS for room in row]

@@ -20,13 +20,13 @@ from .interpreter import reread
 from .results import require_outside, summary, write_results
 
 
-def main() -> int:
-    args = parse_arguments()
+def main(arguments: list[str] | None = None, prog: str = "python -m spikegpt_lora.export") -> int:
+    args = parse_arguments(arguments, prog)
     return run(lambda: args.do(args), stopped="stopped; the bundle is as it was")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m spikegpt_lora.export", description="Neuromorphic bundles.")
+def parse_arguments(arguments: list[str] | None, prog: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description="Neuromorphic bundles.")
     commands = parser.add_subparsers(required=True)
     checking = commands.add_parser(
         "check",
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     event_driven.set_defaults(do=run_event_driven)
     for command in (checking, event_driven):
         command.add_argument("bundle", type=Path, help="folder that export_bundle wrote")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def check(args: argparse.Namespace) -> int:

@@ -9,13 +9,13 @@ from .page import read_results, write_page
 from .spreadsheet import write_spreadsheet
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m spikegpt_lora.report", description=__doc__.partition(": ")[2])
+def main(arguments: list[str] | None = None, prog: str = "python -m spikegpt_lora.report") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition(": ")[2])
     parser.add_argument("folder", type=Path, help="what subj_finetune.py left in its --output-dir")
     parser.add_argument(
         "--trace-text", type=utf8, metavar="TEXT", help="a sentence of your own, for a raster: a saved model reads it"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     return run(lambda: _write(args.folder, args.trace_text))
 
 

@@ -133,11 +133,15 @@ def folds(count: int, with_test: bool) -> Protocol:
 
 def lines_of(path: Path, encoding: str) -> Iterator[tuple[str, str]]:
     """Pairs (file and line number, text); only the byte \\n ends a line."""
-    raw = path.read_bytes()
+    return lines_in(path.read_bytes(), str(path), encoding)
+
+
+def lines_in(raw: bytes, name: str, encoding: str) -> Iterator[tuple[str, str]]:
+    """The same of bytes, which messages call `name`."""
     if not raw:
-        raise ValueError(f"{path} must hold one sentence a line, found an empty file")
+        raise ValueError(f"{name} must hold one sentence a line, found an empty file")
     for number, line in enumerate(raw.removesuffix(b"\n").split(b"\n"), 1):
-        where = f"{path} line {number}"
+        where = f"{name} line {number}"
         try:
             yield where, line.decode(encoding)
         except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Shared parts of the recipes' command lines."""
+"""Shared parts of the command lines of package and recipes."""
 
 import argparse
 import logging
@@ -35,10 +35,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-def parser(text: str) -> argparse.ArgumentParser:
-    """A parser described by a recipe's docstring: the first paragraph before the options, the rest after them."""
+def parser(text: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser described by a program's docstring: the first paragraph before the options, the rest after them.
+
+    Args:
+        prog: what the program is called; None: as its file is.
+    """
     description, _, details = text.partition("\n\n")
-    return argparse.ArgumentParser(description=description, epilog=details, formatter_class=HelpFormatter)
+    return argparse.ArgumentParser(prog, description=description, epilog=details, formatter_class=HelpFormatter)
 
 
 class _Asked(argparse.Action):

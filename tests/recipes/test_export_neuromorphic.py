@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import running
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import spikegpt_lora.export
 from spikegpt_lora import SpikeGPTConfig, SpikeGPTForSequenceClassification, load_task
+from spikegpt_lora.commands import export
 from spikegpt_lora.export import Bundle, check_bundle
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.utils.files import locked
@@ -35,12 +37,12 @@ def test_one_command_leaves_a_right_bundle_pictures_and_a_summary(finetuned, tmp
     assert json.loads((tmp_path / "accuracy.json").read_text())["same"] > 90
 
 
-def test_the_recipe_uses_what_the_export_says_is_public():
-    tree = ast.parse((running.RECIPES / NAME).read_text(encoding="utf-8"))
+def test_the_command_uses_what_the_export_says_is_public():
+    tree = ast.parse(Path(export.__file__).read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    used = {alias.name for node in imports if node.module == "spikegpt_lora.export" for alias in node.names}
+    used = {alias.name for node in imports if node.module == "export" for alias in node.names}
     assert used and used <= set(spikegpt_lora.export.__all__)
-    assert not [node.module for node in imports if node.module.startswith("spikegpt_lora.export.")]
+    assert [node.module for node in imports if node.module.startswith("export.")] == ["export.__main__"]  # a program
 
 
 def test_a_whole_model_and_a_text_file_are_read_too(finetuned, tmp_path):
@@ -66,7 +68,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(finetuned, tmp_path):
     assert done.returncode == 2 and "give another --output-dir" in done.stderr
     (tmp_path / "lines.txt").write_bytes(b"a caf\xe9 .\n")
     done = running.here(NAME, finetuned / "base", "--text", tmp_path / "lines.txt", "--output-dir", tmp_path / "new")
-    assert done.returncode == 2 and "lines.txt must be UTF-8 text" in done.stderr
+    assert done.returncode == 2 and "lines.txt line 1 must be UTF-8 text" in done.stderr
     done = running.here(NAME, finetuned / "base", "--text", tmp_path / "none.txt", "--accuracy")
     assert done.returncode == 2 and "--accuracy needs labels" in done.stderr
 

@@ -1,0 +1,1 @@
+"""What the command line `spikegpt_lora` does, a module a command; none is imported before it is called."""
