@@ -12,11 +12,14 @@ setup(
     long_description_content_type="text/markdown",
     license="BSD-2-Clause",
     license_files=["LICENSE"],
-    packages=[*find_packages(include=["spikegpt_lora*"]), "spikegpt_lora.cuda"],
-    package_dir={
-        "spikegpt_lora.cuda": "cuda"
-    },  # the kernels' sources travel with the package: they are built on first use
-    package_data={"spikegpt_lora": ["py.typed", "assets/*", "assets/spikegpt-film/*"], "spikegpt_lora.cuda": ["*"]},
+    packages=[*find_packages(include=["spikegpt_lora*"]), "spikegpt_lora.cuda", "spikegpt_lora.recipes"],
+    # The kernels' sources, which are built on first use, and the recipes travel with the package.
+    package_dir={"spikegpt_lora.cuda": "cuda", "spikegpt_lora.recipes": "recipes"},
+    package_data={
+        "spikegpt_lora": ["py.typed", "assets/*", "assets/spikegpt-film/*"],
+        "spikegpt_lora.cuda": ["*"],
+        "spikegpt_lora.recipes": ["*.cpp"],
+    },
     entry_points={"console_scripts": ["spikegpt_lora = spikegpt_lora.__main__:main"]},
     python_requires=">=3.11",
     # Lower bounds are what .ci/run runs as the oldest versions. Upper ones stand where the package rests on private

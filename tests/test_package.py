@@ -30,6 +30,9 @@ ROWS = [
 ORDER = [room for row in ROWS for room in row]
 
 
+RECIPES = PACKAGE.parent / "recipes"
+
+
 def modules():
     for file in PACKAGE.rglob("*.py"):
         if file.relative_to(PACKAGE).parts[0] == "assets":  # a saved model's own code
@@ -70,6 +73,13 @@ def test_every_folder_has_a_row_and_imports_only_from_those_before_it():
     found = dict(modules())
     assert {room_of(name) for name in found} <= set(ORDER)
     assert not [line for name, file in found.items() for line in violations(name, file)]
+
+
+def test_no_recipe_imports_another():
+    files = list(RECIPES.glob("*.py"))
+    places = {"recipes", "spikegpt_lora.recipes"}
+    recipes = places | {file.stem for file in files} | {f"{place}.{file.stem}" for place in places for file in files}
+    assert len(files) > 5 and not [file for file in files if recipes & set(imported("recipes.x", file))]
 
 
 @pytest.mark.parametrize(
