@@ -9,14 +9,19 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
+from time import perf_counter
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..report.markdown import markdown, trials_table
@@ -253,11 +258,13 @@ def run_missing(out: Path, runs: list[dict], train: Callable[[dict, str], None],
     if devices.is_main_process:
         for finished in out.glob("*/seed*/run.json"):  # whose process may have been killed just after it
             shutil.rmtree(finished.with_name("training"), ignore_errors=True)
-    for run in missing:
+    took: dict[str, list[float]] = defaultdict(list)  # seconds of this call's runs, by method
+    for number, run in enumerate(missing):
         if devices.is_main_process:
             write(False)
+        started = perf_counter()
         named = " ".join(f"{key} {value}" for key, value in run.items()).removeprefix("method ")
-        train(run, f"{runs.index(run) + 1}/{len(runs)} {named}")
+        train(run, f"{runs.index(run) + 1}/{len(runs)} {named}{_to_go(took, missing[number:])}")
         devices.wait_for_everyone()
     if devices.is_main_process:
         write(True)
@@ -295,10 +302,19 @@ def run_trials(comparison: Comparison, number: int, base: Callable[[], nn.Module
     return table
 
 
+        took[run["method"]].append(perf_counter() - started)
 def _judged(comparison: Comparison) -> dict[str, DatasetDict]:
     """What a trial trains on and is judged by, by name; never a test sentence."""
     if (count := comparison.plan.folds) is None:
         return {"": DatasetDict({split: comparison.tokens[split] for split in ("train", "validation")})}
+def _to_go(took: dict[str, list[float]], runs: list[dict]) -> str:
+    """How long `runs` will take, by what earlier ones of the same method took, or of any; nothing before the first."""
+    if not (known := list(chain.from_iterable(took.values()))):
+        return ""
+    seconds = sum(fmean(took.get(run["method"]) or known) for run in runs)
+    return f" (all: {tqdm.format_interval(seconds)} to go)"
+
+
     split = folds(count, with_test=False).split
     return {f" fold {number}": split(comparison.tokens, number) for number in range(count)}
 

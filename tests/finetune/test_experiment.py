@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from spikegpt_lora.finetune import experiment
 from spikegpt_lora.finetune.experiment import aside, bf16_of, counted, run_missing, take_up
 from spikegpt_lora.report.results import folder_of
 from spikegpt_lora.utils.files import write_json
@@ -55,3 +56,22 @@ def test_only_what_is_missing_is_run_and_results_are_written_before_and_after(tm
     called = []
     run_missing(tmp_path, runs, lambda run, description: called.append((run["seed"], description)), called.append)
     assert called == [False, (1, "2/2 lora rank 8 seed 1"), True]
+
+
+def test_each_run_says_how_long_all_that_are_missing_will_take(tmp_path, monkeypatch):
+    runs = [{"method": method, "seed": seed} for seed in (0, 1) for method in ("full", "head")]
+    seconds, said = {"full": 600, "head": 60}, []
+    clock = [0.0]
+    monkeypatch.setattr(experiment, "perf_counter", lambda: clock[0])
+
+    def train(run, description):
+        said.append(description)
+        clock[0] += seconds[run["method"]]
+
+    run_missing(tmp_path, runs, train, lambda complete: None)
+    assert said == [
+        "1/4 full seed 0",
+        "2/4 head seed 0 (all: 30:00 to go)",  # nothing is known of head yet
+        "3/4 full seed 1 (all: 11:00 to go)",
+        "4/4 head seed 1 (all: 01:00 to go)",
+    ]

@@ -88,7 +88,7 @@ def test_progress_is_one_bar_a_run_with_the_remaining_time(tmp_path):
 def test_a_file_gets_a_line_when_a_run_begins_and_one_when_it_ends(finished):
     lines = finished[1].stderr.splitlines()
     assert len(lines) == 16 and lines[0] == "1/8 full seed 0: begins at step 0 of 8"
-    assert lines[15].startswith("8/8 head seed 1: 8 steps, val. accuracy 0.")
+    assert re.match(r"8/8 head seed 1 \(all: 00:\d\d to go\): 8 steps, val. accuracy 0\.", lines[15])
 
 
 def test_results_follow_the_documented_schema(finished):
