@@ -28,7 +28,9 @@ judged on the validation split (with --folds on folds of train and validation), 
 film trains each method on another task before Subj (is it of a critic or of a plot? Subj's labels are made of that); a
 file does so for any task. --teacher adds the answers of an encoder; results.md says so on top. --parity gives adapters
 the SpikeLoRA authors' settings: "library", as in their code (20 epochs, padding read as text, another 90/10 split for
-each seed, the last epoch tested), or "paper", as far as it says.
+each seed, the last epoch tested), or "paper", as far as it says. --config
+OUTPUT_DIR/options.json repeats a comparison that was run, with every setting that its results depend on, in a folder of
+its own (a task of your own is named again). --report-to tensorboard draws learning curves in OUTPUT_DIR/curves.
 """
 
 import argparse
@@ -47,6 +49,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from spikegpt_lora import (
     SpikeGPTConfig,
@@ -65,6 +68,8 @@ from spikegpt_lora.finetune.experiment import (
     begin,
     bf16_of,
     counted,
+    read_options,
+    require_same,
     run_missing,
     run_trials,
     sha256_of_labels,
@@ -90,7 +95,7 @@ from spikegpt_lora.tasks.splits import BY_SEED, ONE_SPLIT, folds
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.files import locked, whole_files, write_json, write_text
 from spikegpt_lora.utils.machine import made_by
-from spikegpt_lora.utils.precision import resolve
+from spikegpt_lora.utils.precision import name_of, resolve
 
 # What the command line may change, for all methods or for one.
 ADJUSTABLE = {
@@ -111,6 +116,8 @@ ADJUSTABLE = {
 CALIBRATION, ROW = 16384, 64  # tokens of training sentences that integer spikes are fitted on; tokens a row of them
 PROTOCOLS = ["holdout", "cv10", "authors"]
 COMPARED = ["full", "lora", "spikelora", "head"]
+CONFIGURED = ("task", "model", "tokenizer", "pooling", "parity", "max_length", "max_train_samples", "matrix_spikes")
+CONFIGURED += ("spike_levels", "folds", "intermediate", "teacher")  # options that results depend on, with ADJUSTABLE
 RANDOM_SIZES = {"n_layer": 2, "n_embd": 128, "vocab_size": 4096}
 STOPPED = "stopped. What is finished stands in results.md; the same command goes on from here."
 
@@ -125,6 +132,8 @@ def main() -> int:
     say(str(precision))
     source = source_of(args, task, data)
     plan = plan_of(args, task, data, source, out, precision.bf16)
+    if args.config:
+        require_same(plan, args.config, read_options(args.config))
     with locked(plan.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
         comparison = prepare(plan, data, source, baselines=not args.tune)
         use_extension("auto", PartialState().device)  # built now: no log line breaks a progress bar
@@ -140,6 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--label-column", metavar="NAME", help="of your own task, if it is not found")
     add("--data-dir", type=Path, help="folder with Subj, CoLA or RTE; else SPIKEGPT_LORA_DATA, else the hub")
     add("--output-dir", type=Path, help="results go here (default: runs/ and the task's name)")
+    add("--config", type=Path, metavar="FILE", help="the options.json of a comparison, which is repeated")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=COMPARED, help="which to compare")
     add("--seeds", nargs="+", type=command_line.seed, metavar="SEED", help="one run a method and seed (default: 0)")
     add_either = parser.add_mutually_exclusive_group().add_argument
@@ -152,6 +162,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--teacher", help="folder or package of an encoder, whose answers are learned from too; or its answers.npz")
     add("--trace-sentences", type=positive, default=32, help="test sentences whose spikes are recorded")
     add("--tune", type=positive, metavar="N", help="N trials a method instead, on the validation split")
+    add("--report-to", nargs="+", default=[], metavar="NAME", help="tensorboard, or another that transformers knows")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="embedded", help="embedded, random, a folder, an upstream .pth file, or a hub id")
     add("--tokenizer", help="folder or hub id, where the model does not bring its own")
@@ -175,6 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     command_line.add_precision(add)
     args = parser.parse_args()
     try:
+        args = configured(parser, args)
         settle_protocol(args)
         args.seeds = args.seeds or (list(range(args.folds)) if args.folds else [0])
         require_consistent(args)
@@ -182,6 +194,29 @@ def parse_arguments() -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def configured(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """`args` with all that the file of --config says; raises ValueError where the command line says some of it too."""
+    args.settings = None
+    if args.config is None:
+        return args
+    if not args.config.is_file():
+        raise ValueError(
+            f"--config must be the options.json of a comparison's folder, and there is no file {args.config}"
+        )
+    content = read_options(args.config)
+    known = [name for name in CONFIGURED if name != "task" or content["task"] in TASKS]  # one's own is named again
+    names = [*known, *RANDOM_SIZES, *ADJUSTABLE, "protocol", "precision"]
+    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]:
+        raise ValueError(f"--config says what results depend on: leave out {', '.join(given)}, or --config")
+    said = [*known, *(RANDOM_SIZES if content["model"] == "random" else ())]
+    options = {name: content.get(name) for name in said if name != "pooling" or content["parity"] != "library"}
+    options["precision"] = name_of(any(of_method.bf16 for of_method in content["settings"].values()))
+    options["protocol"] = "authors" if content.get("by_seed") else None
+    args.settings = content["settings"]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+    return parser.parse_args(flags, args)  # so that a wrong value is named as one of the command line is
 
 
 def usual(name: str) -> str:
@@ -202,7 +237,10 @@ def settle_protocol(args: argparse.Namespace) -> None:
 
 
 def require_consistent(args: argparse.Namespace) -> None:
-    """Raise ValueError for arguments that exclude each other."""
+    """Raise ValueError for arguments that exclude each other, and for a program of --report-to that is not here."""
+    if unknown := set(args.report_to) - set(known := get_available_reporting_integrations()):
+        names = ", ".join(known) or "none: pip install tensorboard"
+        raise ValueError(f"--report-to must name what is installed ({names}), got {', '.join(sorted(unknown))}")
     if args.tune and args.parity:
         raise ValueError("--tune searches for settings and --parity fixes them: give one of the two")
     by_seed = args.protocol == "authors"
@@ -214,8 +252,8 @@ def require_consistent(args: argparse.Namespace) -> None:
         raise ValueError("--tune judges on validation, which --protocol authors has not: leave one of them out")
     if args.intermediate_sentences and not args.intermediate:
         raise ValueError("--intermediate-sentences counts those of --intermediate: give it too")
-    if args.tune and (args.intermediate or args.teacher):
-        raise ValueError("--tune searches for settings without --intermediate and --teacher")
+    if args.tune and (args.intermediate or args.teacher or args.report_to):
+        raise ValueError("--tune searches for settings without --intermediate, --teacher and --report-to")
     if args.spike_levels and not args.matrix_spikes:
         raise ValueError("--spike-levels is for --matrix-spikes integer: a model that has integer spikes has its own")
     if args.spike_penalty and not reads_spikes(args):
@@ -231,6 +269,15 @@ def require_consistent(args: argparse.Namespace) -> None:
 
 def settings_of(args: argparse.Namespace, bf16: bool = False) -> dict[str, FinetuneOptions]:
     """Of every method; raises ValueError, before anything is trained, for what an adapter refuses."""
+    settings = args.settings or chosen_settings(args, bf16)
+    for name, method in METHODS.items():
+        if method.adapter is not None:
+            method.adapter(settings[name])
+    return settings
+
+
+def chosen_settings(args: argparse.Namespace, bf16: bool) -> dict[str, FinetuneOptions]:
+    """What the command line asks for."""
     kind = args.model if args.model in MODELS else "embedded" if is_small(args.model) else "other"
     changes = {name: getattr(args, name) or [] for name in ADJUSTABLE}
     if reads_spikes(args) and not changes["gate"]:
@@ -238,9 +285,6 @@ def settings_of(args: argparse.Namespace, bf16: bool = False) -> dict[str, Finet
     settings = resolve_options(kind, args.parity, bf16, changes, intermediate=args.intermediate is not None)
     if args.folds or args.protocol == "authors":  # there is no validation split to pick an epoch on
         settings = {name: replace(options, keep="last") for name, options in settings.items()}
-    for name, method in METHODS.items():
-        if method.adapter is not None:
-            method.adapter(settings[name])
     return settings
 
 
@@ -277,8 +321,7 @@ def plan_of(
     by_seed = args.protocol == "authors"
     protocol = folds(args.folds, with_test=True) if args.folds else BY_SEED if by_seed else ONE_SPLIT
     started = place_of(args.model)
-    same = ("model", "tokenizer", "parity", "max_train_samples", "methods", "trace_sentences")
-    same += ("matrix_spikes", "spike_levels", "folds", "intermediate", "teacher")
+    same = {*CONFIGURED, "methods", "trace_sentences", "report_to"} - {"task", "pooling", "max_length"}
     return Plan(
         task=task,
         pooling=args.pooling or ("last" if args.parity == "library" else "last_mean"),
@@ -410,7 +453,10 @@ def train(comparison: Comparison, run: dict, description: str) -> None:
         place, named = folder / "training" / "first", f"{description}, {comparison.source.name}"
         judged, first = tokens.get("validation"), options_of_source(options)
         before = train_first(model, method, comparison.first, judged, tokenizer, place, seed, first, named)
-    model, record = finetune(model, method, tokens, tokenizer, folder / "training", seed, options, description)
+    if plan.report_to:  # transformers' own place for curves is deleted with training/
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(plan.output_dir / "curves" / f"{method}-seed{seed}")
+    place = folder / "training"
+    model, record = finetune(model, method, tokens, tokenizer, place, seed, options, description, plan.report_to)
     if not PartialState().is_main_process:
         return
     record = {"task": plan.task, "intermediate": before, "made": made_by(PartialState().device), **record}

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..report.spreadsheet import write_spreadsheet
 from ..tasks.baselines import bag_of_words_baselines
 from ..tasks.registry import TASKS, labels_of
 from ..tasks.splits import ONE_SPLIT, Protocol, folds
-from ..utils.errors import read_json
+from ..utils.errors import DamagedFile, read_json
 from ..utils.files import write_json, write_text
 from ..utils.precision import name_of
 from .intermediate import Source
@@ -53,7 +53,11 @@ def aside(default=MISSING):
 def counted(plan) -> dict:
     """The fields of `plan`, a dataclass, that results depend on, as JSON holds them."""
     values = asdict(plan)
-    return {one.name: values[one.name] for one in fields(plan) if one.metadata.get("results", True)}
+    return {one.name: values[one.name] for one in _counted_fields(plan)}
+
+
+def _counted_fields(plan) -> list[Field]:
+    return [one for one in fields(plan) if one.metadata.get("results", True)]
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Plan:
     teacher: str | None = None
     by_seed: bool | None = None  # split as by parity "library", without its settings
     labels_sha256: str | None = None  # of a task of one's own
+    report_to: list[str] = aside(())  # what the Trainer reports to, by transformers' names: tensorboard, say
 
     @property
     def bf16(self) -> bool:
@@ -201,6 +206,33 @@ def bf16_of(out: Path) -> bool | None:
     return next((bool(value) for key, value in before.items() if key.split(".")[-1] == "bf16"), None)
 
 
+def read_options(file: Path) -> dict:
+    """What `take_up` wrote to an options.json, `settings` as FinetuneOptions; settings of later versions have their
+    defaults.
+
+    Raises:
+        OSError: no such file. ValueError: none of a comparison by subj_finetune.py, or values out of range.
+    """
+    content = read_json(file, keys=tuple(one.name for one in _counted_fields(Plan) if one.default is MISSING))
+    try:
+        settings = {name: FinetuneOptions(**values) for name, values in content["settings"].items()}
+    except (TypeError, AttributeError) as error:
+        raise DamagedFile(f"{file} must hold settings of each method as this version knows them ({error})") from error
+    if missing := set(METHODS) - set(settings):
+        raise DamagedFile(f"{file} must hold settings of every method, has none of {', '.join(sorted(missing))}")
+    return content | {"settings": settings}
+
+
+def require_same(plan: Plan, file: Path, wanted: dict) -> None:
+    """Raise ValueError where `plan` is not the one that wrote `file`, whose content is `wanted` (of `read_options`)."""
+    wanted = wanted | {"settings": {name: asdict(options) for name, options in wanted["settings"].items()}}
+    if changes := _changes(wanted, counted(plan)):
+        raise ValueError(
+            f"--config {file} is of other runs than these would be ({changes}): give the model and the text that they "
+            "had, and --intermediate-sentences if they had it"
+        )
+
+
 def _begun(out: Path) -> set[str]:
     """Names of the folders in `out` that hold runs or trials, and of base/."""
     return {file.parents[1].name for file in [*out.glob("*/seed*/*"), *out.glob("trials/*/seed*/*")]}
@@ -228,13 +260,17 @@ def _refuse_other_settings(out: Path, options: dict, begun: set[str], runs: list
     # An earlier version had fewer settings: those that it had not were what they are by default now.
     usual = {one.name: one.default for one in fields(FinetuneOptions) if one.default is not MISSING}
     before["settings"] = {name: usual | values for name, values in of_methods.items()}
-    old, new = _flat(before), _flat(options)
-    others = tuple(f"settings.{method}." for method in set(METHODS) - begun)
-    if differing := [key for key in new if old.get(key) != new[key] and not key.startswith(others)]:
-        changes = "; ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in differing)
+    if changes := _changes(before, options, tuple(f"settings.{method}." for method in set(METHODS) - begun)):
         raise ValueError(
             f"{out} holds results of other settings ({changes}): give another --output-dir, or delete this one"
         )
+
+
+def _changes(before: dict, options: dict, others: tuple[str, ...] = ()) -> str:
+    """What is different in `options`, in words; but for keys that begin with one of `others`."""
+    old, new = _flat(before), _flat(options)
+    differing = [key for key in new if old.get(key) != new[key] and not key.startswith(others)]
+    return "; ".join(f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in differing)
 
 
 def _flat(options: dict, prefix: str = "") -> dict:
@@ -266,8 +302,17 @@ def run_missing(out: Path, runs: list[dict], train: Callable[[dict, str], None],
         named = " ".join(f"{key} {value}" for key, value in run.items()).removeprefix("method ")
         train(run, f"{runs.index(run) + 1}/{len(runs)} {named}{_to_go(took, missing[number:])}")
         devices.wait_for_everyone()
+        took[run["method"]].append(perf_counter() - started)
     if devices.is_main_process:
         write(True)
+
+
+def _to_go(took: dict[str, list[float]], runs: list[dict]) -> str:
+    """How long `runs` will take, by what earlier ones of the same method took, or of any; nothing before the first."""
+    if not (known := list(chain.from_iterable(took.values()))):
+        return ""
+    seconds = sum(fmean(took.get(run["method"]) or known) for run in runs)
+    return f" (all: {tqdm.format_interval(seconds)} to go)"
 
 
 def run_trials(comparison: Comparison, number: int, base: Callable[[], nn.Module]) -> str:
@@ -302,19 +347,10 @@ def run_trials(comparison: Comparison, number: int, base: Callable[[], nn.Module
     return table
 
 
-        took[run["method"]].append(perf_counter() - started)
 def _judged(comparison: Comparison) -> dict[str, DatasetDict]:
     """What a trial trains on and is judged by, by name; never a test sentence."""
     if (count := comparison.plan.folds) is None:
         return {"": DatasetDict({split: comparison.tokens[split] for split in ("train", "validation")})}
-def _to_go(took: dict[str, list[float]], runs: list[dict]) -> str:
-    """How long `runs` will take, by what earlier ones of the same method took, or of any; nothing before the first."""
-    if not (known := list(chain.from_iterable(took.values()))):
-        return ""
-    seconds = sum(fmean(took.get(run["method"]) or known) for run in runs)
-    return f" (all: {tqdm.format_interval(seconds)} to go)"
-
-
     split = folds(count, with_test=False).split
     return {f" fold {number}": split(comparison.tokens, number) for number in range(count)}
 

@@ -6,6 +6,7 @@ Settings of the SpikeLoRA authors, for comparison with their figures, are option
 """
 
 import shutil
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -93,6 +94,7 @@ def finetune(
     seed: int,
     options: FinetuneOptions,
     description: str = "",
+    report_to: Sequence[str] = (),
 ) -> tuple[nn.Module, dict]:
     """Train `model` (from `adapt`) on data["train"], keep the epoch best on data["validation"], read data["test"] once.
 
@@ -101,6 +103,7 @@ def finetune(
             where `options.keep` is "last".
         directory: where checkpoints go; a run that was interrupted there goes on from its last whole one.
         description: the progress bar's text.
+        report_to: programs that draw learning curves, as transformers' TrainingArguments name them.
 
     A first Ctrl-C or SIGTERM while it trains is obeyed after the step, which is saved; a second one at once.
 
@@ -113,7 +116,7 @@ def finetune(
     """
     try:
         with writing(directory):
-            trainer = trained(model, method, data, tokenizer, directory, seed, options, description)
+            trainer = trained(model, method, data, tokenizer, directory, seed, options, description, report_to)
         require_trained(trainer.model)
         named = {"method": method, "title": METHODS[method].title, **METHODS[method].record}
         record = named | {"seed": seed, "settings": asdict(options), **_record(trainer)}
@@ -144,13 +147,14 @@ def trained(
     seed: int,
     options: FinetuneOptions,
     description: str = "",
+    report_to: Sequence[str] = (),
 ) -> Trainer:
     """The Trainer that has trained `model`; arguments as of `finetune`, without a method none of its callbacks."""
     callbacks = [] if method is None else METHODS[method].callbacks(options)
     with deferred() as stop:
         trainer = PairedTrainer(
             model=model,
-            args=training_arguments(directory, seed, options),
+            args=training_arguments(directory, seed, options, report_to),
             train_dataset=data["train"],
             eval_dataset=data.get("validation"),
             processing_class=tokenizer,

@@ -9,6 +9,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -234,7 +235,9 @@ class Progress(ProgressCallback):
             print(f"{self.description}: {text}", file=sys.stderr)
 
 
-def training_arguments(directory: Path, seed: int, options: FinetuneOptions) -> TrainingArguments:
+def training_arguments(
+    directory: Path, seed: int, options: FinetuneOptions, report_to: Sequence[str] = ()
+) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(directory),
@@ -259,7 +262,7 @@ def training_arguments(directory: Path, seed: int, options: FinetuneOptions) -> 
         logging_steps=10,
         logging_nan_inf_filter=False,
         restore_callback_states_from_checkpoint=True,
-        report_to="none",
+        report_to=list(report_to),
         seed=seed,
         data_seed=seed,
     )

@@ -346,6 +346,57 @@ def test_a_folder_goes_on_in_its_own_precision_on_any_processor(tmp_path, cpu):
     assert refused.returncode == 2 and "settings.head.bf16 was True, is False" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--dropout", "0.3", "lora=0.4", "--max-length", "20", "--pooling", "mean", "--matrix-spikes", "integer"],
+        ["--folds", "2"],
+        ["--parity", "library"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_comparison_is_repeated_from_its_options(tmp_path, arguments):
+    sizes = [] if "--parity" in arguments else ["--max-train-samples", "32"]
+    quick = ["--task", "subj-mini", "--methods", "head", "--epochs", "1", *sizes]
+    done = recipe(tmp_path / "first", *quick, *arguments)
+    assert done.returncode == 0, done.stderr
+    config = tmp_path / "first" / "options.json"
+    done = running.here(NAME, "--config", config, "--methods", "head", "--output-dir", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again" / "options.json").read_bytes() == config.read_bytes()
+    before, now = (results_in(tmp_path / name)["runs"] for name in ("first", "again"))
+    assert [run["test_correct"] for run in now] == [run["test_correct"] for run in before]
+
+
+@pytest.mark.parametrize(
+    "change, arguments, message",
+    [
+        ({}, ["--rank", "3", "--max-length", "9"], "leave out --max-length, --rank, or --config"),
+        ({"text_sha256": "0"}, [], "is of other runs than these would be (text_sha256 was '0', is "),
+        ({"max_length": "long"}, [], "argument --max-length: invalid positive value: 'long'"),
+        ({"settings": {"full": {"speed": 1}}}, [], "options.json must hold settings of each method as this version"),
+        ({"settings": {}}, [], "options.json must hold settings of every method, has none of full"),
+        ({"task": None}, ["--config", "nowhere.json"], "there is no file nowhere.json"),
+    ],
+)
+def test_options_that_cannot_be_repeated_are_one_clear_error(finished, tmp_path, change, arguments, message):
+    content = json.loads((finished[0] / "options.json").read_text(encoding="utf-8"))
+    (tmp_path / "options.json").write_text(json.dumps(content | change), encoding="utf-8")
+    done = running.here(NAME, "--config", tmp_path / "options.json", "--output-dir", tmp_path / "out", *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_learning_curves_stay_beside_the_results(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = ["--task", "subj-mini", "--methods", "head", "full", "--max-train-samples", "32"]
+    done = recipe(tmp_path, *arguments, "--report-to", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    for run in results_in(tmp_path)["runs"]:
+        curves = events.EventAccumulator(str(tmp_path / "curves" / f"{run['method']}-seed0")).Reload()
+        drawn = [event.value for event in curves.Scalars("eval/accuracy")]
+        assert drawn == pytest.approx(run["validation_by_epoch"])
+
+
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
     arguments = ["--seeds", "0", "--methods", "head", "full", "--max-train-samples", "64", "--epochs", "12"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
@@ -435,6 +486,7 @@ def test_an_upstream_checkpoint_is_fine_tuned(finished, tmp_path):
         (["--task", "subj-mini", "--intermediate", "nowhere.tsv"], "must be film or a file of label, tab and sentence"),
         (["--task", "subj-mini", "--teacher", "nowhere"], "found no config.json with a model.safetensors in 'nowhere'"),
         (["--parity", "library", "--pooling", "mean"], "--parity library fixes --pooling"),
+        (["--report-to", "paper"], "--report-to must name what is installed ("),
     ],
 )
 def test_wrong_input_is_one_clear_error(tmp_path, arguments, message):
