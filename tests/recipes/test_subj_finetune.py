@@ -352,11 +352,12 @@ def test_a_folder_goes_on_in_its_own_precision_on_any_processor(tmp_path, cpu):
         ["--dropout", "0.3", "lora=0.4", "--max-length", "20", "--pooling", "mean", "--matrix-spikes", "integer"],
         ["--folds", "2"],
         ["--parity", "library"],
+        ["--protocol", "authors"],
     ],
     ids=lambda arguments: arguments[0],
 )
 def test_a_comparison_is_repeated_from_its_options(tmp_path, arguments):
-    sizes = [] if "--parity" in arguments else ["--max-train-samples", "32"]
+    sizes = [] if arguments[0] in ("--parity", "--protocol") else ["--max-train-samples", "32"]
     quick = ["--task", "subj-mini", "--methods", "head", "--epochs", "1", *sizes]
     done = recipe(tmp_path / "first", *quick, *arguments)
     assert done.returncode == 0, done.stderr
@@ -366,6 +367,19 @@ def test_a_comparison_is_repeated_from_its_options(tmp_path, arguments):
     assert (tmp_path / "again" / "options.json").read_bytes() == config.read_bytes()
     before, now = (results_in(tmp_path / name)["runs"] for name in ("first", "again"))
     assert [run["test_correct"] for run in now] == [run["test_correct"] for run in before]
+
+
+def test_a_task_of_ones_own_is_named_again(tmp_path):
+    rows = [f"{word} number {n},{word}" for n in range(40) for word in ("home", "film")]
+    (tmp_path / "own.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    own = ["--task", tmp_path / "own.csv", "--methods", "head"]
+    done = recipe(tmp_path / "first", *own)
+    assert done.returncode == 0, done.stderr
+    config = tmp_path / "first" / "options.json"
+    assert running.here(NAME, "--config", config, *own, "--output-dir", tmp_path / "again").returncode == 0
+    assert (tmp_path / "again" / "options.json").read_bytes() == config.read_bytes()
+    other = running.here(NAME, "--config", config, "--task", "subj-mini", "--output-dir", tmp_path / "other")
+    assert other.returncode == 2 and "(task was 'own', is 'subj-mini'; text_sha256 was" in other.stderr
 
 
 @pytest.mark.parametrize(
