@@ -75,6 +75,7 @@ from spikegpt_lora.finetune.experiment import (
     sha256_of_labels,
     sha256_of_text,
     sha256_of_weights,
+    take_runs,
     take_up,
     write_results,
 )
@@ -137,7 +138,7 @@ def main() -> int:
     with locked(plan.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
         comparison = prepare(plan, data, source, baselines=not args.tune)
         use_extension("auto", PartialState().device)  # built now: no log line breaks a progress bar
-        return tune(comparison, args.tune) if args.tune else run_all(comparison)
+        return tune(comparison, args.tune) if args.tune else run_all(comparison, args.shard, args.merge)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -160,6 +161,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--intermediate", metavar="TASK", help="film, or a file of label, tab and sentence: trained on first")
     add("--intermediate-sentences", type=positive, metavar="N", help="of them, drawn by a fixed seed (default: all)")
     add("--teacher", help="folder or package of an encoder, whose answers are learned from too; or its answers.npz")
+    add("--shard", type=shard, metavar="I/N", help="run the I-th of N parts of the runs, for --merge; 1/N ... N/N")
+    add(
+        "--merge",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="take finished runs from these folders first",
+    )
     add("--trace-sentences", type=positive, default=32, help="test sentences whose spikes are recorded")
     add("--tune", type=positive, metavar="N", help="N trials a method instead, on the validation split")
     add("--report-to", nargs="+", default=[], metavar="NAME", help="tensorboard, or another that transformers knows")
@@ -219,6 +229,13 @@ def configured(parser: argparse.ArgumentParser, args: argparse.Namespace) -> arg
     return parser.parse_args(flags, args)  # so that a wrong value is named as one of the command line is
 
 
+def shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, got {text!r}")
+    return int(part), int(parts)
+
+
 def usual(name: str) -> str:
     """What a setting is for the embedded model if nothing is said, as the help shows it."""
     values = {method: getattr(options, name) for method, options in resolve_options("embedded").items()}
@@ -254,6 +271,8 @@ def require_consistent(args: argparse.Namespace) -> None:
         raise ValueError("--intermediate-sentences counts those of --intermediate: give it too")
     if args.tune and (args.intermediate or args.teacher or args.report_to):
         raise ValueError("--tune searches for settings without --intermediate, --teacher and --report-to")
+    if args.tune and (args.shard or args.merge):
+        raise ValueError("--shard and --merge share out a comparison's runs, and --tune has none: leave it out")
     if args.spike_levels and not args.matrix_spikes:
         raise ValueError("--spike-levels is for --matrix-spikes integer: a model that has integer spikes has its own")
     if args.spike_penalty and not reads_spikes(args):
@@ -431,10 +450,18 @@ def tune(comparison: Comparison, trials: int) -> int:
     return 0
 
 
-def run_all(comparison: Comparison) -> int:
+def run_all(comparison: Comparison, part: tuple[int, int] | None, merge: list[Path]) -> int:
+    """Train what is missing of all runs, or of one `part` of them, when those of the folders `merge` are taken over."""
     plan, started = comparison.plan, time.perf_counter()
     runs = [{"method": method, "seed": seed} for seed in plan.seeds for method in plan.methods]
-    run_missing(plan.output_dir, runs, partial(train, comparison), partial(write_results, comparison))
+    if PartialState().is_main_process:
+        for folder in merge:
+            say(f"{folder}: {take_runs(plan.output_dir, folder, counted(plan))} runs taken")
+    PartialState().wait_for_everyone()
+    first, step = part or (1, 1)
+    run_missing(
+        plan.output_dir, runs[first - 1 :: step], partial(train, comparison), partial(write_results, comparison)
+    )
     if PartialState().is_main_process:
         print("\n" + (plan.output_dir / "results.md").read_text(encoding="utf-8"))
         print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Written to {plan.output_dir}:")

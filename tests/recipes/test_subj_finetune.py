@@ -324,6 +324,44 @@ def test_two_processes_share_one_run(tmp_path):
     assert done.stdout.count("# subj-mini: random") == 1
 
 
+def test_shards_that_are_merged_are_the_single_run(finished, tmp_path, capsys):
+    arguments = ["--task", "subj-mini", "--seeds", "0", "1", "--max-train-samples", "64"]
+    for part in (1, 2):
+        assert recipe(tmp_path / f"{part}", *arguments, "--shard", f"{part}/2").returncode == 0
+        assert len(results_in(tmp_path / f"{part}")["runs"]) == 4
+    parts = [str(tmp_path / "1"), str(tmp_path / "2")]
+    done = recipe(tmp_path / "all", *arguments, "--merge", *parts)
+    assert done.returncode == 0 and "4 runs taken" in done.stdout and "begins at step" not in done.stderr
+    merged, single = results_in(tmp_path / "all"), results_in(finished[0])
+    assert [without_time(run) for run in merged["runs"]] == [without_time(run) for run in single["runs"]]
+    assert merged["comparisons"] == single["comparisons"] and merged["complete"] is True
+    shutil.rmtree(tmp_path / "1"), shutil.rmtree(tmp_path / "2")
+    adapted = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "all" / "lora" / "seed1")
+    assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "all" / "base" / "seed1")
+    again = recipe(tmp_path / "all", *arguments, "--merge", tmp_path / "1")
+    assert again.returncode == 2 and "holds no finished run" in again.stderr
+
+
+def without_time(run):
+    """The record of a run without what differs from one call to the next."""
+    return {key: value for key, value in run.items() if key not in ("seconds", "made")}
+
+
+def test_runs_of_other_settings_or_other_results_are_not_merged(finished, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(finished[0], other)
+    arguments = ["--task", "subj-mini", "--seeds", "0", "1", "--max-train-samples", "64"]
+    done = recipe(tmp_path / "out", *arguments, "--rank", "3", "--merge", other)
+    assert done.returncode == 2 and "holds results of other settings (settings." in done.stderr
+    record = json.loads((other / "lora/seed0/run.json").read_text())
+    flipped = record["test_correct"].translate(str.maketrans("01", "10"))
+    (other / "lora/seed0/run.json").write_text(json.dumps(record | {"test_correct": flipped}))
+    mine = tmp_path / "mine"
+    shutil.copytree(finished[0], mine)
+    done = recipe(mine, *arguments, "--merge", other)
+    assert done.returncode == 2 and "hold different runs of lora/seed0" in done.stderr
+
+
 def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
     assert recipe(tmp_path, "--seeds", "1", "--methods", "spikelora", "--max-train-samples", "64").returncode == 0
     (again,) = results_in(tmp_path)["runs"]
