@@ -47,7 +47,7 @@ from spikegpt_lora.finetune.run import require_trained
 from spikegpt_lora.observe.adapters import observe_adapters
 from spikegpt_lora.report.markdown import table
 from spikegpt_lora.report.results import folder_of, read_runs
-from spikegpt_lora.tasks.glue import load_cola
+from spikegpt_lora.tasks.glue import load_glue
 from spikegpt_lora.utils import command_line
 from spikegpt_lora.utils.errors import read_json
 from spikegpt_lora.utils.files import locked, write_json, write_text
@@ -94,7 +94,7 @@ def main() -> int:
         tokenizer = load_tokenizer(source)
     except ValueError as error:
         raise ValueError(f"no model at {source!r}: {error}") from error
-    data = load_cola(args.pop("data_dir"), args["holdout"])
+    data = load_glue("cola", args.pop("data_dir"), args["holdout"])
     if most := args["max_train_samples"]:
         data["train"] = data["train"].shuffle(seed=0).select(range(min(most, len(data["train"]))))
     precision = resolve(args.pop("precision"), PartialState().device, bf16_of(args["output_dir"]))

@@ -35,9 +35,12 @@ def name_of(place: str) -> str:
 
 
 def read_own(
-    place: str, text_columns: Sequence[str] = (), label_column: str | None = None
+    place: str, text_columns: Sequence[str] = (), label_column: str | None = None, between: str = PAIR
 ) -> tuple[dict[str, list[Row]], list[str]]:
     """Rows by split (train, validation and test, or WHOLE) and the names of the classes.
+
+    Args:
+        between: what stands between the texts of several columns.
 
     Raises:
         ValueError: no column of text or labels, a row without one of them, fewer than two classes, or as `read_tables`.
@@ -62,7 +65,7 @@ def read_own(
     logger.info("%s: text in %s; %d classes in %s: %s", place, " and ".join(texts), len(classes), label, shown)
     number = {name: index for index, name in enumerate(classes)}
     rows = {
-        split: list(_rows(tables[split], texts, [number.get(name or "") for name in given], label))
+        split: list(_rows(tables[split], texts, [number.get(name or "") for name in given], label, between))
         for split, given in names.items()
     }
     _warn_of_lost_letters(place, (row.text for part in rows.values() for row in part))
@@ -119,7 +122,7 @@ def _name(value: object, where: str, column: str) -> str | None:
     return " ".join(str(value).split()) or None
 
 
-def _rows(table: Table, texts: list[str], labels: list[int | None], column: str) -> Iterable[Row]:
+def _rows(table: Table, texts: list[str], labels: list[int | None], column: str, between: str) -> Iterable[Row]:
     for number, (row, label) in enumerate(zip(table.rows, labels, strict=True), 1):
         where = f"{table.where} row {number}"
         if label is None:
@@ -127,7 +130,7 @@ def _rows(table: Table, texts: list[str], labels: list[int | None], column: str)
         for name in texts:
             if not isinstance(found := row.get(name), str) or not found.strip():
                 raise ValueError(f"{where} must hold a text in column {name}, found {found!r}")
-        yield Row(where, PAIR.join(row[name] for name in texts), label)
+        yield Row(where, between.join(row[name] for name in texts), label)
 
 
 def _warn_of_lost_letters(place: str, texts: Iterable[str]) -> None:

@@ -34,6 +34,7 @@ KINDS = {
 }
 
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLITS |= dict.fromkeys(("validation_matched", "dev_matched"), "validation")  # what MNLI calls its own
 
 WHOLE = "all"  # the split of what has none
 

@@ -1,10 +1,11 @@
-"""CoLA and RTE in GLUE's own files: read, split and refused."""
+"""GLUE's tasks in its own files and on the hub: read, split and refused."""
 
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from huggingface_hub import constants
 
+from spikegpt_lora.tasks.glue import GLUE, load_glue
 from spikegpt_lora.tasks.registry import labels_of, load_task
 
 COLA = [f'gj04\t{n % 2}\t{"*" * (1 - n % 2)}\tThe {n}. "sailors rode.' for n in range(60)]
@@ -74,3 +75,70 @@ def test_missing_files_are_named(tmp_path):
         ValueError, match="the folder of rte must hold train.tsv and dev.tsv.*found no train.tsv and no"
     ):
         load_task("rte", tmp_path)
+
+
+FILES = {  # name -> head and a line of its files, and what is read of it
+    "sst2": ("sentence\tlabel", 'a "fine film\t1', ('a "fine film', 1)),
+    "mrpc": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tRain.\tWet.", ("Rain.\tWet.", 1)),
+    "qnli": ("index\tquestion\tsentence\tlabel", "0\tWhy?\tSo -- it is.\tnot_entailment", ("Why?\tSo -- it is.", 1)),
+    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "0\t1\t2\tWho?\tWhat?\t0", ("Who?\tWhat?", 0)),
+    "mnli": ("index\tsentence1\tsentence2\tgold_label", "0\tRain.\tSnow.\tcontradiction", ("Rain.\tSnow.", 2)),
+}  # fmt: skip
+
+
+def others(name):
+    """The line of `FILES`, and one of another class."""
+    line = FILES[name][1]
+    for word, other in (("not_entailment", "entailment"), ("contradiction", "neutral")):
+        if word in line:
+            return [line, line.replace(word, other)]
+    fields, at = line.split("\t"), 0 if name == "mrpc" else -1
+    fields[at] = str(1 - int(fields[at]))
+    return [line, "\t".join(fields)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_glues_own_files_are_read_and_hidden_labels_are_not(tmp_path, name):
+    head, _, read = FILES[name]
+    dev = "dev_matched" if name == "mnli" else "dev"
+    for file in ("train", dev):
+        (tmp_path / f"{file}.tsv").write_text("\n".join([head, *others(name) * 4]) + "\n", encoding="utf-8")
+    (tmp_path / "test.tsv").write_text("index\tsentence1\n0\tsecret\n", encoding="utf-8")
+    data = load_glue(name, tmp_path)
+    assert list(data) == ["train", "dev"] and len(data["train"]) == len(data["dev"]) == 8
+    assert tuple(data["dev"][0].values()) == read and len(set(data["dev"]["label"])) == 2
+
+
+def test_pairs_of_the_hub_are_numbered_as_glue_numbers_them(monkeypatch):
+    words = ["not_equivalent", "equivalent"]  # in no order of the alphabet
+    features = Features({"sentence1": Value("string"), "sentence2": Value("string"), "label": ClassLabel(names=words)})
+    rows = [{"sentence1": f"One -- {n}.", "sentence2": "Two.", "label": n % 2} for n in range(20)]
+    hub = DatasetDict({split: Dataset.from_list(rows, features=features) for split in ("train", "validation")})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *place: {("nyu-mll/glue", "mrpc"): hub}[place])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("SPIKEGPT_LORA_DATA", raising=False)
+    data = load_glue("mrpc")
+    assert data["train"][3] == {"text": "One -- 3.\tTwo.", "label": 1} and GLUE["mrpc"].labels[1] == "equivalent"
+
+
+@pytest.mark.parametrize(
+    "splits, line, message",
+    [
+        (["train"], "0\tWho?\tWhat?\tentailment", "found no validation"),
+        (["train", "dev"], "0\tWho?\tWhat?\tmaybe", "must hold the classes entailment, not_entailment, found maybe"),
+    ],
+)
+def test_a_folder_that_is_not_the_tasks_is_refused(tmp_path, splits, line, message):
+    for file in splits:
+        lines = [FILES["qnli"][0], *[FILES["qnli"][1], line] * 4]
+        (tmp_path / f"{file}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_glue("qnli", tmp_path)
+
+
+def test_a_pair_with_a_tab_in_a_text_is_refused(tmp_path):
+    for split in ("train", "validation"):
+        rows = [{"question": "Who?\tWhy?", "sentence": "He.", "label": n % 2} for n in range(8)]
+        Dataset.from_list(rows).to_json(tmp_path / f"{split}.jsonl")
+    with pytest.raises(ValueError, match="row 1 must hold texts without a tab"):
+        load_glue("qnli", tmp_path)
