@@ -68,8 +68,8 @@ def methods_rows(results: dict) -> tuple[list[str], list[list[str | None]]]:
         rows.append([f"*published, 216M model: {row['method']}*", None, f"*{row['accuracy']:.2f}*", *[None] * 6])
     more = {}
     if results.get("metric") == "MCC":
-        more["MCC x 100"] = [_percent(row, "test_mcc") for row in results["summary"]]
-        more["MCC x 100"] += [_percent(row, "mcc_test") for row in results["baselines"]]
+        more["MCC x 100"] = [percent(row, "test_mcc") for row in results["summary"]]
+        more["MCC x 100"] += [percent(row, "mcc_test") for row in results["baselines"]]
     if _has_reads(results):
         reads = [row["weight_reads"] for row in results["summary"]]
         more["weight reads %"] = ["–" if share is None else f"{100 * share:.1f}" for share in reads]
@@ -150,15 +150,15 @@ def _seeds(summary: list[dict]) -> str:
 
 
 def _row(row: dict) -> list[str]:
-    accuracy = [_percent(row, "test_accuracy"), _percent(row, "validation_accuracy"), f"{row['seconds']:.0f}"]
+    accuracy = [percent(row, "test_accuracy"), percent(row, "validation_accuracy"), f"{row['seconds']:.0f}"]
     contribution = "–" if row["contribution"] is None else f"{row['contribution']:.3f}"
-    gates = [_percent(row, "sparsity"), _percent(row, "dead_ranks"), contribution, _percent(row, "accuracy_without")]
+    gates = [percent(row, "sparsity"), percent(row, "dead_ranks"), contribution, percent(row, "accuracy_without")]
     return [title_of(row), f"{row['trainable_parameters']:,}", *accuracy, *gates]
 
 
-def _percent(row: dict, key: str) -> str:
-    """A fraction of 1 in the summary's `row`, with its spread; a dash where there is none."""
+def percent(row: dict, key: str, digits: int = 2) -> str:
+    """A fraction of 1 in a summary's `row`, with its spread, in percent; a dash where there is none."""
     if row.get(key) is None:
         return "–"
     spread = row.get(f"{key}_spread")
-    return f"{100 * row[key]:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+    return f"{100 * row[key]:.{digits}f}" + ("" if spread is None else f" ± {100 * spread:.{digits}f}")

@@ -100,6 +100,11 @@ def paired_difference(
     )
 
 
+def seeds_interval(differences: Sequence[float]) -> Interval | None:
+    """Of the mean of a difference by seed, of any measure (t); None with one seed."""
+    return _over_seeds(np.asarray(differences), folds=False, error=0.0)[0]
+
+
 def _over_seeds(
     differences: np.ndarray, folds: bool, error: float
 ) -> tuple[Interval | None, float | None, float | None]:

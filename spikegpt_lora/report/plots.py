@@ -1,5 +1,7 @@
-"""Pictures: one sentence's spikes, a training's loss, the accuracy of methods, and what fewer reads cost of it."""
+"""Pictures: one sentence's spikes, a training's loss, the accuracy of methods, what fewer reads cost of it, what a
+setting of an encoder's adapters does, and where they are silent."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import numpy as np
 
 from ..observe.traces import GATE, SpikeTrace
 from ..utils.files import whole_file
-from .results import title_of
+from .results import SETTINGS, title_of
 
 
 def draw_raster(trace: SpikeTrace, path: Path, sentence: int = 0, title: str = "") -> None:
@@ -119,5 +121,66 @@ def draw_frontier(rows: list[dict], path: Path, title: str) -> None:
     axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def draw_sweep(rows: list[dict], setting: str, metric: str, path: Path) -> None:
+    """Draw loss, metric, its generalisation gap and sparsity over a setting as a PNG: mean and spread over seeds, a
+    line a method; a dashed one of what does not have the setting.
+
+    Args:
+        rows: of `sweeps.summarize_settings`.
+    """
+    from matplotlib.figure import Figure
+
+    panels = {"loss": "dev loss, nats", metric: f"dev {metric}", "gap": f"train - dev {metric}", "sparsity": "sparsity"}
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        others = [f"{name} {row[name]}" for name in SETTINGS if name in row and name != setting]
+        lines.setdefault(", ".join([row["method"], *others]), []).append(row)
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
+    for axis, (key, name) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for color, (label, of_line) in enumerate(lines.items()):
+            known = [row for row in of_line if row[key] is not None]
+            swept = sorted((row for row in known if setting in row), key=lambda row: row[setting])
+            x, y = ([row[of] for row in swept] for of in (setting, key))
+            if swept:
+                spreads = [row[f"{key}_spread"] or 0.0 for row in swept]
+                axis.errorbar(x, y, spreads, marker="o", capsize=2, color=f"C{color}", label=label)
+            for row in known[: 0 if swept else None]:
+                axis.axhline(row[key], linestyle="--", color=f"C{color}", label=label)
+        if setting in ("rank", "learning_rate"):
+            axis.set_xscale("log")
+        axis.set_xlabel(setting.replace("_", " "))
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.legend(*figure.axes[1].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def draw_modules(sparsity: dict[str, float], path: Path, title: str) -> None:
+    """Draw the silent share of each module's gate as a PNG: a column a block, a row a kind of module.
+
+    Args:
+        sparsity: by the module's name, whose first number is its block's; those without one are left out.
+    """
+    from matplotlib.figure import Figure
+
+    places = {name: match for name in sparsity if (match := re.search(r"\.(\d+)\.(.+)", name))}
+    kinds = list(dict.fromkeys(match[2] for match in places.values()))
+    blocks = sorted({int(match[1]) for match in places.values()})
+    silent = np.full((len(kinds), len(blocks)), np.nan)
+    for name, match in places.items():
+        silent[kinds.index(match[2]), blocks.index(int(match[1]))] = 100 * sparsity[name]
+    figure = Figure(figsize=(max(4, 0.5 * len(blocks) + 3), 0.4 * len(kinds) + 1.4), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(silent, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(range(len(blocks)), [str(block) for block in blocks], fontsize=8)
+    axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axis.set_xlabel("block")
+    axis.set_title(title, fontsize=9)
+    figure.colorbar(image).set_label("silent gate outputs, %", fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120)

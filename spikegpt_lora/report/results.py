@@ -61,10 +61,15 @@ _TITLES = {
 }
 
 
+# What runs of one method may differ in beside the seed; a record holds those that its comparison has several values of.
+SETTINGS = ("rank", "v_threshold", "learning_rate", "dropout", "budget")
+
+
 def folder_of(run: dict) -> str:
-    """Where a comparison's folder holds a run: METHOD/seed0, or METHOD-rank8/seed0 where ranks are compared too."""
-    rank = f"-rank{run['rank']}" if "rank" in run else ""
-    return f"{run['method']}{rank}/seed{run['seed']}"
+    """Where a comparison's folder holds a run: METHOD/seed0, or METHOD-rank8-v_threshold0.25/seed0 where these are
+    compared too."""
+    settings = "".join(f"-{name}{run[name]}" for name in SETTINGS if name in run)
+    return f"{run['method']}{settings}/seed{run['seed']}"
 
 
 def seconds_of(run: dict) -> float:
@@ -108,9 +113,9 @@ def summarize(runs: list[dict]) -> list[dict]:
         of_method = [run for run in runs if run["method"] == method]
         row = {"method": method, "title": title, "seeds": sorted(run["seed"] for run in of_method)}
         row["trainable_parameters"] = of_method[0]["trainable_parameters"]
-        row["seconds"], row["seconds_spread"] = _mean_and_spread([seconds_of(run) for run in of_method])
+        row["seconds"], row["seconds_spread"] = mean_and_spread([seconds_of(run) for run in of_method])
         for key in ("validation_accuracy", "test_accuracy", "test_mcc"):
-            row[key], row[f"{key}_spread"] = _mean_and_spread([run.get(key) for run in of_method])
+            row[key], row[f"{key}_spread"] = mean_and_spread([run.get(key) for run in of_method])
         for key in ("sparsity", "dead_ranks", "contribution", "accuracy_without"):
             values = [run["adapters"][key] for run in of_method if run["adapters"]]
             row[key] = float(np.mean(values)) if values and None not in values else None
@@ -120,7 +125,8 @@ def summarize(runs: list[dict]) -> list[dict]:
     return rows
 
 
-def _mean_and_spread(values: list[float | None]) -> tuple[float | None, float | None]:
+def mean_and_spread(values: list[float | None]) -> tuple[float | None, float | None]:
+    """Of runs; None where one of them has no such value, or for the spread where there is one run."""
     if None in values:
         return None, None
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
