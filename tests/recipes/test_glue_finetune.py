@@ -1,11 +1,21 @@
-"""recipes/glue_finetune.py as a user runs it, on a tiny encoder and a tiny CoLA."""
+"""recipes/glue_finetune.py as a user runs it, on tiny encoders and tiny tasks."""
 
 import json
 import sys
 
 import pytest
 import running
-from transformers import BertConfig, BertForSequenceClassification
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    TrainingArguments,
+)
 
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 
@@ -29,6 +39,22 @@ def here(tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(here, tmp_path_factory):
+    """A folder with RTE's two files, and one with a DeBERTa."""
+    folder = tmp_path_factory.mktemp("rte")
+    for name in ("train", "dev"):
+        lines = [f"{n}\t{text}\tshe reads .\t{'not_' * (n % 2)}entailment" for n, (text, _) in enumerate(SENTENCES * 4)]
+        (folder / f"{name}.tsv").write_text("\n".join(["head", *lines]) + "\n", encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(here / "model")
+    tokenizer.save_pretrained(folder / "model")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 16}
+    config = DebertaV2Config(vocab_size=len(tokenizer), **sizes)
+    DebertaV2ForSequenceClassification(config).save_pretrained(folder / "model")
     return folder
 
 
@@ -133,3 +159,118 @@ def test_a_damaged_file_is_named_with_its_line(here, tmp_path):
         (tmp_path / f"{name}.tsv").write_text("src\t1\t\tfine .\nsrc\tyes\t\tno label .\n", encoding="utf-8")
     done = recipe(here, tmp_path / "out", "--data-dir", tmp_path)
     assert done.returncode == 2 and "train.tsv line 2 must be source, 0 or 1, mark and sentence" in done.stderr
+
+
+def record_of(folder):
+    return json.loads((folder / "seed0" / "run.json").read_text())
+
+
+def test_rivals_are_trained_and_say_what_they_are(here, tmp_path):
+    rivals = ["head", "lora", "lora-dropout", "lora-small", "threshold", "top-k"]
+    more = ["--budget", "0.5", "--dropout", "0.2", "--seeds", "0", "--batch-size", "4"]
+    done = recipe(here, tmp_path, "--ranks", "4", "--methods", *rivals, *more)
+    assert done.returncode == 0, done.stderr
+    folders = ["head", "lora-rank4", "lora-dropout-rank4-dropout0.2", "lora-small-rank4-budget0.5"]
+    folders += ["threshold-rank4", "top-k-rank4-budget0.5"]
+    runs = dict(zip(rivals, map(record_of, (tmp_path / folder for folder in folders))))
+    head, lora, dropped, small, threshold, top_k = runs.values()
+    assert "rank" not in head and "grad_norm" not in head and "modules" not in head
+    assert head["trainable"] < small["trainable"] < lora["trainable"] == dropped["trainable"] == top_k["trainable"]
+    assert small["trainable"] - head["trainable"] == (lora["trainable"] - head["trainable"]) / 2
+    assert top_k["sparsity"] == pytest.approx(0.5, abs=1e-12) and 0 < threshold["sparsity"] < 1
+    assert dropped["train_loss"] != lora["train_loss"]
+    for run in (lora, dropped, small, threshold, top_k):
+        assert 0 < run["grad_norm"]["mean"] <= run["grad_norm"]["max"] and run["loss"] > 0
+    assert all(run["correct"].count("1") / 32 == run["accuracy"] for run in runs.values())
+
+
+def test_a_sweep_runs_each_method_for_what_it_reads_and_goes_on(here, tmp_path):
+    arguments = ["--methods", "lora", "spikelora", "--seeds", "0", "--sweep"]
+    done = recipe(here, tmp_path, *arguments, "v_threshold=0.1,2")
+    assert done.returncode == 0, done.stderr
+    place = tmp_path / "lora-rank2" / "seed0" / "run.json"
+    before = place.stat().st_mtime_ns
+    done = recipe(here, tmp_path, *arguments, "v_threshold=0,0.1,2")
+    assert done.returncode == 0 and place.stat().st_mtime_ns == before
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = [(row["method"], row.get("v_threshold"), len(row["minus_lora"])) for row in results["summary"]]
+    assert rows == [("lora", None, 0), ("spikelora", 0.0, 1), ("spikelora", 0.1, 1), ("spikelora", 2.0, 1)]
+    silent = [row["sparsity"] for row in results["summary"][1:]]
+    assert silent == sorted(silent) and silent[0] < silent[2]
+    for picture in ("v_threshold.png", "spikelora-rank2-v_threshold0.1/modules.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_swept_rate_is_the_one_that_is_trained_with(here, tmp_path):
+    arguments = ["--methods", "lora", "--seeds", "0", "--batch-size", "4"]
+    done = recipe(here, tmp_path, *arguments, "--sweep", "learning_rate=1e-9,0.1", "rank=2,4")
+    assert done.returncode == 0, done.stderr
+    still, moved = (record_of(tmp_path / f"lora-rank4-learning_rate{rate}") for rate in ("1e-09", "0.1"))
+    assert still["loss"] != pytest.approx(moved["loss"], abs=1e-3) and moved["rank"] == 4
+    assert (tmp_path / "learning_rate.png").exists() and (tmp_path / "rank.png").exists()
+
+
+def test_pairs_are_compared_by_their_own_metric_on_a_deberta(pairs, tmp_path):
+    done = recipe(pairs, tmp_path, "--task", "rte", "--methods", "head", "lora", "spikelora", "top-k", "--seeds", "0")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["schema"], results["task"]) == ("spikegpt_lora/rte/1", "rte") and "| accuracy % |" in done.stdout
+    modules = record_of(tmp_path / "spikelora-rank2")["modules"]
+    assert {"query_proj", "key_proj", "value_proj", "dense"} == {name.rpartition(".")[-1] for name in modules}
+    assert "mcc" not in results["runs"][0] and len(results["runs"]) == 4
+
+
+def test_both_texts_of_a_pair_are_the_tokenizers_own_pair(here):
+    glue, tokenizer = running.module(NAME), AutoTokenizer.from_pretrained(here / "model")
+    rows = {"text": ["the book\tshe reads .", "she\tthe book"], "label": [0, 1]}
+    encoded = glue.tokenize(DatasetDict(train=Dataset.from_dict(rows)), tokenizer, 99)["train"]
+    assert encoded["input_ids"][0] == tokenizer("the book", "she reads .")["input_ids"]
+    assert encoded["labels"][:] == [0, 1]
+
+
+def test_gradient_norms_are_those_of_the_adapters_before_they_are_clipped(here, tmp_path):
+    glue, tokenizer = running.module(NAME), AutoTokenizer.from_pretrained(here / "model")
+    torch.manual_seed(0)
+    base = BertForSequenceClassification.from_pretrained(
+        here / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    model = glue.get_peft_model(
+        base, glue.METHODS["lora"].adapter(glue.FinetuneOptions(1e-3, rank=2, targets="all-linear"))
+    )
+    rows = DatasetDict(train=Dataset.from_dict({"text": [t for t, _ in SENTENCES], "label": [n for _, n in SENTENCES]}))
+    rows, collate = glue.tokenize(rows, tokenizer, 99)["train"], DataCollatorWithPadding(tokenizer)
+    model(**collate([{k: row[k] for k in ("input_ids", "attention_mask", "labels")} for row in rows])).loss.backward()
+    expected = sum(float(p.grad.square().sum()) for n, p in model.named_parameters() if "lora_" in n) ** 0.5
+    model.zero_grad()
+    arguments = {"max_steps": 1, "per_device_train_batch_size": 4, "max_grad_norm": 1e-4, "use_cpu": True}
+    arguments |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    trainer = glue.WatchedTrainer(
+        model, TrainingArguments(str(tmp_path), **arguments), train_dataset=rows, data_collator=collate
+    )
+    trainer.train()
+    assert trainer.norms == pytest.approx([expected], rel=1e-4) and expected > 1e-3
+
+
+def test_parity_takes_the_papers_settings_and_what_is_given_counts(monkeypatch):
+    glue = running.module(NAME)
+    monkeypatch.setattr(sys, "argv", [NAME, "--task", "rte", "--parity", "paper", "--epochs", "2"])
+    args = glue.parse_arguments()
+    assert (args.learning_rate, args.batch_size, args.epochs, args.ranks) == (1.2e-3, 32, 2, [8])
+    assert args.model == "microsoft/deberta-v3-base" and str(args.output_dir) == "runs/rte"
+    assert glue.PAPER.keys() == glue.GLUE.keys()
+
+
+@pytest.mark.parametrize(
+    "sweep, message",
+    [
+        (["speed=1"], "must be NAME=V1,V2,... with a name of rank, v_threshold, learning_rate, dropout, budget"),
+        (["rank=1,0"], "must be >= 1, got 0"),
+        (["dropout=1"], "must be in [0, 1), got 1"),
+        (["rank="], "invalid"),
+        (["rank=1", "rank=2"], "must name each setting once"),
+        (["dropout=0.1"], "--sweep dropout needs a method that reads it (lora-dropout), got lora spikelora"),
+    ],
+)
+def test_a_sweep_of_what_there_is_not_is_refused(here, tmp_path, sweep, message):
+    done = recipe(here, tmp_path, "--sweep", *sweep)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
