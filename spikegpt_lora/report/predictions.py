@@ -31,8 +31,8 @@ class Prediction(NamedTuple):
 
     @property
     def of_wrong(self) -> float:
-        """What the model gives to the wrong class; where it is right and there are more than two, to all the others."""
-        return self.probability if self.wrong else 1 - self.probability
+        """What the model gives to the wrong class; where it is right and there are more than two, at most so much."""
+        return self.probability if self.wrong else min(self.probability, 1 - self.probability)
 
 
 class Mistake(NamedTuple):

@@ -64,3 +64,8 @@ def test_the_worst_sentences_are_those_with_the_highest_mean_probability_of_the_
 def test_a_sentence_that_stands_twice_in_a_file_counts_once():
     twice = [Prediction("a", "x", "y", 0.9)] * 2
     assert worst({"mine": [twice]}, "mine")[0].wrong == (1, 1)
+
+
+def test_of_many_classes_an_unsure_right_answer_is_no_mistake():
+    right = Prediction("so so .", "fear", "fear", 0.3)
+    assert right.of_wrong == 0.3 and worst({"full": [[right]]}, "full") == []
