@@ -192,7 +192,7 @@ def test_other_splits_of_a_hub_data_set_are_not_used_and_named(monkeypatch, capl
 def test_letters_that_get_lost_are_counted_where_they_are_many(tmp_path, caplog):
     rows = [row | {"text": f"{row['text']} naïve"} for row in ROWS]
     load_task(str(written(tmp_path / "a.csv", rows)))
-    assert caplog.text == "" and to_ascii("naïve") == "naive"
+    assert "WARNING" not in caplog.text and to_ascii("naïve") == "naive"
     load_task(str(written(tmp_path / "b.csv", [row | {"text": f"{row['text']} дом"} for row in ROWS])))
     assert "% of the letters of" in caplog.text and "have no ASCII form (д о м)" in caplog.text
 
