@@ -24,29 +24,28 @@ def sentences():
     )
 
 
-def train(folder, options, method):
-    """Record and weights of a tiny classifier in float64."""
+def train(folder, options):
+    """Record and weights of a tiny classifier with SpikeLoRA in float64."""
     tokenizer = train_tokenizer(["a film of few words"] * 9, 200)
     torch.manual_seed(0)
     config = SpikeGPTConfig(vocab_size=200, n_embd=8, n_layer=2, eos_token_id=2, pad_token_id=0)
-    model = adapt(SpikeGPTForSequenceClassification(config), method, options, seed=0).double()
+    model = adapt(SpikeGPTForSequenceClassification(config), "spikelora", options, seed=0).double()
     data = DatasetDict(train=sentences(), validation=sentences().select(range(32)), test=sentences().select(range(16)))
-    model, record = finetune(model, method, data, tokenizer, folder, 0, options)
+    model, record = finetune(model, "spikelora", data, tokenizer, folder, 0, options)
     return record, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def one_of_two(rank, folder, method):
+def one_of_two(rank, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519", "OMP_NUM_THREADS": "1"}
     half = replace(OPTIONS, batch_size=OPTIONS.batch_size // 2)
-    found = train(folder / "training", half, method)
+    found = train(folder / "training", half)
     torch.save(found, folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("method", ["full", "spikelora"])
-def test_two_processes_have_the_losses_and_weights_of_one(tmp_path, method):
-    torch.multiprocessing.spawn(one_of_two, (tmp_path, method), nprocs=2)
-    record, weights = train(tmp_path / "alone", OPTIONS, method)
+def test_two_processes_have_the_losses_and_weights_of_one(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    record, weights = train(tmp_path / "alone", OPTIONS)
     for rank in (0, 1):
         shared, found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for name in ("loss_by_epoch", "validation_loss_by_epoch"):
