@@ -48,8 +48,6 @@ def parse_arguments(arguments: list[str] | None, prog: str | None) -> argparse.N
     add("model", metavar="MODEL", help="folder of a fine-tuned classifier or of its adapter")
     add_sentences(parser, "or else stdin, a sentence a line")
     add("--json", action="store_true", help='a line of JSON each: {"label": ..., "probability": ..., "sentence": ...}')
-    add("--batch-size", type=command_line.positive, default=32, help="sentences at a time")
-    add("--max-length", type=command_line.positive, default=128, help="tokens a sentence")
     return parser.parse_intermixed_args(arguments)  # options may stand before sentences
 
 

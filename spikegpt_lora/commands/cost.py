@@ -62,8 +62,6 @@ def parse_arguments(arguments: list[str] | None, prog: str | None) -> argparse.N
     add("model", metavar="MODEL", help="embedded, a folder, or a hub id")
     add_sentences(parser, "or else subj-mini's test split")
     add("--json", action="store_true", help="all counts, by layer and population, as cost.json of an export has them")
-    add("--batch-size", type=command_line.positive, default=32, help="sentences at a time")
-    add("--max-length", type=command_line.positive, default=128, help="tokens a sentence")
     return parser.parse_intermixed_args(arguments)  # options may stand before sentences
 
 

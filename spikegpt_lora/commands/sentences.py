@@ -9,12 +9,16 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..tasks.splits import lines_in
 from ..tasks.text import to_ascii
+from ..utils import command_line
 
 
 def add_sentences(parser: argparse.ArgumentParser, otherwise: str) -> None:
     """Options for what `sentences_of` reads; `otherwise`: where sentences come from if none is given."""
-    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help=f"what is read ({otherwise})")
-    parser.add_argument("--file", type=Path, help="read this file instead, a sentence a line; blank lines are left out")
+    add = parser.add_argument
+    add("sentences", nargs="*", metavar="SENTENCE", help=f"what is read ({otherwise})")
+    add("--file", type=Path, help="read this file instead, a sentence a line; blank lines are left out")
+    add("--batch-size", type=command_line.positive, default=32, help="sentences at a time")
+    add("--max-length", type=command_line.positive, default=128, help="tokens a sentence")
 
 
 def sentences_of(args: argparse.Namespace) -> list[str]:
