@@ -75,11 +75,11 @@ from spikegpt_lora.finetune.experiment import (
     sha256_of_labels,
     sha256_of_text,
     sha256_of_weights,
-    take_runs,
     take_up,
     write_results,
 )
 from spikegpt_lora.finetune.intermediate import Source, options_of_source, train_first, without_shared
+from spikegpt_lora.finetune.merge import take_runs
 from spikegpt_lora.finetune.methods import METHODS, MODELS, resolve_options
 from spikegpt_lora.finetune.options import PARITY, FinetuneOptions
 from spikegpt_lora.finetune.run import adapt, finetune

@@ -33,7 +33,7 @@ from ..tasks.baselines import bag_of_words_baselines
 from ..tasks.registry import TASKS, labels_of
 from ..tasks.splits import ONE_SPLIT, Protocol, folds
 from ..utils.errors import DamagedFile, read_json
-from ..utils.files import whole_files, write_json, write_text
+from ..utils.files import write_json, write_text
 from ..utils.precision import name_of
 from .intermediate import Source
 from .methods import METHODS
@@ -193,60 +193,11 @@ def take_up(out: Path, options: dict, runs: list[dict]) -> None:
     Raises:
         ValueError: it holds results of other settings. A method that has nothing there yet may have any.
     """
-    if begun := _begun(out):
-        _refuse_other_settings(out, options, begun, runs)
+    if _begun(out):
+        refuse_other_settings(out, options, runs)
     else:  # a false start, which is forgotten
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
     write_json(out / "options.json", options)
-
-
-def take_runs(out: Path, folder: Path, options: dict) -> int:
-    """Copy into `out` the finished runs of another folder of the same comparison, with what they started from and their
-    traces: of a shard, of another machine. Adapters name the base model in `out` from then on.
-
-    Args:
-        options: of the comparison (see `counted`).
-
-    Returns:
-        How many were copied; those that `out` has already are not.
-
-    Raises:
-        ValueError: no runs, results of other settings, or others than `out` has of the same method and seed.
-    """
-    if not (runs := read_runs(folder)):
-        raise ValueError(f"{folder} holds no finished run (METHOD/seed0/run.json): give output folders of this recipe")
-    _refuse_other_settings(folder, options, _begun(folder), runs)
-    known, copied = {folder_of(run): run for run in read_runs(out)}, 0
-    for run in runs:
-        place, base = folder_of(run), f"base/seed{run['seed']}"
-        if place in known:
-            if known[place]["test_correct"] != run["test_correct"]:
-                raise ValueError(f"{out} and {folder} hold different runs of {place}: move one of them away")
-            continue
-        _copy(folder, out, base, last="config.json")
-        for trace in folder.glob(f"traces/{place.replace('/', '-')}.*"):
-            (out / "traces").mkdir(exist_ok=True)
-            shutil.copyfile(trace, out / "traces" / trace.name)
-        _copy(folder, out, place, last="run.json")
-        copied += 1
-    return copied
-
-
-def _copy(folder: Path, out: Path, place: str, last: str) -> None:
-    """The files of `folder`/`place` into `out`/`place`, `last` last; of a base model only where there is none."""
-    if last == "config.json" and (out / place / last).is_file():
-        if sha256_of_weights(out / place) != sha256_of_weights(folder / place):
-            raise ValueError(
-                f"{out} and {folder} hold different models in {place}: their runs are not of one comparison"
-            )
-        return
-    with whole_files(out / place, last=last) as temporary:
-        for file in (folder / place).iterdir():
-            if file.is_file():
-                shutil.copyfile(file, temporary / file.name)
-        if (adapter := temporary / "adapter_config.json").is_file():
-            base = str((out / "base" / Path(place).name).resolve())
-            write_json(adapter, read_json(adapter) | {"base_model_name_or_path": base})
 
 
 def bf16_of(out: Path) -> bool | None:
@@ -295,7 +246,8 @@ def _options_of(out: Path) -> dict | None:
     return read_json(results, keys=("options",))["options"] if results.is_file() else None
 
 
-def _refuse_other_settings(out: Path, options: dict, begun: set[str], runs: list[dict]) -> None:
+def refuse_other_settings(out: Path, options: dict, runs: list[dict]) -> None:
+    """Raise ValueError where the comparison begun in `out` has other settings; arguments as of `take_up`."""
     before = _options_of(out)
     if before is None:
         if any(out.glob("*/seed*/*.json")):  # something was finished
@@ -309,7 +261,7 @@ def _refuse_other_settings(out: Path, options: dict, begun: set[str], runs: list
     # An earlier version had fewer settings: those that it had not were what they are by default now.
     usual = {one.name: one.default for one in fields(FinetuneOptions) if one.default is not MISSING}
     before["settings"] = {name: usual | values for name, values in of_methods.items()}
-    if changes := _changes(before, options, tuple(f"settings.{method}." for method in set(METHODS) - begun)):
+    if changes := _changes(before, options, tuple(f"settings.{method}." for method in set(METHODS) - _begun(out))):
         raise ValueError(
             f"{out} holds results of other settings ({changes}): give another --output-dir, or delete this one"
         )
