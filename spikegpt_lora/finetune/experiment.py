@@ -226,7 +226,7 @@ def read_options(file: Path) -> dict:
 def require_same(plan: Plan, file: Path, wanted: dict) -> None:
     """Raise ValueError where `plan` is not the one that wrote `file`, whose content is `wanted` (of `read_options`)."""
     wanted = wanted | {"settings": {name: asdict(options) for name, options in wanted["settings"].items()}}
-    if changes := _changes(wanted, counted(plan)):
+    if changes := differences(wanted, counted(plan)):
         raise ValueError(
             f"--config {file} is of other runs than these would be ({changes}): give the model and the text that they "
             "had, and --intermediate-sentences if they had it"
@@ -261,13 +261,13 @@ def refuse_other_settings(out: Path, options: dict, runs: list[dict]) -> None:
     # An earlier version had fewer settings: those that it had not were what they are by default now.
     usual = {one.name: one.default for one in fields(FinetuneOptions) if one.default is not MISSING}
     before["settings"] = {name: usual | values for name, values in of_methods.items()}
-    if changes := _changes(before, options, tuple(f"settings.{method}." for method in set(METHODS) - _begun(out))):
+    if changes := differences(before, options, tuple(f"settings.{method}." for method in set(METHODS) - _begun(out))):
         raise ValueError(
             f"{out} holds results of other settings ({changes}): give another --output-dir, or delete this one"
         )
 
 
-def _changes(before: dict, options: dict, others: tuple[str, ...] = ()) -> str:
+def differences(before: dict, options: dict, others: tuple[str, ...] = ()) -> str:
     """What is different in `options`, in words; but for keys that begin with one of `others`."""
     old, new = _flat(before), _flat(options)
     differing = [key for key in new if old.get(key) != new[key] and not key.startswith(others)]

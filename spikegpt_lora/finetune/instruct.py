@@ -19,6 +19,7 @@ from ..observe.adapters import observe_adapters
 from ..utils.errors import read_json, writing
 from ..utils.files import write_json
 from ..utils.stopping import deferred
+from .experiment import differences
 from .run import require_trained
 from .trainer import Finite, Progress, Resumption, Stopwatch, last_whole_checkpoint
 
@@ -37,8 +38,7 @@ def bf16_of(folder: Path) -> bool | None:
 def take_up(folder: Path, options: dict) -> dict:
     """Make `folder` that of a run with `options`, which it returns; ValueError where it holds one with others."""
     now, before = json.loads(json.dumps(options)), begun(folder)
-    differing = [key for key in now if before and before.get(key) != now[key]]
-    if changes := "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in differing):
+    if before and (changes := differences(before, now)):
         raise ValueError(f"{folder} holds a run of other settings ({changes}): give another --output-dir, or delete it")
     write_json(folder / "options.json", now)
     return now
