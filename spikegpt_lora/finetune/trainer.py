@@ -70,7 +70,7 @@ class PairedTrainer(Trainer):
         """Also logs eval_sparsity, the share of silent gate outputs."""
         if not any(gates_of(self.model)):
             return super().evaluate(*args, **kwargs)
-        with observe_adapters(self.model) as seen:
+        with observe_adapters(self.model, contributions=False) as seen:
             metrics = super().evaluate(*args, **kwargs)
         self.state.log_history[-1]["eval_sparsity"] = seen.activity().sparsity
         return metrics

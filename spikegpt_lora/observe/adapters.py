@@ -28,7 +28,7 @@ class AdapterActivity:
 
     sparsity: share of gate outputs that are silent; dead_ranks: share of rank units that never fired; both None without
     spiking gates. contribution: norm of what the adapters add over the norm of W0 x, both over all adapted modules and
-    real tokens; None where W0 x is 0.
+    real tokens; None where W0 x is 0, or was not looked at.
     modules: by module name the same three, threshold and tau (their mean where they were learned by rank), membrane
         (mean after each token) and firing, the spikes a token (sum of their sizes) of each rank unit.
     left_out: modules whose input is no row of tokens (a pooler's, say), which were not counted. A place of a
@@ -46,8 +46,8 @@ class AdapterActivity:
 class AdapterObserver:
     """Counts, while `observe_adapters` is active; see `activity`."""
 
-    def __init__(self, model: nn.Module, membranes: bool = False):
-        self.tokens, self.membranes = RealTokens(model), membranes
+    def __init__(self, model: nn.Module, membranes: bool = False, contributions: bool = True):
+        self.tokens, self.membranes, self.contributions = RealTokens(model), membranes, contributions
         named = self.tokens.model.named_modules()
         self.adapted: dict[str, Any] = {name: module for name, module in named if isinstance(module, BaseTunerLayer)}
         self.gates = dict(gates_of(self.tokens.model))
@@ -58,7 +58,7 @@ class AdapterObserver:
     def hooks(self) -> Iterator[RemovableHandle]:
         """Attaches one hook after the other; gives their handles."""
         yield self.tokens.attach()
-        for name, module in self.adapted.items():
+        for name, module in self.adapted.items() if self.contributions else ():
             yield module.get_base_layer().register_forward_hook(partial(self._frozen, name))
             yield module.register_forward_hook(partial(self._adapted, name))
         for name, gate in self.gates.items():
@@ -100,10 +100,11 @@ class AdapterObserver:
             return None
         modules = {name: {"contribution": _ratio([self.counts[name]])} for name in self.adapted if name in self.counts}
         gates = {name: self.counts[name] for name in self.gates if name in self.counts}
-        if not modules or not all(int(counts["tokens"]) for counts in gates.values()):
+        if not (modules or gates) or not all(int(counts["tokens"]) for counts in gates.values()):
             raise ValueError("nothing was observed: let the model read at least one batch with a real token")
         for name, counts in gates.items():
-            modules[name.split(".lora_gate.")[0]] |= _of_gate(self.gates[name], counts)
+            name, gate = name.split(".lora_gate.")[0], self.gates[name]
+            modules[name] = modules.get(name, {"contribution": None}) | _of_gate(gate, counts)
         silent = [1 - counts["fired"] / counts["tokens"] for counts in gates.values()]
         return AdapterActivity(
             sparsity=float(torch.cat(silent).mean()) if gates else None,
@@ -134,13 +135,16 @@ def _ratio(counts: list[dict]) -> float | None:
 
 
 @contextmanager
-def observe_adapters(model: nn.Module, membranes: bool = False) -> Iterator[AdapterObserver]:
+def observe_adapters(
+    model: nn.Module, membranes: bool = False, contributions: bool = True
+) -> Iterator[AdapterObserver]:
     """While it is open, every forward of `model` is counted: training, a Trainer's evaluation, your own loop.
 
     Args:
         model: any model with adapters of peft, SpikeGPT or not.
         membranes: gather mean membranes too, which costs a second pass through each gate, token by token.
+        contributions: compare what adapters add with W0 x; without it gates alone are looked at, in far less time.
     """
-    observer = AdapterObserver(model, membranes)
+    observer = AdapterObserver(model, membranes, contributions)
     with hooked(observer.hooks()):
         yield observer
