@@ -151,12 +151,15 @@ def trained(
 ) -> Trainer:
     """The Trainer that has trained `model`; arguments as of `finetune`, without a method none of its callbacks."""
     callbacks = [] if method is None else METHODS[method].callbacks(options)
+    judged = data.get("validation")
+    if judged is not None and options.group_by_length:
+        judged = judged.select(_longest_first(judged))
     with deferred() as stop:
         trainer = PairedTrainer(
             model=model,
             args=training_arguments(directory, seed, options, report_to),
             train_dataset=data["train"],
-            eval_dataset=data.get("validation"),
+            eval_dataset=judged,
             processing_class=tokenizer,
             data_collator=PaddingAsText(tokenizer) if options.read_padding else DataCollatorWithPadding(tokenizer),
             compute_metrics=_accuracy,
@@ -252,9 +255,15 @@ def _with_adapters(trainer: Trainer, rows: Dataset) -> tuple[np.ndarray, np.ndar
 
 def _predicted(trainer: Trainer, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """What the model gives to each class, `(sentences, classes)`, and whether the likeliest is right."""
-    predicted = trainer.predict(rows)
+    order = _longest_first(rows) if trainer.group_by_length else np.arange(len(rows))
+    predicted, back = trainer.predict(rows.select(order)), np.argsort(order)
     right = _answers(predicted.predictions) == predicted.label_ids
-    return softmax(predicted.predictions.astype(np.float64), axis=-1), right
+    return softmax(predicted.predictions.astype(np.float64), axis=-1)[back], right[back]
+
+
+def _longest_first(rows: Dataset) -> np.ndarray:
+    """The order in which a batch has the least padding."""
+    return np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable")
 
 
 def _answers(logits: np.ndarray) -> np.ndarray:
