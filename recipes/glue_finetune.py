@@ -196,13 +196,15 @@ def main() -> int:
         data["train"] = data["train"].shuffle(seed=0).select(range(min(most, len(data["train"]))))
     precision = resolve(args.pop("precision"), PartialState().device, bf16_of(args["output_dir"]))
     print(precision)
+    jobs = args.pop("jobs")
     plan = Plan(bf16=precision.bf16, text_sha256=sha256_of_text(data), **args)
     tokens = tokenize(data, tokenizer, GLUE[plan.task].max_length)
     print(", ".join(f"{name} {len(rows):,}" for name, rows in data.items()) + " sentences")
     with locked(plan.output_dir):
         give_old_runs_folders(plan)
         take_up(plan.output_dir, counted(plan), finished(plan))
-        run_missing(plan.output_dir, plan.runs(), partial(train, plan, tokens, tokenizer), partial(write_results, plan))
+        train_one, write = partial(train, plan, tokens, tokenizer), partial(write_results, plan)
+        run_missing(plan.output_dir, plan.runs(), train_one, write, jobs)
     print("\n" + (plan.output_dir / "results.md").read_text(encoding="utf-8"))
     print(f"{len(finished(plan))} runs. Written to {plan.output_dir}.")
     return 0
@@ -218,6 +220,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--methods", nargs="+", choices=VARIANTS, metavar="METHOD", default=["lora", "spikelora"], help=named)
     add("--ranks", nargs="+", type=command_line.positive, default=[8, 64], help="of the adapters; alpha is the same")
     add("--seeds", nargs="+", type=command_line.seed, default=[0, 1, 2], help="one run a method, rank and seed")
+    add("--jobs", type=command_line.positive, default=1, help="runs at a time, each in a process of its own")
     add("--epochs", type=command_line.positive, default=4, help="the last one is measured")
     add("--batch-size", type=command_line.positive, default=32, help="sentences a step")
     add(

@@ -138,7 +138,7 @@ def main() -> int:
     with locked(plan.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
         comparison = prepare(plan, data, source, baselines=not args.tune)
         use_extension("auto", PartialState().device)  # built now: no log line breaks a progress bar
-        return tune(comparison, args.tune) if args.tune else run_all(comparison, args.shard, args.merge)
+        return tune(comparison, args.tune) if args.tune else run_all(comparison, args.shard, args.merge, args.jobs)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -161,6 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--intermediate", metavar="TASK", help="film, or a file of label, tab and sentence: trained on first")
     add("--intermediate-sentences", type=positive, metavar="N", help="of them, drawn by a fixed seed (default: all)")
     add("--teacher", help="folder or package of an encoder, whose answers are learned from too; or its answers.npz")
+    add("--jobs", type=positive, default=1, metavar="N", help="runs at a time, each in a process of its own")
     add("--shard", type=shard, metavar="I/N", help="run the I-th of N parts of the runs, for --merge; 1/N ... N/N")
     add(
         "--merge",
@@ -271,8 +272,8 @@ def require_consistent(args: argparse.Namespace) -> None:
         raise ValueError("--intermediate-sentences counts those of --intermediate: give it too")
     if args.tune and (args.intermediate or args.teacher or args.report_to):
         raise ValueError("--tune searches for settings without --intermediate, --teacher and --report-to")
-    if args.tune and (args.shard or args.merge):
-        raise ValueError("--shard and --merge share out a comparison's runs, and --tune has none: leave it out")
+    if args.tune and (args.shard or args.merge or args.jobs > 1):
+        raise ValueError("--shard, --merge and --jobs share out a comparison's runs, and --tune has none: leave it out")
     if args.spike_levels and not args.matrix_spikes:
         raise ValueError("--spike-levels is for --matrix-spikes integer: a model that has integer spikes has its own")
     if args.spike_penalty and not reads_spikes(args):
@@ -450,8 +451,11 @@ def tune(comparison: Comparison, trials: int) -> int:
     return 0
 
 
-def run_all(comparison: Comparison, part: tuple[int, int] | None, merge: list[Path]) -> int:
-    """Train what is missing of all runs, or of one `part` of them, when those of the folders `merge` are taken over."""
+def run_all(comparison: Comparison, part: tuple[int, int] | None, merge: list[Path], jobs: int) -> int:
+    """Train what is missing of all runs, or of one `part` of them, when those of the folders `merge` are taken over;
+    `jobs` at a time."""
+    if jobs > 1 and PartialState().num_processes > 1:
+        raise ValueError("--jobs and torchrun both start processes: give one of the two")
     plan, started = comparison.plan, time.perf_counter()
     runs = [{"method": method, "seed": seed} for seed in plan.seeds for method in plan.methods]
     if PartialState().is_main_process:
@@ -459,9 +463,11 @@ def run_all(comparison: Comparison, part: tuple[int, int] | None, merge: list[Pa
             say(f"{folder}: {take_runs(plan.output_dir, folder, counted(plan))} runs taken")
     PartialState().wait_for_everyone()
     first, step = part or (1, 1)
-    run_missing(
-        plan.output_dir, runs[first - 1 :: step], partial(train, comparison), partial(write_results, comparison)
-    )
+    mine = runs[first - 1 :: step]
+    for seed in sorted({run["seed"] for run in mine}) if jobs > 1 else ():
+        get_base(comparison, seed)  # now: several processes would write it at once
+    train_one, write = partial(train, comparison), partial(write_results, comparison)
+    run_missing(plan.output_dir, mine, train_one, write, jobs)
     if PartialState().is_main_process:
         print("\n" + (plan.output_dir / "results.md").read_text(encoding="utf-8"))
         print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Written to {plan.output_dir}:")

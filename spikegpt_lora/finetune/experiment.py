@@ -12,7 +12,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -41,6 +41,7 @@ from .options import FinetuneOptions, sample_trial
 from .run import adapt, finetune, tokenize
 from .teacher import Teacher
 from .trainer import ANSWERS
+from .workers import side_by_side
 
 PACKAGES = ("spikegpt_lora", "torch", "transformers", "peft", "spikingjelly")
 
@@ -282,26 +283,35 @@ def _flat(options: dict, prefix: str = "") -> dict:
     return pairs
 
 
-def run_missing(out: Path, runs: list[dict], train: Callable[[dict, str], None], write: Callable[[bool], None]) -> None:
+def run_missing(
+    out: Path, runs: list[dict], train: Callable[[dict, str], None], write: Callable[[bool], None], jobs: int = 1
+) -> None:
     """Call `train(run, description)` for each of `runs` that has no run.json yet.
 
     Args:
         runs: what makes each one: method, seed and, where it is compared too, rank; its folder is `folder_of(run)`.
         train: leaves run.json there, last.
         write: of all finished runs, the results; called before each run (False: more are to come) and at the end.
+        jobs: how many at a time; with more than one, `train` can be pickled.
     """
     devices = PartialState()
     missing = [run for run in runs if not (out / folder_of(run) / "run.json").is_file()]
     if devices.is_main_process:
         for finished in out.glob("*/seed*/run.json"):  # whose process may have been killed just after it
             shutil.rmtree(finished.with_name("training"), ignore_errors=True)
+    named = [" ".join(f"{key} {value}" for key, value in run.items()).removeprefix("method ") for run in missing]
+    named = [f"{runs.index(run) + 1}/{len(runs)} {name}" for run, name in zip(missing, named)]
+    if jobs > 1:
+        write(False)
+        for _ in side_by_side([partial(train, run, name) for run, name in zip(missing, named)], jobs):
+            write(False)
+        return write(True)
     took: dict[str, list[float]] = defaultdict(list)  # seconds of this call's runs, by method
     for number, run in enumerate(missing):
         if devices.is_main_process:
             write(False)
         started = perf_counter()
-        named = " ".join(f"{key} {value}" for key, value in run.items()).removeprefix("method ")
-        train(run, f"{runs.index(run) + 1}/{len(runs)} {named}{_to_go(took, missing[number:])}")
+        train(run, named[number] + _to_go(took, missing[number:]))
         devices.wait_for_everyone()
         took[run["method"]].append(perf_counter() - started)
     if devices.is_main_process:

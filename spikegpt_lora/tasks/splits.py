@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -121,14 +122,18 @@ class Protocol:
     disjoint: bool = False
 
 
-ONE_SPLIT = Protocol(lambda data, seed: data, one_split=True)
+def as_it_is(data: "DatasetDict", seed: int) -> "DatasetDict":
+    return data
+
+
+ONE_SPLIT = Protocol(as_it_is, one_split=True)
 BY_SEED = Protocol(resplit)
 
 
 def folds(count: int, with_test: bool) -> Protocol:
     """`count` folds, numbered by the seed, of all sentences or, to choose settings by, of train and validation."""
     names = ("train", "validation", "test") if with_test else ("train", "validation")
-    return Protocol(lambda data, seed: fold(data, seed, count, names), disjoint=True)
+    return Protocol(partial(fold, count=count, names=names), disjoint=True)
 
 
 def lines_of(path: Path, encoding: str) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ import transformers
 
 from . import errors, precision
 from .malloc import keep_freed_memory
+from .stopping import obey
 from .threads import keep_to_own_processors
 
 RANGES = {
@@ -128,7 +129,7 @@ def run(main: Callable[[], int], stopped: str = "stopped") -> int:
     Args:
         stopped: what is said after Ctrl-C and SIGTERM.
     """
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, obey)
     try:
         return main()
     except KeyboardInterrupt as stop:
@@ -142,7 +143,3 @@ def run(main: Callable[[], int], stopped: str = "stopped") -> int:
         return 2 if known else 1
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _stop(number, frame):
-    raise errors.Stopped

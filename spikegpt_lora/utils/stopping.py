@@ -14,6 +14,11 @@ APART = 1.0  # seconds; of two nearer to each other the second is the first, han
 ASKED = "\nstopping: this step is finished and saved first. Once more stops at once.\n"
 
 
+def obey(number, frame):
+    """A handler of SIGTERM that ends the program as Ctrl-C does."""
+    raise Stopped
+
+
 class Request:
     """`asked`: None, or the exception that is to end the program when all is saved."""
 

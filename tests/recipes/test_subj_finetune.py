@@ -25,6 +25,7 @@ from spikegpt_lora import (
 )
 from spikegpt_lora.finetune.methods import METHODS
 from spikegpt_lora.finetune.teacher import key_of
+from spikegpt_lora.finetune.trainer import last_whole_checkpoint
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.report.results import SCHEMA, folder_of
 
@@ -340,6 +341,31 @@ def test_shards_that_are_merged_are_the_single_run(finished, tmp_path):
     assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "all" / "base" / "seed1")
     again = recipe(tmp_path / "all", *arguments, "--merge", tmp_path / "1")
     assert again.returncode == 2 and "holds no finished run" in again.stderr
+
+
+def test_two_jobs_leave_the_runs_of_one(finished, tmp_path):
+    arguments = ["--max-train-samples", "64", "--methods", "full", "spikelora", "--jobs", "2"]
+    done = running.in_a_process(NAME, *options(tmp_path, *arguments))
+    assert done.returncode == 0, done.stderr
+    alone = {folder_of(run): run for run in results_in(finished[0])["runs"]}
+    together = results_in(tmp_path)
+    assert together["complete"] is True and len(together["runs"]) == 2
+    for run in together["runs"]:  # on fewer threads sums are rounded otherwise
+        assert run["loss_by_epoch"] == pytest.approx(alone[folder_of(run)]["loss_by_epoch"], abs=1e-5)
+        assert run["test_correct"] == alone[folder_of(run)]["test_correct"]
+
+
+def test_jobs_that_are_stopped_save_their_step(tmp_path):
+    """Ctrl-C for the first process alone, which hands it on."""
+    arguments = ["--max-train-samples", "256", "--methods", "full", "spikelora", "--epochs", "99", "--jobs", "2"]
+    folders = [tmp_path / method / "seed0" / "training" for method in ("full", "spikelora")]
+
+    def both_train():
+        return all(any(folder.glob("checkpoint-*")) for folder in folders)
+
+    stopped = running.interrupted(NAME, *options(tmp_path, *arguments), once=both_train)
+    assert stopped.returncode == 130 and "the same command goes on from here" in stopped.stderr
+    assert "Traceback" not in stopped.stderr and all(map(last_whole_checkpoint, folders))
 
 
 def without_time(run):
