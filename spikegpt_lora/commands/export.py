@@ -38,7 +38,7 @@ from ..export import (
 )
 from ..export.__main__ import main as of_bundle
 from ..report.markdown import table
-from ..tasks.registry import load_task
+from ..tasks.registry import TASKS, labels_of, load_task
 from ..utils import command_line, files
 from .cost import cost_tables, kind_of
 from .sentences import read_sentences
@@ -59,8 +59,9 @@ def parse_arguments(arguments: list[str] | None, prog: str | None) -> argparse.N
     parser = command_line.parser(__doc__, prog)
     add = parser.add_argument
     add("model", type=Path, help="folder of a fine-tuned classifier or of its adapter")
-    add("--data-dir", type=Path, help="folder with Subj; else SPIKEGPT_LORA_DATA, else the Hugging Face hub")
-    add("--task", choices=["subj", "subj-mini"], default="subj", help="whose test sentences are read")
+    add("--data-dir", type=Path, help="folder with Subj, CoLA or RTE; else SPIKEGPT_LORA_DATA, else the hub")
+    named = f"whose test sentences are read: {', '.join(TASKS)}, a file, a folder or a hub id"
+    add("--task", type=command_line.utf8, default="subj", help=named)
     add("--text", type=Path, help="read this file instead, a sentence a line")
     add("--sentences", type=command_line.positive, default=200, help="the first so many")
     add("--weights", choices=WEIGHTS, default="float32", help="int8: times powers of two")
@@ -77,7 +78,7 @@ def parse_arguments(arguments: list[str] | None, prog: str | None) -> argparse.N
 def export(args) -> int:
     out = args.output_dir or args.model / f"export-{args.weights}"
     model, tokenizer = load_classifier(args.model)
-    texts, labels = sentences(args)
+    texts, labels = sentences(args, model.config.num_labels)
     shown = slice(0, args.sentences)
     batch = encode(tokenizer, texts[shown], labels[shown], args.max_length)
     with files.locked(out):
@@ -122,10 +123,13 @@ def bar(rounds: list, text: str):
     return tqdm(rounds, desc=text, leave=False, disable=None)
 
 
-def sentences(args) -> tuple[list[str], list[int]]:
+def sentences(args, classes: int) -> tuple[list[str], list[int]]:
+    """What is read and its labels, -1 where it has none; raises ValueError for a task of other than `classes`."""
     if args.text is None:
-        test = load_task(args.task, args.data_dir)["test"]
-        return list(test["text"]), list(test["label"])
+        data = load_task(args.task, args.data_dir)
+        if (found := len(labels_of(data))) != classes:
+            raise ValueError(f"--task {args.task} has {found} classes and {args.model} {classes}: name the model's own")
+        return list(data["test"]["text"]), list(data["test"]["label"])
     texts = read_sentences(args.text)
     return texts, [-1] * len(texts)
 

@@ -53,6 +53,23 @@ def test_a_whole_model_and_a_text_file_are_read_too(finetuned, tmp_path):
     assert bundle.sentences["labels"].tolist() == [-1, -1] and "gem" in bundle.sentences["words"][0]
 
 
+def test_test_sentences_of_a_task_of_ones_own_are_read(finetuned, tmp_path):
+    lines = [f"{label}\tsay {number} {label} films" for number in range(60) for label in ("good", "bad")]
+    (tmp_path / "own.tsv").write_text("\n".join(["label\ttext", *lines]), encoding="utf-8")
+    arguments = ["--task", tmp_path / "own.tsv", "--sentences", "6", "--output-dir", tmp_path / "out"]
+    done = running.here(NAME, finetuned / "spikelora", *arguments)
+    assert done.returncode == 0, done.stderr + done.stdout
+    bundle = Bundle(tmp_path / "out" / "bundle")
+    assert "films" in bundle.sentences["words"][0] and set(bundle.sentences["labels"].tolist()) <= {0, 1}
+
+
+def test_a_task_of_more_classes_than_the_model_has_is_refused(finetuned, tmp_path):
+    lines = [f"{label}\tsay {number} {label} films" for number in range(60) for label in ("good", "bad", "odd")]
+    (tmp_path / "own.tsv").write_text("\n".join(["label\ttext", *lines]), encoding="utf-8")
+    done = running.here(NAME, finetuned / "spikelora", "--task", tmp_path / "own.tsv", "--output-dir", tmp_path / "out")
+    assert done.returncode == 2 and "has 3 classes" in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_exported_is_said_in_one_line(finetuned, tmp_path):
     lost = tmp_path / "lost"
     lost.mkdir()
