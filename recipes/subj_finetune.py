@@ -161,16 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--intermediate", metavar="TASK", help="film, or a file of label, tab and sentence: trained on first")
     add("--intermediate-sentences", type=positive, metavar="N", help="of them, drawn by a fixed seed (default: all)")
     add("--teacher", help="folder or package of an encoder, whose answers are learned from too; or its answers.npz")
-    add("--jobs", type=positive, default=1, metavar="N", help="runs at a time, each in a process of its own")
-    add("--shard", type=shard, metavar="I/N", help="run the I-th of N parts of the runs, for --merge; 1/N ... N/N")
-    add(
-        "--merge",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FOLDER",
-        help="take finished runs from these folders first",
-    )
+    command_line.add_sharing(add)
     add("--trace-sentences", type=positive, default=32, help="test sentences whose spikes are recorded")
     add("--tune", type=positive, metavar="N", help="N trials a method instead, on the validation split")
     add("--report-to", nargs="+", default=[], metavar="NAME", help="tensorboard, or another that transformers knows")
@@ -228,13 +219,6 @@ def configured(parser: argparse.ArgumentParser, args: argparse.Namespace) -> arg
     args.settings = content["settings"]
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
     return parser.parse_args(flags, args)  # so that a wrong value is named as one of the command line is
-
-
-def shard(text: str) -> tuple[int, int]:
-    part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, got {text!r}")
-    return int(part), int(parts)
 
 
 def usual(name: str) -> str:

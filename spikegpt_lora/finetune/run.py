@@ -43,6 +43,7 @@ from .trainer import (
     Resumption,
     Stopwatch,
     last_whole_checkpoint,
+    longest_first,
     training_arguments,
 )
 
@@ -153,7 +154,7 @@ def trained(
     callbacks = [] if method is None else METHODS[method].callbacks(options)
     judged = data.get("validation")
     if judged is not None and options.group_by_length:
-        judged = judged.select(_longest_first(judged))
+        judged = judged.select(longest_first(judged))
     with deferred() as stop:
         trainer = PairedTrainer(
             model=model,
@@ -255,15 +256,10 @@ def _with_adapters(trainer: Trainer, rows: Dataset) -> tuple[np.ndarray, np.ndar
 
 def _predicted(trainer: Trainer, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """What the model gives to each class, `(sentences, classes)`, and whether the likeliest is right."""
-    order = _longest_first(rows) if trainer.group_by_length else np.arange(len(rows))
+    order = longest_first(rows) if trainer.group_by_length else np.arange(len(rows))
     predicted, back = trainer.predict(rows.select(order)), np.argsort(order)
     right = _answers(predicted.predictions) == predicted.label_ids
     return softmax(predicted.predictions.astype(np.float64), axis=-1)[back], right[back]
-
-
-def _longest_first(rows: Dataset) -> np.ndarray:
-    """The order in which a batch has the least padding."""
-    return np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable")
 
 
 def _answers(logits: np.ndarray) -> np.ndarray:

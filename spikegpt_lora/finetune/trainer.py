@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import reduce
+from datasets import Dataset
 from torch import nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
@@ -98,6 +100,11 @@ class PairedTrainer(Trainer):
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         together = self.args.train_batch_size * self.args.world_size  # sentences of one step
         return SeededLengthSampler(together, lengths=lengths, seed=self.args.data_seed)
+
+
+def longest_first(rows: Dataset) -> np.ndarray:
+    """The order of tokenized `rows` in which batches have the least padding."""
+    return np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable")
 
 
 class SeededLengthSampler(LengthGroupedSampler):

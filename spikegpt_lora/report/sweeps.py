@@ -22,10 +22,10 @@ from .results import SETTINGS, folder_of, mean_and_spread
 PLAIN = "lora"
 
 LEGEND = (
-    "Mean ± standard deviation over seeds. Minus LoRA: at the same rank and learning rate; over seeds: 95 % interval "
-    "of the mean (t); over sentences: accuracy, its interval by bootstrap; neither is corrected for the number of "
-    "rows. Train - dev: the same measure on as many training sentences, in evaluation mode, minus that on dev. "
-    "Gradient norm: of the adapters, before clipping, mean ± standard deviation over steps."
+    "Mean ± standard deviation over seeds. Minus LoRA: at the same rank, and of several learning rates at the same; "
+    "over seeds: 95 % interval of the mean (t); over sentences: accuracy, its interval by bootstrap; neither is "
+    "corrected for the number of rows. Train - dev: the same measure on as many training sentences, in evaluation "
+    "mode, minus that on dev. Gradient norm: of the adapters, before clipping, mean ± standard deviation over steps."
 )
 
 NAMES = {"mcc": "MCC x 100", "accuracy": "accuracy %", "f1": "F1 %"}
@@ -57,9 +57,11 @@ def summarize_settings(runs: Sequence[dict], metric: str) -> list[dict]:
 
 
 def plain_of(run: dict, runs: Sequence[dict]) -> dict[int, dict]:
-    """LoRA's runs at the rank and learning rate of `run`, by seed; none where `run` has no rank and LoRA several."""
-    same = [one for one in runs if one["method"] == PLAIN and one.get("learning_rate") == run.get("learning_rate")]
-    same = [one for one in same if run.get("rank") in (None, one.get("rank"))]
+    """LoRA's runs at the rank of `run`, and where LoRA has several learning rates there at that of `run`, by seed; none
+    where `run` has no rank and LoRA several."""
+    same = [one for one in runs if one["method"] == PLAIN and run.get("rank") in (None, one.get("rank"))]
+    if len({one.get("learning_rate") for one in same}) > 1:
+        same = [one for one in same if one.get("learning_rate") == run.get("learning_rate")]
     return {one["seed"]: one for one in same} if len(by_setting(same)) == 1 else {}
 
 

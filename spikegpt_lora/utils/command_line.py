@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import transformers
 
@@ -74,6 +75,26 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
     return number
+
+
+def part(text: str) -> tuple[int, int]:
+    """An option that says I/N, the I-th of N parts.
+
+    Raises:
+        argparse.ArgumentTypeError: it does not.
+    """
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, got {text!r}")
+    return int(number), int(parts)
+
+
+def add_sharing(add: Callable) -> None:
+    """Give a parser, whose `add_argument` this is, what shares a comparison's runs out to processes and machines."""
+    add("--jobs", type=positive, default=1, metavar="N", help="runs at a time, each in a process of its own")
+    add("--shard", type=part, metavar="I/N", help="run the I-th of N parts of the runs, for --merge; 1/N ... N/N")
+    text = "take finished runs from these folders first"
+    add("--merge", nargs="+", type=Path, default=[], metavar="FOLDER", help=text)
 
 
 def number(rule: str) -> Callable[[str], float]:

@@ -243,7 +243,7 @@ def test_gradient_norms_are_those_of_the_adapters_before_they_are_clipped(here, 
     expected = sum(float(p.grad.square().sum()) for n, p in model.named_parameters() if "lora_" in n) ** 0.5
     model.zero_grad()
     arguments = {"max_steps": 1, "per_device_train_batch_size": 4, "max_grad_norm": 1e-4, "use_cpu": True}
-    arguments |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    arguments |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "data_seed": 0}
     trainer = glue.WatchedTrainer(
         model, TrainingArguments(str(tmp_path), **arguments), train_dataset=rows, data_collator=collate
     )
@@ -274,3 +274,37 @@ def test_parity_takes_the_papers_settings_and_what_is_given_counts(monkeypatch):
 def test_a_sweep_of_what_there_is_not_is_refused(here, tmp_path, sweep, message):
     done = recipe(here, tmp_path, "--sweep", *sweep)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_each_method_and_setting_gets_the_best_of_several_rates(here, tmp_path):
+    """A rate of 1e-9 leaves the model where it began, which answers one class."""
+    arguments = ["--methods", "head", "lora", "spikelora", "--seeds", "0", "1", "--batch-size", "4", "--epochs", "4"]
+    done = recipe(here, tmp_path, *arguments, "--tune-learning-rate", "1e-9", "0.05")
+    assert done.returncode == 0, done.stderr
+    trials = json.loads((tmp_path / "trials" / "results.json").read_text())
+    assert trials["options"]["holdout"] is True and len(trials["runs"]) == 6
+    best = {}
+    for run in sorted(trials["runs"], key=lambda run: (run["mcc"], -run["learning_rate"])):
+        best[run["method"], run.get("rank")] = run["learning_rate"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["options"]["holdout"] is False and len(results["runs"]) == 6
+    assert all(run["learning_rate"] == best[run["method"], run.get("rank")] for run in results["runs"])
+    assert [len(row["minus_lora"]) for row in results["summary"]] == [2, 0, 2]
+
+
+def test_shards_are_put_together(here, tmp_path):
+    arguments = ["--methods", "lora", "spikelora", "--seeds", "0", "1", "--tune-learning-rate", "0.01"]
+    for part in (1, 2):
+        done = recipe(here, tmp_path / str(part), *arguments, "--shard", f"{part}/2")
+        assert done.returncode == 0 and len(list((tmp_path / str(part)).glob("*/seed*/run.json"))) == 2
+        assert len(list((tmp_path / str(part)).glob("trials/*/seed*/run.json"))) == 1
+    done = recipe(here, tmp_path / "all", *arguments, "--merge", tmp_path / "1", tmp_path / "2")
+    assert done.returncode == 0 and done.stdout.count("2 runs taken") == 2, done.stderr
+    assert done.stdout.count("1 runs taken") == 2 and len(list((tmp_path / "all").glob("trials/*/seed*"))) == 2
+    assert len(json.loads((tmp_path / "all" / "results.json").read_text())["runs"]) == 4
+
+
+@pytest.mark.parametrize("arguments", [["--holdout"], ["--sweep", "learning_rate=0.1"]])
+def test_a_rate_that_is_tuned_is_neither_swept_nor_held_out_by_hand(here, tmp_path, arguments):
+    done = recipe(here, tmp_path, "--tune-learning-rate", "0.1", *arguments)
+    assert done.returncode == 2 and "leave --holdout and --sweep learning_rate out" in done.stderr
