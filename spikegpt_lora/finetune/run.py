@@ -153,7 +153,7 @@ def trained(
     """The Trainer that has trained `model`; arguments as of `finetune`, without a method none of its callbacks."""
     callbacks = [] if method is None else METHODS[method].callbacks(options)
     judged = data.get("validation")
-    if judged is not None and options.group_by_length:
+    if judged is not None and not options.read_padding:  # else an answer depends on the batch
         judged = judged.select(longest_first(judged))
     with deferred() as stop:
         trainer = PairedTrainer(
@@ -256,7 +256,8 @@ def _with_adapters(trainer: Trainer, rows: Dataset) -> tuple[np.ndarray, np.ndar
 
 def _predicted(trainer: Trainer, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """What the model gives to each class, `(sentences, classes)`, and whether the likeliest is right."""
-    order = longest_first(rows) if trainer.group_by_length else np.arange(len(rows))
+    as_text = isinstance(trainer.data_collator, PaddingAsText)
+    order = np.arange(len(rows)) if as_text else longest_first(rows)
     predicted, back = trainer.predict(rows.select(order)), np.argsort(order)
     right = _answers(predicted.predictions) == predicted.label_ids
     return softmax(predicted.predictions.astype(np.float64), axis=-1)[back], right[back]
