@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, and none may wait for it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of two runs side by side sleep while they wait
 
 import signal
 
