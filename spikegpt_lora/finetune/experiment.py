@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from ..report.markdown import markdown, trials_table
 from ..report.page import write_page
 from ..report.plots import draw_accuracy
-from ..report.results import SCHEMA, TRIAL_KEYS, compare, folder_of, read_runs, summarize
+from ..report.results import SCHEMA, TRIAL_KEYS, compare, folder_of, mean_and_spread, read_runs, summarize
 from ..report.spreadsheet import write_spreadsheet
 from ..tasks.baselines import bag_of_words_baselines
 from ..tasks.registry import TASKS, labels_of
@@ -151,13 +151,25 @@ def begin(
         **header(SCHEMA, plan.task, plan.model, plan.bf16, counted(plan)),
         "data": sizes | {"cut_short": cut},
         "split": data["test"].info.description if plan.protocol.one_split else "",
-        # Where each seed tests other sentences there is no one row for these.
-        "baselines": bag_of_words_baselines(data, more) if baselines and plan.protocol.one_split else [],
+        "baselines": _baselines(plan, data, more) if baselines else [],
         "first": _first(source, teacher),
         "published": list(known.published) if known else [],
         "metric": known.metric if known else "accuracy",
     }
     return Comparison(plan, data, tokens, tokenizer, results, source, teacher)
+
+
+def _baselines(plan: Plan, data: DatasetDict, more: dict[str, Dataset]) -> list[dict]:
+    """Bags of words, fitted on what methods learn from; where seeds have splits of their own their mean over these."""
+    if plan.protocol.one_split:
+        return bag_of_words_baselines(data, more)
+    rows = []
+    for of_seeds in zip(*(bag_of_words_baselines(plan.protocol.split(data, seed), more) for seed in plan.seeds)):
+        row = {"method": of_seeds[0]["method"]}
+        for key in of_seeds[0].keys() - row.keys():
+            row[key], row[f"{key}_spread"] = mean_and_spread([one[key] for one in of_seeds])
+        rows.append(row | {"parameters": round(row["parameters"])})
+    return rows
 
 
 def _first(source: Source | None, teacher: Teacher | None) -> dict:

@@ -62,7 +62,7 @@ def methods_rows(results: dict) -> tuple[list[str], list[list[str | None]]]:
     names += ["adapter / W0x", "adapters off %"]
     rows = [_row(row) for row in results["summary"]]
     for row in results["baselines"]:
-        accuracy = [f"{100 * row[f'accuracy_{split}']:.2f}" for split in ("test", "validation")]
+        accuracy = [percent(row, f"accuracy_{split}") for split in ("test", "validation")]
         rows.append([row["method"], f"{row['parameters']:,}", *accuracy, f"{row['seconds']:.1f}", *["–"] * 4])
     for row in results["published"]:
         rows.append([f"*published, 216M model: {row['method']}*", None, f"*{row['accuracy']:.2f}*", *[None] * 6])

@@ -6,7 +6,8 @@ results.json, schema "spikegpt_lora/finetune/3" (2 had of comparisons difference
     options, versions, data         settings; package versions; sentences per split and how many were cut short
     split                           where the splits are from, in a sentence; "" where all are ours; since 0.3.0
     baselines                       [{method, accuracy_validation, accuracy_test, mcc_test (since 0.3.0), seconds,
-                                    parameters}]
+                                    parameters}]; where seeds have splits of their own (since 0.3.0) the mean of each
+                                    over seeds and its _spread, with no accuracy_validation
     published                       [{method, accuracy}]: figures of the papers, in percent, with a 216M model
     metric                          "MCC" where papers give it of this task, and tables show it; else "accuracy"; since
                                     0.3.0

@@ -28,6 +28,8 @@ from spikegpt_lora.finetune.teacher import key_of
 from spikegpt_lora.finetune.trainer import last_whole_checkpoint
 from spikegpt_lora.pretrain.tokenizer import train_tokenizer
 from spikegpt_lora.report.results import SCHEMA, folder_of
+from spikegpt_lora.tasks.baselines import bag_of_words_baselines
+from spikegpt_lora.tasks.splits import fold
 
 NAME = "subj_finetune.py"
 DEFAULT = ["full", "lora", "spikelora", "head"]
@@ -265,6 +267,15 @@ def test_folds_test_each_sentence_once_and_pair_them_all(tmp_path):
     accuracy = {row["method"]: row["test_accuracy"] for row in results["summary"]}
     assert len(pair["per_seed"]) == 3 and pair["difference"] == pytest.approx(accuracy["lora"] - accuracy["head"])
     assert "The last epoch counts" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_bags_of_words_of_folds_are_the_mean_of_each_folds_own(tmp_path):
+    arguments = ["--task", "subj-mini", "--methods", "head", "--folds", "3", "--epochs", "1"]
+    assert recipe(tmp_path, *arguments).returncode == 0
+    data, row = load_task("subj-mini", pooled=True), results_in(tmp_path)["baselines"][0]
+    each = [bag_of_words_baselines(fold(data, number, 3, list(data)))[0]["accuracy_test"] for number in range(3)]
+    assert row["accuracy_test"] == pytest.approx(np.mean(each)) and row["accuracy_validation"] is None
+    assert row["accuracy_test_spread"] == pytest.approx(np.std(each, ddof=1))
 
 
 def test_every_method_is_trained_on_the_intermediate_task_first_and_the_table_says_so(tmp_path):

@@ -133,8 +133,16 @@ def test_labels_outside_train_change_no_prediction(dataset):
 
 
 def test_missing_split_is_named(dataset):
-    with pytest.raises(ValueError, match="found no validation, test"):
+    with pytest.raises(ValueError, match="must have the splits train and test, found no test"):
         bag_of_words_baselines(DatasetDict(train=dataset["train"]))
+
+
+def test_without_a_validation_split_the_rest_is_the_same(dataset):
+    without = bag_of_words_baselines(DatasetDict(train=dataset["train"], test=dataset["test"]))
+    for row, whole in zip(without, bag_of_words_baselines(dataset), strict=True):
+        assert row["accuracy_validation"] is None
+        same = row.keys() - {"accuracy_validation", "seconds"}
+        assert {key: row[key] for key in same} == {key: whole[key] for key in same}
 
 
 @real_data
