@@ -92,10 +92,12 @@ def verdict(results: dict) -> list[str]:
             rest = [f"{title} ({100 * lead:+.2f} points, {words})" for title, lead, words in level]
             said.append(f"It is not told apart from {_listed(rest)}.")
     if alike := [row for row in summary if title_of(row) in {title for title, *_ in level} | {name}]:
-        cheapest = min(alike, key=lambda row: row["trainable_parameters"])
+        fewest = min(row["trainable_parameters"] for row in alike)
+        small = [row for row in alike if row["trainable_parameters"] == fewest]
+        times = [f"{title_of(row)} (in {_minutes(row['seconds'])})" for row in small]
         said.append(
-            f"{'Of these ' if len(alike) > 1 else ''}{title_of(cheapest)} trains the fewest parameters, "
-            f"{cheapest['trainable_parameters']:,}, in {_minutes(cheapest['seconds'])}."
+            f"{'Of these ' if len(alike) > 1 else ''}{_listed(times)} train{'s' * (len(small) == 1)} the fewest "
+            f"parameters, {fewest:,}."
         )
     if results["baselines"]:
         bag = max(results["baselines"], key=lambda row: row["accuracy_test"])
