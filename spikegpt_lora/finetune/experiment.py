@@ -313,12 +313,14 @@ def run_missing(
             shutil.rmtree(finished.with_name("training"), ignore_errors=True)
     named = [" ".join(f"{key} {value}" for key, value in run.items()).removeprefix("method ") for run in missing]
     named = [f"{runs.index(run) + 1}/{len(runs)} {name}" for run, name in zip(missing, named)]
+    took: dict[str, list[float]] = defaultdict(list)  # seconds of this call's runs, by method
     if jobs > 1:
         write(False)
-        for _ in side_by_side([partial(train, run, name) for run, name in zip(missing, named)], jobs):
+        calls = (partial(train, run, named[i] + _to_go(took, missing[i:], jobs)) for i, run in enumerate(missing))
+        for number, seconds in side_by_side(calls, jobs):
+            took[missing[number]["method"]].append(seconds)
             write(False)
         return write(True)
-    took: dict[str, list[float]] = defaultdict(list)  # seconds of this call's runs, by method
     for number, run in enumerate(missing):
         if devices.is_main_process:
             write(False)
@@ -330,11 +332,12 @@ def run_missing(
         write(True)
 
 
-def _to_go(took: dict[str, list[float]], runs: list[dict]) -> str:
-    """How long `runs` will take, by what earlier ones of the same method took, or of any; nothing before the first."""
+def _to_go(took: dict[str, list[float]], runs: list[dict], jobs: int = 1) -> str:
+    """How long `runs` will take, `jobs` at a time, by what earlier ones of the same method took, or of any; nothing
+    before the first."""
     if not (known := list(chain.from_iterable(took.values()))):
         return ""
-    seconds = sum(fmean(took.get(run["method"]) or known) for run in runs)
+    seconds = sum(fmean(took.get(run["method"]) or known) for run in runs) / jobs
     return f" (all: {tqdm.format_interval(seconds)} to go)"
 
 

@@ -8,18 +8,19 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partialmethod
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from time import perf_counter
 
 import joblib
 import torch
 from tqdm import tqdm
 
 from ..utils import command_line
-from ..utils.errors import TRACEBACK
+from ..utils.errors import TRACEBACK, first_line, sentence
 from ..utils.stopping import obey
 
 # Processes are forked from one that has imported everything and computed nothing: of torch's threads a fork has none.
@@ -30,33 +31,36 @@ CONTEXT = get_context("forkserver" if "forkserver" in get_all_start_methods() el
 class _Worker:
     call: int  # which one
     line: int  # of the terminal, counted down from the first bar
+    started: float
     process: CONTEXT.Process  # type: ignore[name-defined]
     answer: Connection
 
 
-def side_by_side(calls: Sequence[Callable[[], None]], jobs: int) -> Iterator[int]:
+def side_by_side(calls: Iterable[Callable[[], None]], jobs: int) -> Iterator[tuple[int, float]]:
     """Call each of `calls`, which can be pickled, in a process of its own, `jobs` at a time on as many parts of the
-    processors; gives the number of each as it ends.
+    processors; gives the number of each, and its seconds, as it ends. A call is asked for when its turn has come.
 
     A stop (Ctrl-C, SIGTERM) and what one of them raises end the others as SIGTERM does: they save the step first.
 
     Raises:
-        ChildProcessError: one was killed. Otherwise what a call raises.
+        ChildProcessError: one was killed. ValueError: what is wrong, as a user should read it. RuntimeError: a call
+            raised what nobody foresaw.
     """
     threads = max(1, joblib.cpu_count() // jobs)
-    waiting, free, busy, lock = list(enumerate(calls)), list(range(jobs)), [], CONTEXT.RLock()
+    waiting, free, busy, lock = enumerate(calls), list(range(jobs)), [], CONTEXT.RLock()
     CONTEXT.set_forkserver_preload([__name__, "spikegpt_lora.finetune.run"])
     try:
-        while waiting or busy:
-            while waiting and free:
-                number, call = waiting.pop(0)
-                busy.append(_started(number, call, free.pop(0), threads, lock))
+        while True:
+            while free and (following := next(waiting, None)):
+                busy.append(_started(*following, free.pop(0), threads, lock))
+            if not busy:
+                return
             ready = wait([worker.answer for worker in busy])
             for worker in [worker for worker in busy if worker.answer in ready]:
                 busy.remove(worker)
                 free.append(worker.line)
                 _require_done(worker, jobs)
-                yield worker.call
+                yield worker.call, perf_counter() - worker.started
     finally:
         _end([worker.process for worker in busy])
 
@@ -66,7 +70,7 @@ def _started(number: int, call: Callable[[], None], line: int, threads: int, loc
     process = CONTEXT.Process(target=_work, args=(call, theirs, line, threads, lock))
     process.start()
     theirs.close()
-    return _Worker(number, line, process, answer)
+    return _Worker(number, line, perf_counter(), process, answer)
 
 
 def _require_done(worker: _Worker, jobs: int) -> None:
@@ -112,8 +116,9 @@ def _work(call: Callable[[], None], answer: Connection, line: int, threads: int,
         call()
     except KeyboardInterrupt as stop:
         error = stop
-    except Exception as raised:
-        error = raised
+    except Exception as raised:  # not every one can be pickled
+        known = sentence(raised)
+        error = ValueError(known) if known else RuntimeError(f"{type(raised).__name__}: {first_line(raised)}")
         if os.environ.get(TRACEBACK):
             traceback.print_exc(file=sys.stderr)
     answer.send(error)
