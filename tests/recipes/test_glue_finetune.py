@@ -278,18 +278,18 @@ def test_a_sweep_of_what_there_is_not_is_refused(here, tmp_path, sweep, message)
 
 def test_each_method_and_setting_gets_the_best_of_several_rates(here, tmp_path):
     """A rate of 1e-9 leaves the model where it began, which answers one class."""
-    arguments = ["--methods", "head", "lora", "spikelora", "--seeds", "0", "1", "--batch-size", "4", "--epochs", "4"]
+    arguments = ["--methods", "lora", "spikelora", "--seeds", "0", "1", "--batch-size", "4"]
     done = recipe(here, tmp_path, *arguments, "--tune-learning-rate", "1e-9", "0.05")
     assert done.returncode == 0, done.stderr
     trials = json.loads((tmp_path / "trials" / "results.json").read_text())
-    assert trials["options"]["holdout"] is True and len(trials["runs"]) == 6
+    assert trials["options"]["holdout"] is True and len(trials["runs"]) == 4
     best = {}
     for run in sorted(trials["runs"], key=lambda run: (run["mcc"], -run["learning_rate"])):
         best[run["method"], run.get("rank")] = run["learning_rate"]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["options"]["holdout"] is False and len(results["runs"]) == 6
+    assert results["options"]["holdout"] is False and len(results["runs"]) == 4
     assert all(run["learning_rate"] == best[run["method"], run.get("rank")] for run in results["runs"])
-    assert [len(row["minus_lora"]) for row in results["summary"]] == [2, 0, 2]
+    assert [len(row["minus_lora"]) for row in results["summary"]] == [0, 2]
 
 
 def test_shards_are_put_together(here, tmp_path):
