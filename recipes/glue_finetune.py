@@ -237,12 +237,12 @@ def take_all(plan: Plan, folders: list[Path]) -> None:
         print(f"{folder}: {taken} runs taken")
 
 
-def with_rates(plan: Plan, runs: list[dict], rates: list[float], merge: list[Path], carry_out: Callable) -> list[dict]:
+def with_rates(plan: Plan, runs: list[dict], rates: list[float], merge: list[Path], do: Callable) -> list[dict]:
     """`runs`, those of each method and setting with the best of `rates` in a trial (the lowest of several best).
 
     Args:
         merge: folders whose trials are taken over.
-        carry_out: does runs of a plan on text without a sentence of dev.
+        do: does runs of a plan, on text without a sentence of dev.
     """
     out, swept = plan.output_dir / TRIALS, {"learning_rate": rates}
     text = f"{plan.text_sha256}, a tenth held out"
@@ -252,7 +252,7 @@ def with_rates(plan: Plan, runs: list[dict], rates: list[float], merge: list[Pat
     out.mkdir(exist_ok=True)
     take_up(out, counted(trials), finished(trials))
     take_all(trials, [folder / TRIALS for folder in merge if (folder / TRIALS).is_dir()])
-    carry_out(trials, tried)
+    do(trials, tried)
     measured = {folder_of(run): run[plan.metric] for run in finished(trials)}
     best: dict[str, float] = {}
     for run in sorted(tried, key=lambda run: (-measured[folder_of(run)], run["learning_rate"])):
