@@ -61,8 +61,9 @@ def test_a_comparisons_table_is_made_from_its_results(unpacked):
 
 @pytest.mark.parametrize("unpacked", ["comparison"], indirect=True)
 def test_a_comparisons_page_and_spreadsheet_are_made_from_its_folder(unpacked):
-    assert "SpikeLoRA − head only" in write_page(unpacked).read_text(encoding="utf-8")
-    write_spreadsheet(read_results(unpacked)["runs"], unpacked / "results.csv")
+    results = read_results(unpacked)
+    assert "SpikeLoRA − head only" in write_page(results, unpacked).read_text(encoding="utf-8")
+    write_spreadsheet(results["runs"], unpacked / "results.csv")
     assert (unpacked / "results.csv").read_text(encoding="utf-8").count("\n") == 1 + 2
 
 

@@ -406,7 +406,7 @@ def write_results(comparison: Comparison, complete: bool) -> None:
     write_spreadsheet(runs, out / "results.csv")
     draw_accuracy(results, out / "accuracy.png")
     if complete:
-        write_page(out)
+        write_page(results, out)
 
 
 def _comparisons(runs: list[dict], protocol: Protocol) -> list[dict]:

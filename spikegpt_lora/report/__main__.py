@@ -21,8 +21,9 @@ def main(arguments: list[str] | None = None, prog: str = "python -m spikegpt_lor
 
 def _write(folder: Path, text: str | None) -> int:
     set_up()
-    page, sheet = write_page(folder, text), folder / "results.csv"
-    write_spreadsheet(read_results(folder)["runs"], sheet)
+    results, sheet = read_results(folder), folder / "results.csv"
+    page = write_page(results, folder, text)
+    write_spreadsheet(results["runs"], sheet)
     print(f"Written to {page} and {sheet}.")
     return 0
 

@@ -35,14 +35,14 @@ def read_results(folder: Path) -> dict:
     return read_json(file, keys=("task", "model", "runs", "summary", "baselines", "published", "data"))
 
 
-def write_page(folder: Path, text: str | None = None) -> Path:
-    """Write `folder`/report.html, of the results.json there; `text`: a sentence of one's own that its model reads, for
-    a raster beside those of test sentences.
+def write_page(results: dict, folder: Path, text: str | None = None) -> Path:
+    """Write `folder`/report.html, of the `results` of its results.json; `text`: a sentence of one's own that its model
+    reads, for a raster beside those of test sentences.
 
     Raises:
-        ValueError: no results.json, or one of another kind; damaged predictions or traces; for `text`, no model.
+        ValueError: damaged predictions or traces; for `text`, no model.
     """
-    write_text(folder / "report.html", page(read_results(folder), folder, text))
+    write_text(folder / "report.html", page(results, folder, text))
     return folder / "report.html"
 
 
