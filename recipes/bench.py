@@ -267,20 +267,21 @@ def training_steps(name: str, model: Callable, size: dict, others: dict[str, Cal
 
 def efficient(repeats: int) -> list[dict]:
     """A training step of fused LoRA made cheaper in each of the ways of `finetune/efficient`, of a 4-layer, 256-wide
-    classifier, real and integer, of the 216M shape and of an encoder of all-MiniLM-L6-v2's size. They do not give one
-    result: what they give is tests/finetune/efficient's."""
+    classifier, real and integer, of the 216M shape, of an encoder of all-MiniLM-L6-v2's size and, by the gate alone, of
+    a language model. They do not give one result: what they give is tests/finetune/efficient's."""
     rows = []
     for name, model, size, changes, some in (
         ("4 x 256", spikegpt, SMALL, CHEAPER | GATED, repeats),
         ("4 x 256, integer spikes", integer_spikegpt, SMALL, CHEAPER, repeats),
         ("BERT 6 x 384", bert, MINILM, CHANNELS, repeats),
         ("216M", spikegpt, LARGE, CHANNELS, max(repeats // 3, 3)),
+        ("language model 4 x 256", language_spikegpt, SMALL | {"batch": 16, "tokens": 128}, GATED, repeats),
     ):
         for bf16 in (False, True) if bf16_pays() else (False,):
             ways = {"dense": partial(Training(fused_lora, model, **size).step, bf16=bf16)}
             for way, change in changes.items():
                 ways[way] = partial(Changed(change(), model, size).step, bf16=bf16)
-            if model is not bert:
+            if model in (spikegpt, integer_spikegpt):
                 for way, cached in {"upper half": False, "upper half, cached trunk": True}.items():
                     ways[way] = partial(upper_half(model, size, cached).step, bf16=bf16)
             precision = ", bfloat16" if bf16 else ""
@@ -452,12 +453,12 @@ PARTS = {
 
 
 class Training:
-    """A training step of a classifier with adapters: forward, backward, clipping, AdamW.
+    """A training step with adapters, of a classifier or a language model: forward, backward, clipping, AdamW.
 
     Two of one model and size start from the same weights and read the same batch.
 
     Args:
-        adapter: makes a peft configuration. model: makes the classifier from n_layer and n_embd, and names its targets.
+        adapter: makes a peft configuration. model: makes the model from n_layer and n_embd, and names its targets.
     """
 
     def __init__(self, adapter: Callable, model: Callable, n_layer: int, n_embd: int, batch: int, tokens: int):
@@ -469,8 +470,11 @@ class Training:
             "labels": torch.randint(0, 2, (batch,)),
         }
         model, target = model(n_layer, n_embd)
+        task = "CAUSAL_LM" if isinstance(model, SpikeGPTForCausalLM) else "SEQ_CLS"
+        if task == "CAUSAL_LM":
+            self.inputs["labels"] = self.inputs["input_ids"].masked_fill(self.inputs["attention_mask"] == 0, -100)
         self.weights_mib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-        adapter = adapter(task_type="SEQ_CLS", r=16, lora_alpha=16, target_modules=target)
+        adapter = adapter(task_type=task, r=16, lora_alpha=16, target_modules=target)
         self.model = random_weights(get_peft_model(model, adapter)).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, fused=True)  # the weights stay what they are
@@ -551,6 +555,11 @@ def per_second(rows: list[dict], tokens: int) -> list[dict]:
 def spikegpt(n_layer: int, n_embd: int):
     size = {"n_layer": n_layer, "n_embd": n_embd}
     model = random_weights(SpikeGPTForSequenceClassification(config(size, num_labels=2, pooling="last_mean")))
+    return model, PRESETS["rkv+srffn"]
+
+
+def language_spikegpt(n_layer: int, n_embd: int):
+    model = random_weights(SpikeGPTForCausalLM(config({"n_layer": n_layer, "n_embd": n_embd})))
     return model, PRESETS["rkv+srffn"]
 
 
