@@ -102,7 +102,7 @@ def killed_soon(seconds):
 def figures(out):
     """All that must not depend on how often a run was broken off."""
     results = json.loads((out / "results.json").read_text())
-    text = re.sub(r'"seconds(_spread)?": [^,}]*', "", json.dumps(results))
+    text = re.sub(r'"seconds(_spread)?": [^,}]*', "", json.dumps(results)).replace(str(out), "OUT")
     files = {
         str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(out.rglob("*.safetensors"))
