@@ -258,7 +258,7 @@ def require_consistent(args: argparse.Namespace) -> None:
         raise ValueError("--tune searches for settings without --intermediate, --teacher and --report-to")
     if args.tune and (args.shard or args.merge or args.jobs > 1):
         raise ValueError("--shard, --merge and --jobs share out a comparison's runs, and --tune has none: leave it out")
-    if args.spike_levels and not args.matrix_spikes:
+    if args.spike_levels and (not args.matrix_spikes or has_spikes(args)):
         raise ValueError("--spike-levels is for --matrix-spikes integer: a model that has integer spikes has its own")
     if args.spike_penalty and not reads_spikes(args):
         raise ValueError("--spike-penalty is a price of integer spikes: give --matrix-spikes integer too")
@@ -294,9 +294,13 @@ def chosen_settings(args: argparse.Namespace, bf16: bool) -> dict[str, FinetuneO
 
 def reads_spikes(args: argparse.Namespace) -> bool:
     """Whether the matrices of what is trained read integer spikes."""
+    return args.matrix_spikes == "integer" or has_spikes(args)
+
+
+def has_spikes(args: argparse.Namespace) -> bool:
+    """Whether those of the saved model do already."""
     folder = Path(place_of(args.model))
-    saved = (folder / "config.json").is_file()
-    return args.matrix_spikes == "integer" or (saved and read_config(folder).matrix_spikes == "integer")
+    return (folder / "config.json").is_file() and read_config(folder).matrix_spikes == "integer"
 
 
 def place_of(model: str) -> str:

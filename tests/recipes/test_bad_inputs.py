@@ -114,6 +114,11 @@ COMMANDS = [
     ("S57", ["--data-dir", "nowhere"], "data_dir must be None for the built-in task subj-mini, got 'nowhere'"),
     ("S58", ["--bf16"], "--precision and --bf16 must ask for the same, got float32 and bfloat16: give one of the two"),
     (
+        "S59",
+        ["--model", "embedded", "--matrix-spikes", "integer", "--spike-levels", "3"],
+        "--spike-levels is for .*: a model that has integer spikes has its own",
+    ),
+    (
         "N1",
         ["--learning-rate", "1e38", "--methods", "full", "--batch-size", "8"],
         "full with seed 0 diverged: .* below 1e[+]38 .*full=",
