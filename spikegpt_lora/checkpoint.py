@@ -57,7 +57,8 @@ UPSTREAM_CONSTANTS = {
 
 def embedded_checkpoint() -> str:
     """The folder of the SpikeGPT that comes with the package, for any `from_pretrained`: a small English language model
-    of film reviews, and its tokenizer. Its README.md says what it was trained on and what it is not good for."""
+    of film talk, whose matrices read integer spikes, and its tokenizer. Its README.md says what it was trained on and
+    what it is not good for."""
     return str(EMBEDDED)
 
 
