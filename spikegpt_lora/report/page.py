@@ -82,7 +82,7 @@ def verdict(results: dict) -> list[str]:
         f"{name} has the highest test accuracy, {100 * best['test_accuracy']:.2f}{spread} % ({seeds} "
         f"seed{'s' * (seeds > 1)})."
     ]
-    ahead, level = _around(best["method"], results)
+    ahead, level, behind = _around(best["method"], results)
     if seeds == 1:
         said.append("With one seed no difference can be called found: other seeds might turn it round.")
     else:
@@ -91,31 +91,34 @@ def verdict(results: dict) -> list[str]:
         if level:
             rest = [f"{title} ({100 * lead:+.2f} points, {words})" for title, lead, words in level]
             said.append(f"It is not told apart from {_listed(rest)}.")
-    if alike := [row for row in summary if title_of(row) in {title for title, *_ in level} | {name}]:
+        if behind:
+            said.append(f"On the seeds that both have, {_listed(behind)} {'is' if len(behind) == 1 else 'are'} better.")
+    alike = [row for row in summary if title_of(row) in {title for title, *_ in level} | {name}]
+    if len(alike) == 1:
+        said.append(f"It trains {best['trainable_parameters']:,} parameters in {_minutes(best['seconds'])}.")
+    else:
         fewest = min(row["trainable_parameters"] for row in alike)
         small = [row for row in alike if row["trainable_parameters"] == fewest]
         times = [f"{title_of(row)} (in {_minutes(row['seconds'])})" for row in small]
-        said.append(
-            f"{'Of these ' if len(alike) > 1 else ''}{_listed(times)} train{'s' * (len(small) == 1)} the fewest "
-            f"parameters, {fewest:,}."
-        )
+        said.append(f"Of these {_listed(times)} train{'s' * (len(small) == 1)} the fewest parameters, {fewest:,}.")
     if results["baselines"]:
         bag = max(results["baselines"], key=lambda row: row["accuracy_test"])
         said.append(f"A bag of words reaches {100 * bag['accuracy_test']:.2f} % ({bag['method']}).")
     return said
 
 
-def _around(best: str, results: dict) -> tuple[list[str], list[tuple[str, float, str]]]:
-    """Titles of the methods that `best` is found to be better than; and of the others title, lead and words."""
-    title, ahead, level = titles(results["summary"]), [], []
+def _around(best: str, results: dict) -> tuple[list[str], list[tuple[str, float, str]], list[str]]:
+    """Titles of the methods that `best` is found to be better than; of those that it is not told apart from title, lead
+    and words; titles of those that are found better on the seeds that both have, where it has others too."""
+    title, ahead, level, behind = titles(results["summary"]), [], [], []
     for row in results["comparisons"]:
         if best in (row["a"], row["b"]):
             other, sign = (row["b"], 1) if row["a"] == best else (row["a"], -1)
             if row["found"]:
-                ahead.append(title[other])
+                (ahead if sign * row["difference"] > 0 else behind).append(title[other])
             else:
                 level.append((title[other], sign * row["difference"], row["words"]))
-    return ahead, level
+    return ahead, level, behind
 
 
 def _listed(words: Sequence[str]) -> str:

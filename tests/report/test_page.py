@@ -87,6 +87,24 @@ def test_the_answer_says_which_is_best_what_is_not_told_apart_and_what_it_costs(
     assert "A bag of words reaches 90.00 % (naive Bayes)." in said
 
 
+def of_runs(runs):
+    return results(runs=runs, summary=summarize(runs), comparisons=compare(runs))
+
+
+def test_a_method_that_is_better_than_all_others_is_not_said_to_train_the_fewest_parameters():
+    runs = [run(method, seed, wrong + seed) for method, wrong in (("full", 10), ("head", 60)) for seed in range(3)]
+    said = " ".join(verdict(of_runs(runs)))
+    assert "It trains 9 parameters in 60 seconds." in said and "fewest" not in said
+
+
+def test_the_highest_mean_is_not_called_better_than_what_is_ahead_on_the_seeds_of_both():
+    runs = [run("full", seed, wrong) for seed, wrong in enumerate([25, 27, 26])]
+    runs += [run("lora", seed, wrong) for seed, wrong in enumerate([40, 41, 42, 0, 0, 0])]
+    said = " ".join(verdict(of_runs(runs)))
+    assert "LoRA has the highest test accuracy" in said and "better than" not in said
+    assert "On the seeds that both have, full fine-tuning is better." in said
+
+
 def test_of_one_seed_nothing_is_called_better():
     said = " ".join(verdict(results(seeds=1)))
     assert "With one seed no difference can be called found" in said and "better than" not in said
