@@ -24,7 +24,8 @@ WEIGHTS, RECORD = "trained.safetensors", "intermediate.json"
 
 @dataclass(frozen=True)
 class Source:
-    """The sentences of an intermediate task. left_out: how many more shared 8 words in a row with the task's own."""
+    """The sentences of an intermediate task. left_out: how many more shared 8 words in a row with the task's
+    own, or were among these."""
 
     name: str
     text: Dataset
@@ -36,9 +37,14 @@ class Source:
 
 
 def without_shared(name: str, text: Dataset, data: DatasetDict) -> Source:
-    """`text` without what shares 8 words in a row with a sentence of `data`, of any split."""
-    known = set().union(*(word_sequences(sentence) for rows in data.values() for sentence in rows["text"]))
-    kept = [row for row, sentence in enumerate(text["text"]) if known.isdisjoint(word_sequences(sentence))]
+    """`text` without what shares 8 words in a row with a sentence of `data`, of any split, or is one of these."""
+    own = {sentence for rows in data.values() for sentence in rows["text"]}
+    known = set().union(*map(word_sequences, own))
+    kept = [
+        row
+        for row, sentence in enumerate(text["text"])
+        if sentence not in own and known.isdisjoint(word_sequences(sentence))
+    ]
     return Source(name, text.select(kept), len(text) - len(kept))
 
 

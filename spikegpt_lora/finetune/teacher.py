@@ -15,15 +15,15 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ..utils.errors import DamagedFile
-from ..utils.files import whole_file
+from ..utils.errors import DamagedFile, read_json
+from ..utils.files import whole_file, write_json
+from ..utils.npz import read_npz
 from .options import FinetuneOptions
 from .run import seconds_of, tokenize, trained
 
@@ -76,10 +76,10 @@ def encoder_folder(name: str) -> Path:
 def load_answers(path: Path) -> Teacher:
     """The teacher whose answers `path` holds; raises DamagedFile."""
     try:
-        with np.load(path) as file:
-            keys, answers, record = file["keys"].tolist(), file["answers"].astype(np.float32), str(file["record"])
-        return Teacher(dict(zip(keys, answers, strict=True)), json.loads(record))
-    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+        arrays = read_npz(path)
+        keys, answers = arrays["keys"].tolist(), arrays["answers"].astype(np.float32)
+        return Teacher(dict(zip(keys, answers, strict=True)), json.loads(str(arrays["record"])))
+    except (OSError, ValueError, KeyError) as error:
         raise DamagedFile(f"{path} holds no answers of a teacher ({error}): delete it") from error
 
 
@@ -91,29 +91,43 @@ def teach(name: str, source: Dataset | None, data: DatasetDict, directory: Path,
         name: see `encoder_folder`; or an answers.npz, which is read.
         source, data: columns text and label, of the intermediate task (None: there is none) and of the task.
         labels: how many classes.
+
+    Raises:
+        ValueError: `directory` holds a teacher of another name or precision, or of other text or labels.
     """
     if Path(name).suffix == ".npz":
         return load_answers(Path(name))
     path, stages = directory / "answers.npz", [directory / "source", directory / "task"]
+    text = [*(source["text"] if source is not None else []), *data["train"]["text"]]
+    read = [rows for rows in (source, data["train"], data.get("validation")) if rows is not None]
+    told = key_of(json.dumps([(rows["text"][:], rows["label"][:]) for rows in read]))
+    asked, file = {"name": name, "bf16": bf16, "labels": labels, "told": told}, directory / "asked.json"
+    if directory.is_dir() and (not file.is_file() or read_json(file) != asked):
+        raise ValueError(
+            f"{directory} holds a teacher of other text or settings (see its asked.json): delete it, or give another "
+            "--output-dir"
+        )
     if path.is_file():
         return load_answers(path)
     folder = encoder_folder(name)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(file, asked)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     model, seconds = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels), 0.0
     if source is not None:
-        read, options = _tokens({"train": source}, tokenizer), FinetuneOptions(bf16=bf16, **OF_SOURCE)
-        seconds += seconds_of(trained(model, None, read, tokenizer, stages[0], 0, options, "teacher, first task"))
-    read = _tokens({split: data[split] for split in ("train", "validation") if split in data}, tokenizer)
-    options = FinetuneOptions(bf16=bf16, **OPTIONS | ({} if "validation" in read else {"keep": "last"}))
-    trainer = trained(model, None, read, tokenizer, stages[1], 0, options, "teacher")
-    text = sorted([*(source["text"] if source is not None else []), *data["train"]["text"]], key=len)  # little padding
-    asked = Dataset.from_dict({"text": text, "label": [0] * len(text)})
-    logits = trainer.predict(_tokens({"asked": asked}, tokenizer)["asked"]).predictions
+        tokens, options = _tokens({"train": source}, tokenizer), FinetuneOptions(bf16=bf16, **OF_SOURCE)
+        seconds += seconds_of(trained(model, None, tokens, tokenizer, stages[0], 0, options, "teacher, first task"))
+    tokens = _tokens({split: data[split] for split in ("train", "validation") if split in data}, tokenizer)
+    options = FinetuneOptions(bf16=bf16, **OPTIONS | ({} if "validation" in tokens else {"keep": "last"}))
+    trainer = trained(model, None, tokens, tokenizer, stages[1], 0, options, "teacher")
+    text.sort(key=len)  # little padding
+    rows = Dataset.from_dict({"text": text, "label": [0] * len(text)})
+    logits = trainer.predict(_tokens({"asked": rows}, tokenizer)["asked"]).predictions
     record = {
         "name": name,
         "sentences": len(text),
-        "validation_accuracy": trainer.evaluate()["eval_accuracy"] if "validation" in read else None,
+        "validation_accuracy": trainer.evaluate()["eval_accuracy"] if "validation" in tokens else None,
         "seconds": seconds + seconds_of(trainer),
     }
     answers = torch.from_numpy(logits).double().softmax(dim=-1).half().numpy()

@@ -84,6 +84,12 @@ def test_sentences_that_share_eight_words_with_the_task_are_left_out(text):
     assert (found.name, found.left_out, found.text["text"]) == ("own", 1, source["text"][1:])
 
 
+def test_the_tasks_own_short_sentences_are_left_out():
+    own = DatasetDict(test=Dataset.from_dict({"text": ["a small gem ."], "label": [1]}))
+    source = without_shared("film", Dataset.from_dict({"text": ["a small gem .", "a gem ."], "label": [1, 1]}), own)
+    assert list(source.text["text"]) == ["a gem ."] and source.left_out == 1
+
+
 def test_so_many_sentences_are_drawn_and_always_the_same_ones():
     source = Source("own", Dataset.from_dict({"text": [f"sentence {n}" for n in range(50)], "label": [0, 1] * 25}), 3)
     drawn = source.drawn(20)
@@ -127,19 +133,21 @@ def encoder(tokenizer, tmp_path_factory):
 
 
 def test_a_teacher_answers_to_what_it_was_trained_on_and_is_found_again(text, encoder, tmp_path, monkeypatch):
-    source = text["validation"].select(range(10))
-    teacher = teach(str(encoder), source, text, tmp_path, False, 2)
+    source, folder = text["validation"].select(range(10)), tmp_path / "teacher"
+    teacher = teach(str(encoder), source, text, folder, False, 2)
     assert teacher.record["sentences"] == 58 and 0 <= teacher.record["validation_accuracy"] <= 1
     answers = torch.tensor(teacher.of(text["train"]["text"]))
     assert answers.shape == (48, 2) and torch.allclose(answers.sum(dim=1), torch.ones(48), atol=1e-3)
     monkeypatch.setattr(BertForSequenceClassification, "forward", None)  # nothing is computed again
-    assert teach(str(encoder), source, text, tmp_path, False, 2).record == teacher.record
-    assert teach(str(tmp_path / "answers.npz"), None, text, tmp_path / "other", False, 2).record == teacher.record
-    assert [file.name for file in tmp_path.iterdir()] == ["answers.npz"]
+    assert teach(str(encoder), source, text, folder, False, 2).record == teacher.record
+    assert teach(str(folder / "answers.npz"), None, text, tmp_path / "other", False, 2).record == teacher.record
+    assert sorted(file.name for file in folder.iterdir()) == ["answers.npz", "asked.json"]
+    with pytest.raises(ValueError, match="holds a teacher of other text or settings .*asked.json"):
+        teach(str(encoder), None, text, folder, False, 2)
 
 
 def test_a_sentence_without_an_answer_is_named(text, encoder, tmp_path):
-    teacher = teach(str(encoder), None, text, tmp_path, False, 2)
+    teacher = teach(str(encoder), None, text, tmp_path / "teacher", False, 2)
     with pytest.raises(ValueError, match="has no answer to 1 of 2 sentences, such as 'never read'"):
         teacher.of([text["train"]["text"][0], "never read"])
 
