@@ -402,9 +402,9 @@ def frontier(rows: list[dict]) -> str:
 
 def difference(row: dict, other: dict | None) -> str:
     """Of two ways, over the seeds that both have."""
-    if other is None:
+    seeds = sorted(row["runs"].keys() & other["runs"].keys()) if other else []
+    if not seeds:
         return "–"
-    seeds = sorted(row["runs"].keys() & other["runs"].keys())
     if row["accuracy"] is None:
         by_seed = [row["runs"][seed]["loss"] - other["runs"][seed]["loss"] for seed in seeds]
         return f"{np.mean(by_seed):+.4f} ({min(by_seed):+.4f} … {max(by_seed):+.4f})"

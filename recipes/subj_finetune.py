@@ -329,7 +329,7 @@ def plan_of(
     by_seed = args.protocol == "authors"
     protocol = folds(args.folds, with_test=True) if args.folds else BY_SEED if by_seed else ONE_SPLIT
     started = place_of(args.model)
-    same = {*CONFIGURED, "methods", "trace_sentences", "report_to"} - {"task", "pooling", "max_length"}
+    same = {*CONFIGURED, "trace_sentences", "report_to"} - {"task", "pooling", "max_length"}
     return Plan(
         task=task,
         pooling=args.pooling or ("last" if args.parity == "library" else "last_mean"),
@@ -342,6 +342,7 @@ def plan_of(
         max_length=args.max_length or (TASKS[task].max_length if task in TASKS else MAX_LENGTH),
         source=started,
         output_dir=out,
+        methods=list(dict.fromkeys(args.methods)),
         seeds=list(dict.fromkeys(args.seeds)),
         protocol=protocol,
         **{name: getattr(args, name) or size for name, size in RANDOM_SIZES.items()},

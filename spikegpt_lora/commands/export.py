@@ -39,6 +39,7 @@ from ..export import (
 from ..export.__main__ import main as of_bundle
 from ..report.markdown import table
 from ..tasks.registry import TASKS, labels_of, load_task
+from ..tasks.text import to_ascii
 from ..utils import command_line, files
 from .cost import cost_tables, kind_of
 from .sentences import read_sentences
@@ -124,13 +125,17 @@ def bar(rounds: list, text: str):
 
 
 def sentences(args, classes: int) -> tuple[list[str], list[int]]:
-    """What is read and its labels, -1 where it has none; raises ValueError for a task of other than `classes`."""
+    """What is read and its labels, -1 where it has none; raises ValueError for a task of other than `classes`, and for
+    a sentence without a word in ASCII letters."""
     if args.text is None:
         data = load_task(args.task, args.data_dir)
         if (found := len(labels_of(data))) != classes:
             raise ValueError(f"--task {args.task} has {found} classes and {args.model} {classes}: name the model's own")
         return list(data["test"]["text"]), list(data["test"]["label"])
-    texts = read_sentences(args.text)
+    given = read_sentences(args.text)
+    texts = [to_ascii(text) for text in given]  # as tasks have them
+    if not all(texts):
+        raise ValueError(f"a sentence must have a word in ASCII letters, got {given[texts.index('')]!r}")
     return texts, [-1] * len(texts)
 
 

@@ -231,7 +231,7 @@ def _test(trainer: Trainer, rows: Dataset) -> dict:
         "test_accuracy": float(correct.mean()),
         "test_mcc": float(matthews_corrcoef(list(rows["labels"]), probabilities.argmax(axis=-1))),
         "test_correct": "".join(str(int(right)) for right in correct),
-        "test_probabilities": probabilities.round(4).tolist(),
+        "test_probabilities": probabilities.tolist(),
         "adapters": adapters,
     }
 

@@ -3,6 +3,7 @@ setting of an encoder's adapters does, and where they are silent."""
 
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def draw_accuracy(results: dict, path: Path) -> None:
         accuracy = [100 * run["test_accuracy"] for run in results["runs"] if run["method"] == row["method"]]
         axis.scatter([x] * len(accuracy), accuracy, color="C0", zorder=3)
         axis.hlines(np.mean(accuracy), x - 0.25, x + 0.25, color="C0")
-    for style, row in zip(("--", ":"), results["baselines"]):
+    for style, row in zip(cycle(("--", ":", "-.", (0, (6, 1)))), results["baselines"]):
         axis.axhline(100 * row["accuracy_test"], color="gray", linestyle=style, label=row["method"])
     axis.set_xticks(range(len(results["summary"])), [title_of(row) for row in results["summary"]], fontsize=8)
     axis.set_ylabel("test accuracy, %")

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..checkpoint import load_classifier
 from ..observe.traces import GATE, SpikeTrace, record_spikes
+from ..tasks.text import to_ascii
 from .markup import INK
 from .plots import named_once
 from .results import folder_of
@@ -132,7 +133,7 @@ def record_text(folder: Path, run: dict, text: str, max_length: int) -> tuple[Sp
         ValueError: the model is not in `folder`, or the text has no token.
     """
     model, tokenizer = load_classifier(folder / folder_of(run))
-    batch = tokenizer([text], truncation=True, max_length=max_length, return_tensors="pt")
+    batch = tokenizer([to_ascii(text)], truncation=True, max_length=max_length, return_tensors="pt")
     if not batch["input_ids"].numel():
         raise ValueError(f"--trace-text must be a sentence, got {text!r}, which has no token: write words")
     trace = record_spikes(model, batch, tokenizer)
