@@ -166,7 +166,11 @@ def machine(run):
 TABLES = [
     ("recipes/README.md", precision_table()),
     *(("recipes/results/subj.md", one) for one in [*subj_tables("subj.json"), subj_tables("subj-float.json")[0]]),
-    *(("recipes/results/subj.md", one) for name in ("film", "teacher", "folds") for one in subj_tables(f"subj-{name}.json")),
+    *(
+        ("recipes/results/subj.md", one)
+        for name in ("film", "teacher", "folds")
+        for one in subj_tables(f"subj-{name}.json")
+    ),
     *(("recipes/results/subj-reviews.md", one) for one in subj_tables("subj-reviews.json")),
     ("recipes/results/subj-reviews.md", trials_table()),
     ("recipes/results/gates.md", gates_table()),
