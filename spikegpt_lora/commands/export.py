@@ -39,10 +39,9 @@ from ..export import (
 from ..export.__main__ import main as of_bundle
 from ..report.markdown import table
 from ..tasks.registry import TASKS, labels_of, load_task
-from ..tasks.text import to_ascii
 from ..utils import command_line, files
 from .cost import cost_tables, kind_of
-from .sentences import read_sentences
+from .sentences import encoded, read_sentences
 
 OF_BUNDLE = ("check", "event-driven")
 STOPPED = "stopped; the same command goes on from here."
@@ -125,22 +124,18 @@ def bar(rounds: list, text: str):
 
 
 def sentences(args, classes: int) -> tuple[list[str], list[int]]:
-    """What is read and its labels, -1 where it has none; raises ValueError for a task of other than `classes`, and for
-    a sentence without a word in ASCII letters."""
+    """What is read and its labels, -1 where it has none; raises ValueError for a task of other than `classes`."""
     if args.text is None:
         data = load_task(args.task, args.data_dir)
         if (found := len(labels_of(data))) != classes:
             raise ValueError(f"--task {args.task} has {found} classes and {args.model} {classes}: name the model's own")
         return list(data["test"]["text"]), list(data["test"]["label"])
-    given = read_sentences(args.text)
-    texts = [to_ascii(text) for text in given]  # as tasks have them
-    if not all(texts):
-        raise ValueError(f"a sentence must have a word in ASCII letters, got {given[texts.index('')]!r}")
+    texts = read_sentences(args.text)
     return texts, [-1] * len(texts)
 
 
 def encode(tokenizer, texts: list[str], labels: list[int], max_length: int):
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    batch = encoded(tokenizer, texts, max_length)
     batch["labels"] = torch.tensor(labels)
     return batch
 
